@@ -1,0 +1,56 @@
+"""The asset `obs_id_plan`: one partition per release."""
+
+import dagster as dg
+
+from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.partitions import RELEASES
+from census_tf_dagster.resources import CensusResource, StoreResource
+from census_tf_dagster.settings import SetSettings
+
+
+def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
+    """Build a set's plan asset."""
+
+    @dg.asset(
+        key=asset_key(settings, "obs_id_plan"),
+        group_name=settings.name,
+        partitions_def=RELEASES,
+        kinds={"tiledb", "parquet"},
+        description=(
+            f"Which cells of {settings.organism} are embedded, in which shard and write. Lists the matching obs ids, "
+            "writes the immutable plan and the list of planned ids, and creates the empty array."
+        ),
+    )
+    def obs_id_plan(
+        context: dg.AssetExecutionContext, census: CensusResource, store: StoreResource
+    ) -> dg.MaterializeResult:
+        from census_tf_dagster.steps.planning import make_plan
+
+        with partition_job(settings, context.partition_key, census, store) as job:
+            summary = make_plan(job)
+        totals = summary.totals
+        context.log.info(
+            f"planned {totals.cells:,} cells ({totals.tokens:,} tokens) in {totals.shards} shards and "
+            f"{totals.megabatches} megabatches; the checkpoint knows {summary.known_genes:,} of "
+            f"{summary.expressed_genes:,} expressed genes"
+        )
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(totals.plan),
+            metadata={
+                "cells": totals.cells,
+                "primary_cells": totals.primary_cells,
+                "duplicate_cells": totals.cells - totals.primary_cells,
+                "tokens": totals.tokens,
+                "shards": totals.shards,
+                "megabatches": totals.megabatches,
+                "bytes_to_write": summary.estimated_bytes,
+                "expressed_genes": summary.expressed_genes,
+                "expressed_genes_known": summary.known_genes,
+                "expressed_entries_known_share": summary.known_share,
+                "plan": totals.plan,
+                "identity": summary.identity,
+                "folder": dg.MetadataValue.path(summary.root),
+            },
+        )
+
+    return obs_id_plan

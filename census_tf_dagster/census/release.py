@@ -1,0 +1,156 @@
+"""One organism of one Census release: its gene axis, its obs axis, and what identifies them."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cellxgene_census
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import tiledbsoma
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.storage import Storage
+
+OBS_COLUMNS = {"soma_joinid", "nnz", "is_primary_data"}
+MEASUREMENT = "RNA"
+LAYER = "raw"
+
+
+@dataclass(frozen=True)
+class Genes:
+    """The gene axis of one organism, in `var` order.
+
+    Attributes
+    ----------
+    ids
+        Gene ids without version suffix, in the order of `var`'s soma_joinid.
+    cells_expressing
+        Number of cells that express each gene, int64 ``(n_genes,)``.
+    fingerprint
+        SHA-256 over the ids in order: embeddings depend on the order (tokens follow it).
+    """
+
+    ids: tuple[str, ...]
+    cells_expressing: npt.NDArray[np.int64]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class OrganismRelease:
+    """An opened organism of a Census release. Made by `open_release`.
+
+    Attributes
+    ----------
+    uri
+        Where the Census is.
+    build_date
+        `census_build_date` of its summary.
+    organism
+        Key under `census_data`.
+    """
+
+    uri: str
+    build_date: str
+    organism: str
+    experiment: tiledbsoma.Experiment
+
+    @property
+    def obs(self) -> tiledbsoma.DataFrame:
+        """The cells' metadata."""
+        return self.experiment.obs
+
+    @property
+    def counts(self) -> tiledbsoma.SparseNDArray:
+        """Raw counts, cells x genes."""
+        return self.experiment.ms[MEASUREMENT].X[LAYER]
+
+    def obs_rows(self) -> int:
+        """Return the largest obs joinid + 1: what consumers want as the array's first dimension."""
+        _, last = self.obs.non_empty_domain()[0]
+        return int(last) + 1
+
+    def genes(self) -> Genes:
+        """Read the gene axis.
+
+        Raises
+        ------
+        UserError
+            When two genes share an id once version suffixes are removed (upstream refuses those too).
+        """
+        var = (
+            self.experiment.ms[MEASUREMENT]
+            .var.read(column_names=["soma_joinid", "feature_id", "nnz"])
+            .concat()
+            .sort_by("soma_joinid")
+        )
+        joinids = var["soma_joinid"].to_numpy()
+        if not np.array_equal(joinids, np.arange(len(joinids))):
+            raise UserError(
+                f"{self.uri} {self.organism}: var joinids are not 0..{len(joinids) - 1}; this is no Census."
+            )
+        ids = tuple(str(gene).split(".")[0] for gene in var["feature_id"].to_pylist())
+        if len(set(ids)) < len(ids):
+            seen: set[str] = set()
+            twice = sorted({gene for gene in ids if gene in seen or seen.add(gene)})  # type: ignore[func-returns-value]
+            raise UserError(
+                f"{self.uri} {self.organism}: {len(twice)} gene ids occur more than once after removing "
+                f"version suffixes, e.g. {twice[:3]}; each must be unique. Use a Census without duplicates."
+            )
+        return Genes(
+            ids=ids,
+            cells_expressing=var["nnz"].to_numpy().astype(np.int64),
+            fingerprint=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        )
+
+    def iter_obs(self, value_filter: str | None) -> Iterator[pa.Table]:
+        """Yield tables of soma_joinid, nnz and is_primary_data of the matching cells, in any order.
+
+        Raises
+        ------
+        UserError
+            When `value_filter` cannot be parsed or names a column that does not exist.
+        """
+        try:
+            yield from self.obs.read(value_filter=value_filter, column_names=sorted(OBS_COLUMNS))
+        except (SyntaxError, ValueError, KeyError, tiledbsoma.SOMAError) as error:
+            if value_filter is None:
+                raise
+            columns = ", ".join(name for name in self.obs.keys() if not name.startswith("soma_"))  # noqa: SIM118
+            raise UserError(
+                f"value_filter {value_filter!r} was not understood ({error}). Expected a SOMA filter such as "
+                f"\"tissue_general == 'lung' and is_primary_data == True\" over the obs columns: {columns}."
+            ) from error
+
+
+@contextmanager
+def open_release(uri: str, organism: str, storage: Storage) -> Iterator[OrganismRelease]:
+    """Open one organism of the Census at `uri`.
+
+    Raises
+    ------
+    UserError
+        When there is no Census, the organism is missing, or a column that embedding needs is.
+    """
+    try:
+        census = cellxgene_census.open_soma(uri=uri, context=storage.soma_context())
+    except (tiledbsoma.SOMAError, OSError, ValueError) as error:
+        raise UserError(f"no Census can be opened at {uri}: {error}") from error
+    with census:
+        try:
+            organisms = sorted(census["census_data"].keys())
+            summary = census["census_info"]["summary"].read().concat().to_pylist()
+        except KeyError as error:
+            raise UserError(f"{uri} is no Census: it has no {error}. Expected census_data and census_info.") from error
+        if organism not in organisms:
+            raise UserError(f"organism {organism!r} is not in the Census at {uri}. It has: {', '.join(organisms)}.")
+        build_date = {row["label"]: row["value"] for row in summary}.get("census_build_date")
+        if build_date is None:
+            raise UserError(f"the summary of the Census at {uri} has no census_build_date.")
+        experiment = census["census_data"][organism]
+        missing = OBS_COLUMNS - set(experiment.obs.keys())
+        if missing:
+            raise UserError(f"obs of {organism} in {uri} lacks the columns {', '.join(sorted(missing))}.")
+        yield OrganismRelease(uri, build_date, organism, experiment)

@@ -1,0 +1,74 @@
+"""What Dagster loads: the sets of this deployment, and where its Census and store are.
+
+The only place that reads environment variables. Unset, they mean the demo:
+
+====================  ==========================================  =============================
+variable              meaning                                     default
+====================  ==========================================  =============================
+CENSUS_TF_SETS        folder with ``<set>/defs.yaml`` files       the demo sets of this package
+CENSUS_TF_CENSUS      ``public``, or a location with {release}    demo-data/census/{release}
+CENSUS_TF_STORE       folder or S3 prefix of plans and arrays     demo-data/store
+====================  ==========================================  =============================
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import dagster as dg
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.resources import CensusResource, StoreResource
+
+
+def load_sets(folder: Path) -> dg.Definitions:
+    """Build the assets of every ``<set>/defs.yaml`` below `folder`.
+
+    Raises
+    ------
+    UserError
+        When there is none.
+    """
+    if not list(folder.glob("*/defs.yaml")):
+        raise UserError(f"no sets in {folder}: expected files such as {folder}/human_tf_sapiens/defs.yaml.")
+    # The folder may be mounted from anywhere; Dagster's component loader wants it to be a package.
+    package = ModuleType("census_tf_sets")
+    package.__file__ = None
+    package.__path__ = [str(folder.absolute())]
+    sys.modules[package.__name__] = package
+    with warnings.catch_warnings():
+        # Dagster's own code references, attached to what it loads, are still marked beta.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return dg.ComponentTree.from_module(package, project_root=folder.absolute()).build_defs()
+
+
+def build_definitions(sets: dg.Definitions, census: CensusResource, store: StoreResource) -> dg.Definitions:
+    """Assemble the definitions of a deployment."""
+    return dg.Definitions.merge(
+        sets,
+        dg.Definitions(resources={"census": census, "store": store}, executor=dg.in_process_executor),
+    )
+
+
+def sets_folder() -> Path:
+    """Return the folder of this deployment's sets."""
+    return Path(os.environ.get("CENSUS_TF_SETS", Path(__file__).parent / "defs"))
+
+
+def census_resource() -> CensusResource:
+    """Return this deployment's Census."""
+    return CensusResource(location=os.environ.get("CENSUS_TF_CENSUS", "demo-data/census/{release}"))
+
+
+def store_resource() -> StoreResource:
+    """Return this deployment's store."""
+    return StoreResource(location=os.environ.get("CENSUS_TF_STORE", "demo-data/store"))
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """Return the definitions that Dagster's tools load."""
+    return build_definitions(load_sets(sets_folder()), census_resource(), store_resource())

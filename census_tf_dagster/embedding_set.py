@@ -1,0 +1,89 @@
+"""The component behind a set's YAML: organism x model, from which the three assets come."""
+
+from typing import Literal, Self
+
+import dagster as dg
+from pydantic import BaseModel, Field
+
+from census_tf_dagster.assets.embeddings_array import build_embeddings_array
+from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
+from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
+from census_tf_dagster.settings import SetSettings
+from census_tf_dagster.names import normalise
+
+NAME = "^[A-Za-z0-9_]{1,100}$"
+"""What Dagster allows in a group's name, and a folder's."""
+
+
+class EmbeddingSet(dg.Component, dg.Model):
+    """An embedding set: one organism, one TranscriptFormer checkpoint, and how cells are embedded with it."""
+
+    name: str = Field(
+        pattern=NAME, description="Name of the set: asset key prefix, asset group and folder in the store."
+    )
+    organism: str = Field(pattern=NAME, description="Key of the organism under census_data, such as homo_sapiens.")
+    checkpoint: str = Field(
+        description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
+    )
+    pretrained_embeddings: list[str] = Field(
+        default_factory=list,
+        description="Gene embedding files (.h5) for a species outside the checkpoint's vocabulary.",
+    )
+    shards: int = Field(default=96, ge=1, le=9999, description="Shards of a release: one Dagster partition each.")
+    value_filter: str | None = Field(
+        default=None, description="SOMA filter over obs columns; only matching cells are embedded."
+    )
+    mod: int = Field(default=1, ge=1, description="Keep joinids divisible by this: a trial run on 1 cell in mod.")
+    megabatch_size: int = Field(
+        default=16384, ge=1, le=131072, description="Cells read, embedded and committed together."
+    )
+    batch_size: int | None = Field(
+        default=None, ge=1, description="Cells in a model batch; left out: chosen by length of the cells."
+    )
+    compute_precision: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp16", description="Precision of weights and activations."
+    )
+    storage_precision: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are."
+    )
+    device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
+
+    @classmethod
+    def get_model_cls(cls) -> type[BaseModel]:
+        """Return the schema: the set itself, so that `dg check yaml` is as strict as loading is."""
+        return cls
+
+    @classmethod
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
+        """Make a set of validated attributes; ``{{ env.NAME }}`` in texts is resolved."""
+        if not isinstance(attributes, cls):
+            raise TypeError(f"attributes are {type(attributes).__name__}; expected {cls.__name__}")
+        return cls.model_validate(context.resolution_context.resolve_value(attributes.model_dump()))
+
+    def settings(self) -> SetSettings:
+        """Return the set as plain values."""
+        return SetSettings(
+            name=self.name,
+            organism=self.organism,
+            checkpoint=normalise(self.checkpoint),
+            pretrained_embeddings=tuple(normalise(uri) for uri in self.pretrained_embeddings),
+            shards=self.shards,
+            value_filter=self.value_filter,
+            mod=self.mod,
+            megabatch_size=self.megabatch_size,
+            batch_size=self.batch_size,
+            compute_precision=self.compute_precision,
+            storage_precision=self.storage_precision,
+            device=self.device,
+        )
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
+        """Build the set's three assets."""
+        settings = self.settings()
+        return dg.Definitions(
+            assets=[
+                build_obs_id_plan(settings),
+                build_shard_embeddings(settings),
+                build_embeddings_array(settings),
+            ]
+        )

@@ -1,0 +1,1 @@
+"""From counts to embeddings: tokens, checkpoint, model, engine. Imports no Dagster."""

@@ -1,0 +1,147 @@
+"""Counts to tokens: which genes of a cell the model sees, in which order, with which attention bias.
+
+The rules are upstream's (`process_batch` and `Transcriptformer.forward` of TranscriptFormer 0.6.1):
+
+1. explicit zeros are dropped, then genes outside the vocabulary;
+2. genes stand in `var` order; the first ``seq_len`` count, and the last of those is never an input;
+3. counts are clipped to 30; a key's attention score gets ``log1p(count + eps)``, with count 1 for the assay
+   and START tokens;
+4. an assay outside the vocabulary (or called ``unknown``) is masked as a key. As it is not pooled either, such
+   a cell simply has no assay token here.
+
+Tokens are rows of the model's embedding table: assays first, START, then the known genes of this `var`. So a
+count's column becomes a token by one look-up, and the table holds only genes that can occur.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from census_tf_dagster.census.cells import Cells
+from census_tf_dagster.inference.checkpoint import UNKNOWN, Checkpoint
+
+CLIP_COUNTS = 30.0
+"""Upstream's command line default, which wins over the checkpoint's configuration."""
+
+
+@dataclass(frozen=True)
+class PackedCells:
+    """The sequences of some cells, one after the other, without padding.
+
+    Attributes
+    ----------
+    tokens
+        Rows of the embedding table, int32 ``(n_tokens,)``.
+    bias
+        Added to the attention score of each token as a key, float32 ``(n_tokens,)``.
+    offsets
+        Where each cell starts, int64 ``(n_cells + 1,)``.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    bias: npt.NDArray[np.float32]
+    offsets: npt.NDArray[np.int64]
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the number of tokens of each cell, int64 ``(n_cells,)``."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Turns CSR counts over one gene axis into `PackedCells` for one checkpoint.
+
+    Attributes
+    ----------
+    row_of_column
+        Embedding table row of each `var` column, int32 ``(n_genes,)``; -1 outside the vocabulary.
+    known_genes
+        The ids that got rows, in row order.
+    assay_rows
+        Table row of each known assay.
+    start_row
+        Table row of START.
+    seq_len
+        The window.
+    eps
+        Added to a count before its logarithm.
+    """
+
+    row_of_column: npt.NDArray[np.int32]
+    known_genes: tuple[str, ...]
+    assay_rows: dict[str, int]
+    start_row: int
+    seq_len: int
+    eps: float
+
+    @classmethod
+    def build(cls, gene_ids: Sequence[str], checkpoint: Checkpoint) -> "Tokenizer":
+        """Lay out the embedding table for a gene axis."""
+        start_row = len(checkpoint.aux_vocab)
+        known = tuple(gene for gene in gene_ids if checkpoint.knows(gene))
+        row_of_gene = {gene: start_row + 1 + i for i, gene in enumerate(known)}
+        return cls(
+            row_of_column=np.array([row_of_gene.get(gene, -1) for gene in gene_ids], dtype=np.int32),
+            known_genes=known,
+            # Upstream masks by number: an assay that shares unknown's number is masked with it.
+            assay_rows={
+                assay: row
+                for assay, row in checkpoint.aux_vocab.items()
+                if row != checkpoint.aux_vocab[UNKNOWN]
+            },
+            start_row=start_row,
+            seq_len=checkpoint.shape.seq_len,
+            eps=checkpoint.shape.log_counts_eps,
+        )
+
+    def __call__(self, cells: Cells) -> PackedCells:
+        """Tokenize cells whose columns ascend."""
+        assay_rows = np.array([self.assay_rows.get(assay, -1) for assay in cells.assays], dtype=np.int32)
+        tokens, counts, offsets = _pack(
+            cells.indptr,
+            cells.columns,
+            cells.values,
+            self.row_of_column,
+            assay_rows,
+            np.int32(self.start_row),
+            self.seq_len - 1,
+        )
+        bias = np.log1p(np.minimum(counts, np.float32(CLIP_COUNTS)) + np.float32(self.eps))
+        return PackedCells(tokens, bias, offsets)
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _pack(indptr, columns, values, row_of_column, assay_rows, start_row, max_genes):  # type: ignore[no-untyped-def]
+    n_cells = len(indptr) - 1
+    offsets = np.zeros(n_cells + 1, np.int64)
+    for cell in range(n_cells):
+        genes = 0
+        for i in range(indptr[cell], indptr[cell + 1]):
+            if values[i] != 0 and row_of_column[columns[i]] >= 0:
+                genes += 1
+                if genes == max_genes:
+                    break
+        offsets[cell + 1] = offsets[cell] + genes + 1 + (assay_rows[cell] >= 0)
+    tokens = np.empty(offsets[-1], np.int32)
+    counts = np.empty(offsets[-1], np.float32)
+    for cell in range(n_cells):
+        at = offsets[cell]
+        if assay_rows[cell] >= 0:
+            tokens[at] = assay_rows[cell]
+            counts[at] = 1
+            at += 1
+        tokens[at] = start_row
+        counts[at] = 1
+        at += 1
+        i = indptr[cell]
+        while at < offsets[cell + 1]:
+            row = row_of_column[columns[i]]
+            if values[i] != 0 and row >= 0:
+                tokens[at] = row
+                counts[at] = values[i]
+                at += 1
+            i += 1
+    return tokens, counts, offsets

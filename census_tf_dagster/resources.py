@@ -1,0 +1,96 @@
+"""Where the Census and the store are. Sets say what to embed; these say where."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.names import is_local, normalise, require_name
+
+if TYPE_CHECKING:
+    from census_tf_dagster.storage import Storage
+
+PUBLIC = "public"
+
+
+class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Which Census a release name means.
+
+    Attributes
+    ----------
+    location
+        ``public``: releases of the CELLxGENE Census by their names (2025-11-08), read without an account.
+        Otherwise a path or S3 prefix with ``{release}`` in it.
+    s3_region, s3_endpoint, s3_anonymous
+        How S3 is reached. The default suits the public Census.
+    """
+
+    location: str = PUBLIC
+    s3_region: str = "us-west-2"
+    s3_endpoint: str = ""
+    s3_anonymous: bool = True
+
+    def uri(self, release: str) -> str:
+        """Resolve a release name.
+
+        Raises
+        ------
+        UserError
+            When there is no such release.
+        """
+        require_name(release, "release")
+        if self.location == PUBLIC:
+            import cellxgene_census
+            import requests
+
+            try:
+                description = cellxgene_census.get_census_version_description(release)
+            except (ValueError, requests.RequestException) as error:
+                raise UserError(f"release {release!r} is not in the public Census directory: {error}") from error
+            return str(description["soma"]["uri"]).rstrip("/")
+        if "{release}" not in self.location:
+            raise UserError(f"the Census location {self.location!r} must be 'public' or contain '{{release}}'.")
+        uri = normalise(self.location.format(release=release))
+        if is_local(uri) and not Path(uri).is_dir():
+            raise UserError(f"release {release!r} is unknown: there is no Census at {uri}.")
+        return uri
+
+    def storage(self) -> "Storage":
+        """Return read access to the Census."""
+        from census_tf_dagster.storage import S3Settings, Storage
+
+        return Storage(S3Settings(self.s3_region, self.s3_endpoint, self.s3_anonymous))
+
+
+class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Where plans and arrays are kept.
+
+    Attributes
+    ----------
+    location
+        A folder or S3 prefix; made when it does not exist.
+    s3_region, s3_endpoint
+        How S3 is reached; credentials come from the environment or the role.
+    cache
+        Local folder for checkpoints fetched from S3.
+    """
+
+    location: str
+    s3_region: str = ""
+    s3_endpoint: str = ""
+    cache: str = "~/.cache/census-tf-dagster"
+
+    def uri(self) -> str:
+        """Return the store's location, a local one as an absolute path."""
+        return normalise(self.location)
+
+    def storage(self) -> "Storage":
+        """Return read and write access to the store."""
+        from census_tf_dagster.storage import S3Settings, Storage
+
+        return Storage(S3Settings(self.s3_region, self.s3_endpoint))
+
+    def cache_folder(self) -> Path:
+        """Return the local cache folder."""
+        return Path(self.cache).expanduser()

@@ -1,0 +1,80 @@
+"""What all three steps start from: a set's settings, the places, and the identity that follows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from census_tf_dagster.census.release import Genes, OrganismRelease, open_release
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.inference.checkpoint import Checkpoint, fetch, read_checkpoint
+from census_tf_dagster.settings import SetSettings
+from census_tf_dagster.storage import Storage
+from census_tf_dagster.store.layout import ReleaseFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set and release, opened: everything that the steps need, and nothing written yet."""
+
+    settings: SetSettings
+    release: OrganismRelease
+    genes: Genes
+    checkpoint: Checkpoint
+    identity: Identity
+    store: Storage
+    folder: ReleaseFolder
+
+
+@contextmanager
+def open_job(
+    settings: SetSettings,
+    *,
+    release: str,
+    census_uri: str,
+    census: Storage,
+    store_uri: str,
+    store: Storage,
+    cache: Path,
+) -> Iterator[Job]:
+    """Open Census and checkpoint, check them, and work out the identity.
+
+    Parameters
+    ----------
+    settings
+        The set.
+    release
+        Name of the release.
+    census_uri, census
+        Where its Census is and how it is read.
+    store_uri, store
+        The store and how it is written; checkpoints on S3 are read with it too.
+    cache
+        Local folder for checkpoints from S3.
+
+    Raises
+    ------
+    UserError
+        When anything is missing or does not fit; nothing has been written.
+    """
+    with open_release(census_uri, settings.organism, census) as opened:
+        genes = opened.genes()
+        checkpoint = read_checkpoint(
+            fetch(settings.checkpoint, store, cache),
+            [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
+        )
+        identity = Identity(
+            census_uri=census_uri,
+            census_build_date=opened.build_date,
+            organism=settings.organism,
+            value_filter=settings.value_filter,
+            mod=settings.mod,
+            gene_order="census",
+            gene_fingerprint=genes.fingerprint,
+            checkpoint_fingerprint=checkpoint.fingerprint,
+            compute_precision=settings.compute_precision,
+            storage_precision=settings.storage_precision,
+            embedding_dim=checkpoint.shape.embed_dim,
+        )
+        folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
+        yield Job(settings, opened, genes, checkpoint, identity, store, folder)

@@ -1,0 +1,97 @@
+"""Step 1: list the cells, split them, write the plan, create the array."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from census_tf_dagster.census.plan import PlanTotals, divide, write_obs_ids, write_plan
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.steps.job import Job
+from census_tf_dagster.store.array import EmbeddingsArray
+
+BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 4.4}
+"""Stored bytes of a value with its coordinates, compressed: measured on 2,048 features (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a person wants to know before the shards run.
+
+    Attributes
+    ----------
+    totals
+        Cells, tokens, shards.
+    estimated_bytes
+        What the array will take, from measured bytes a value.
+    expressed_genes, known_genes
+        Genes that any cell expresses, and how many of those the checkpoint knows.
+    known_share
+        Share of all expressed (cell, gene) pairs whose gene the checkpoint knows, over the whole organism.
+    """
+
+    totals: PlanTotals
+    estimated_bytes: int
+    expressed_genes: int
+    known_genes: int
+    known_share: float
+    root: str
+    identity: str
+
+
+def make_plan(job: Job) -> PlanSummary:
+    """Plan a release. Equal inputs give an equal plan; nothing of an earlier one changes.
+
+    Raises
+    ------
+    UserError
+        When no cell matches, or the checkpoint knows none of the organism's genes.
+    """
+    settings = job.settings
+    known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
+    expressing = job.genes.cells_expressing
+    known_share = float(expressing[known].sum() / max(expressing.sum(), 1))
+    if known_share == 0:
+        raise UserError(
+            f"the checkpoint {settings.checkpoint} knows none of the {len(known)} genes of {settings.organism}, e.g. "
+            f"{job.genes.ids[:3]}. For a species outside its vocabulary set `pretrained_embeddings`."
+        )
+
+    ids, expressed, primary_cells = [], [], 0
+    for table in job.release.iter_obs(settings.value_filter):
+        joinids = table["soma_joinid"].to_numpy()
+        chosen = joinids % settings.mod == 0
+        ids.append(joinids[chosen])
+        expressed.append(table["nnz"].to_numpy()[chosen].astype(np.int32))
+        primary_cells += int(np.count_nonzero(table["is_primary_data"].to_numpy()[chosen]))
+    joinids = np.concatenate(ids) if ids else np.empty(0, np.int64)
+    if not len(joinids):
+        raise UserError(
+            f"no cell of {settings.organism} in {job.release.uri} matches value_filter {settings.value_filter!r} with "
+            f"mod {settings.mod}. The organism has {job.release.obs_rows()} cells."
+        )
+    order = np.argsort(joinids, kind="stable")
+    joinids = joinids[order]
+    # Assay and START, and the window's genes: an upper bound, as genes outside the vocabulary make no token.
+    tokens = np.minimum(np.concatenate(expressed)[order], job.checkpoint.shape.seq_len - 1) + 2
+
+    # Before anything is written: an array of another identity is refused.
+    EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())
+    plan = write_plan(
+        job.store,
+        job.folder.plan,
+        joinids,
+        divide(joinids, tokens, settings.shards, settings.megabatch_size),
+        shards=settings.shards,
+        primary_cells=primary_cells,
+    )
+    write_obs_ids(job.store, job.folder.obs_ids, joinids)
+    values = plan.totals.cells * job.identity.embedding_dim
+    return PlanSummary(
+        totals=plan.totals,
+        estimated_bytes=int(values * BYTES_PER_VALUE[settings.storage_precision]),
+        expressed_genes=int(np.count_nonzero(expressing)),
+        known_genes=int(np.count_nonzero(expressing[known])),
+        known_share=known_share,
+        root=job.folder.root,
+        identity=job.identity.digest,
+    )

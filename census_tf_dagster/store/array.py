@@ -1,0 +1,193 @@
+"""The embeddings array: a TileDB-SOMA `SparseNDArray`, float32, cells x features.
+
+`soma_dim_0` is the Census obs joinid. Every embedded cell stores all its values. One write is one fragment,
+atomic. The array itself is the checkpoint: what is committed stands in its fragments.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import tiledb
+import tiledbsoma
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.storage import Storage
+
+IDENTITY_KEY = "census_tf_identity"
+"""Array metadata key of the identity's JSON."""
+RECORD_KEY = "census_tf_record"
+"""Array metadata key of the record's JSON: written once the array is proved."""
+
+# Sorted coordinates are almost free with double-delta; zstd 1 takes a seventh of the time of the consumers'
+# levels 9 and 19 for a few percent of size (docs/performance.md).
+_ZSTD = {"_type": "ZstdFilter", "level": 1}
+_TILE_ROWS = 2048
+
+
+def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
+    # With one tile over all features, cells sorted by joinid and feature stand in global order.
+    coordinates = ["DoubleDeltaFilter", _ZSTD]
+    return tiledbsoma.TileDBCreateOptions(
+        capacity=2**17,
+        allows_duplicates=False,
+        tile_order="row-major",
+        cell_order="row-major",
+        dims={
+            "soma_dim_0": {"tile": _TILE_ROWS, "filters": coordinates},
+            "soma_dim_1": {"tile": n_features, "filters": coordinates},
+        },
+        attrs={"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD]}},
+    )
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One committed write.
+
+    Attributes
+    ----------
+    name
+        Unique name within the array.
+    first, last
+        Smallest and largest joinid in it.
+    values
+        Number of stored values (cells x features).
+    """
+
+    name: str
+    first: int
+    last: int
+    values: int
+
+
+@dataclass(frozen=True)
+class EmbeddingsArray:
+    """An array whose identity was compared. Made by `create` or `open`."""
+
+    uri: str
+    storage: Storage
+    rows: int
+    n_features: int
+
+    @classmethod
+    def create(cls, uri: str, storage: Storage, identity: Identity, rows: int) -> "EmbeddingsArray":
+        """Create the array, or open it when it is there already.
+
+        Parameters
+        ----------
+        uri, storage
+            Where.
+        identity
+            What it will hold; an array of another identity is refused.
+        rows
+            The Census's largest obs joinid + 1, the first dimension that consumers expect.
+
+        Raises
+        ------
+        UserError
+            When something else stands there.
+        """
+        try:
+            with tiledbsoma.SparseNDArray.create(
+                uri,
+                type=pa.float32(),
+                shape=(rows, identity.embedding_dim),
+                platform_config=_creation_options(identity.embedding_dim),
+                context=storage.soma_context(),
+            ) as array:
+                array.metadata[IDENTITY_KEY] = identity.to_json()
+        except tiledbsoma.AlreadyExistsError:
+            pass
+        found = cls.open(uri, storage, identity)
+        if found.rows != rows:
+            raise UserError(f"the array at {uri} has {found.rows} rows; the Census has joinids up to {rows - 1}.")
+        return found
+
+    @classmethod
+    def open(cls, uri: str, storage: Storage, identity: Identity) -> "EmbeddingsArray":
+        """Open an existing array after comparing identities.
+
+        Raises
+        ------
+        UserError
+            When there is no array of ours, or one of another identity.
+        """
+        try:
+            with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context()) as array:
+                stored = array.metadata.get(IDENTITY_KEY)
+                shape = array.shape
+        except tiledbsoma.DoesNotExistError as error:
+            raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
+        except (tiledbsoma.SOMAError, TypeError) as error:
+            raise UserError(f"{uri} holds something that is no SparseNDArray: {error}") from error
+        if stored is None:
+            raise UserError(f"the array at {uri} was not made by this project: it has no {IDENTITY_KEY}.")
+        identity.require_equal(stored, f"the array at {uri}")
+        return cls(uri, storage, rows=int(shape[0]), n_features=int(shape[1]))
+
+    def write(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:
+        """Commit some cells as one fragment.
+
+        Parameters
+        ----------
+        joinids
+            Strictly ascending, int64 ``(n,)``.
+        embeddings
+            float32 ``(n, n_features)``, finite.
+        """
+        n = len(joinids)
+        if embeddings.shape != (n, self.n_features):
+            raise ValueError(f"embeddings are {embeddings.shape}; expected ({n}, {self.n_features})")
+        table = pa.table(
+            {
+                "soma_dim_0": np.repeat(joinids, self.n_features),
+                "soma_dim_1": np.tile(np.arange(self.n_features, dtype=np.int64), n),
+                "soma_data": embeddings.reshape(-1),
+            }
+        )
+        # Opened for each write: all writes through one handle would carry the time of its opening, and
+        # the later of two values for a cell wins by that time. Not sorted again: global order, or it raises.
+        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context()) as array:
+            array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
+
+    def fragments(self) -> list[Fragment]:
+        """List what is committed, from metadata alone; in order of the first joinid."""
+        infos = tiledb.FragmentInfoList(self.uri, ctx=self.storage.tiledb_ctx)
+        found = [
+            Fragment(
+                name=info.uri.rstrip("/").rsplit("/", 1)[-1],
+                first=int(info.nonempty_domain[0][0]),
+                last=int(info.nonempty_domain[0][1]),
+                values=int(info.cell_num),
+            )
+            for info in infos
+        ]
+        return sorted(found, key=lambda fragment: (fragment.first, fragment.name))
+
+    def joinids_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Read which cells are present in a range of joinids, by their first feature; ascending."""
+        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context()) as array:
+            tables = array.read(coords=(slice(first, last), slice(0, 0))).tables()
+            return np.sort(tables.concat()["soma_dim_0"].to_numpy())
+
+    def values_between(self, first: int, last: int) -> Iterator[pa.Table]:
+        """Yield all stored values with joinids in a range, as soma_dim_0, soma_dim_1, soma_data."""
+        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context()) as array:
+            yield from array.read(coords=(slice(first, last), slice(None))).tables()
+
+    def write_record(self, record: dict[str, object]) -> None:
+        """Store how the array was made beside its identity."""
+        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context()) as array:
+            array.metadata[RECORD_KEY] = json.dumps(record, sort_keys=True)
+
+
+def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Round to 7 mantissa bits, half to even, what Census embeddings store; finite values only."""
+    bits = values.view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return ((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)

@@ -1,0 +1,38 @@
+"""Where things stand in the store: ``{store}/{set}/{release}/{first 12 hex of the identity}/``."""
+
+from dataclasses import dataclass
+
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.names import require_name
+
+@dataclass(frozen=True)
+class ReleaseFolder:
+    """The places of one set, release and identity."""
+
+    root: str
+
+    @classmethod
+    def of(cls, store: str, set_name: str, release: str, identity: Identity) -> "ReleaseFolder":
+        """Return the folder for an identity."""
+        require_name(set_name, "set")
+        require_name(release, "release")
+        return cls(f"{store}/{set_name}/{release}/{identity.digest[:12]}")
+
+    @property
+    def plan(self) -> str:
+        """Folder of the plans."""
+        return f"{self.root}/plan"
+
+    @property
+    def obs_ids(self) -> str:
+        """The consumers' list of planned ids."""
+        return f"{self.root}/obs_ids.parquet"
+
+    @property
+    def array(self) -> str:
+        """The SOMA array."""
+        return f"{self.root}/embeddings"
+
+    def proof(self, plan: str, shard: int) -> str:
+        """What was read back of one shard."""
+        return f"{self.root}/proofs/{plan}/{shard:05d}.json"

@@ -1,0 +1,145 @@
+"""Proof that exactly the planned cells are in the array, each with all its values, all finite.
+
+A shard reads back the range of joinids it answers for and writes down which fragments it saw there. The
+release is proved when every shard has such a proof and no fragment came later; what came later is read
+again. So the last asset costs O(fragments), not O(cells).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from census_tf_dagster.census.plan import Megabatch, Plan
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.store.array import EmbeddingsArray, Fragment
+from census_tf_dagster.store.layout import ReleaseFolder
+
+CELLS_AT_ONCE = 4096
+
+
+class ProofError(Exception):
+    """The array does not hold what was planned."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was read back of one shard, and the fragments that were there."""
+
+    plan: str
+    shard: int
+    cells: int
+    fragments: tuple[str, ...]
+
+
+def answered_ranges(plan: Plan, rows: int) -> dict[int, tuple[int, int]]:
+    """Return the joinids that each shard with cells answers for, first and last inclusive.
+
+    Together they cover 0 to ``rows - 1`` without a gap, so a cell that nobody planned is in some range.
+    """
+    firsts = {shard: batches[0].first for shard in range(plan.totals.shards) if (batches := plan.shard(shard))}
+    shards = sorted(firsts)
+    ends = [firsts[shard] - 1 for shard in shards[1:]] + [rows - 1]
+    return {
+        shard: (firsts[shard] if position else 0, end)
+        for position, (shard, end) in enumerate(zip(shards, ends, strict=True))
+    }
+
+
+def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Proof:
+    """Read one shard's range back and write its proof.
+
+    Raises
+    ------
+    ProofError
+        When a planned cell is missing or lacks values, a value is not finite, or an unplanned cell is there.
+    """
+    batches = plan.shard(shard)
+    # Listed before reading: a fragment that comes in between is not covered and will be read again.
+    fragments: list[Fragment] = []
+    cells = 0
+    if batches:
+        first, last = answered_ranges(plan, array.rows)[shard]
+        fragments = [f for f in array.fragments() if f.first <= last and f.last >= first]
+        ends = [batch.first - 1 for batch in batches[1:]] + [last]
+        for number, (batch, end) in enumerate(zip(batches, ends, strict=True)):
+            begin = batch.first if number else first
+            _require_exactly(array, plan, batch, begin, end)
+            cells += batch.cells
+    proof = Proof(plan.totals.plan, shard, cells, tuple(fragment.name for fragment in fragments))
+    array.storage.write(folder.proof(proof.plan, shard), json.dumps(asdict(proof)).encode())
+    return proof
+
+
+def _require_exactly(array: EmbeddingsArray, plan: Plan, batch: Megabatch, begin: int, end: int) -> None:
+    (planned,) = plan.read_ids(array.storage, [batch])
+    for at in range(0, len(planned), CELLS_AT_ONCE):
+        part = planned[at : at + CELLS_AT_ONCE]
+        low = begin if at == 0 else int(part[0])
+        high = end if at + CELLS_AT_ONCE >= len(planned) else int(planned[at + CELLS_AT_ONCE]) - 1
+        counts = np.zeros(len(part), np.int64)
+        for table in array.values_between(low, high):
+            counts += _count_values(table, part)
+        short = part[counts != array.n_features]
+        if len(short):
+            raise ProofError(
+                f"{len(short)} planned cells are missing or incomplete in {array.uri}, joinids "
+                f"{short[:10].tolist()}; each must have {array.n_features} values. Run their shard again."
+            )
+
+
+def _count_values(table: pa.Table, planned: np.ndarray) -> np.ndarray:
+    joinids = table["soma_dim_0"].to_numpy()
+    values = table["soma_data"].to_numpy()
+    if not np.isfinite(values).all():
+        wrong = np.unique(joinids[~np.isfinite(values)])
+        raise ProofError(f"{len(wrong)} cells have values that are not finite, joinids {wrong[:10].tolist()}.")
+    position = np.minimum(np.searchsorted(planned, joinids), len(planned) - 1)
+    strange = np.unique(joinids[planned[position] != joinids])
+    if len(strange):
+        raise ProofError(f"{len(strange)} cells are in the array but not planned, joinids {strange[:10].tolist()}.")
+    return np.bincount(position, minlength=len(planned))
+
+
+def read_proofs(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, Proof]:
+    """Load the proofs that shards of this plan have left."""
+    found = {}
+    for shard in range(plan.totals.shards):
+        uri = folder.proof(plan.totals.plan, shard)
+        if array.storage.exists(uri):
+            content = json.loads(array.storage.read(uri))
+            found[shard] = Proof(**{**content, "fragments": tuple(content["fragments"])})
+    return found
+
+
+def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> list[int]:
+    """Prove that the whole array is exactly the plan; return the shards that had to be read again.
+
+    Raises
+    ------
+    UserError
+        When shards have not finished, naming them.
+    ProofError
+        When the array does not hold what was planned.
+    """
+    proofs = read_proofs(array, plan, folder)
+    unfinished = [shard for shard in range(plan.totals.shards) if shard not in proofs]
+    if unfinished:
+        raise UserError(
+            f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {unfinished[:10]}: "
+            "materialize shard_embeddings of these partitions first."
+        )
+    ranges = answered_ranges(plan, array.rows)
+    fragments = array.fragments()
+    stale = [
+        shard
+        for shard, (first, last) in ranges.items()
+        if {f.name for f in fragments if f.first <= last and f.last >= first} != set(proofs[shard].fragments)
+    ]
+    for shard in stale:
+        proofs[shard] = prove_shard(array, plan, folder, shard)
+    proved = sum(proof.cells for proof in proofs.values())
+    if proved != plan.totals.cells:
+        raise ProofError(f"{proved} cells are proved, {plan.totals.cells} were planned: the proofs are damaged.")
+    return stale
