@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
-from census_tf_dagster.settings import SetSettings
 from census_tf_dagster.names import normalise
+from census_tf_dagster.settings import SetSettings
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
@@ -44,7 +44,8 @@ class EmbeddingSet(dg.Component, dg.Model):
         default="fp16", description="Precision of weights and activations."
     )
     storage_precision: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are."
+        default="bfloat16",
+        description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
 

@@ -12,7 +12,10 @@ def shard_partitions(shards: int) -> dg.MultiPartitionsDefinition:
     """Return release x shard. A second dynamic dimension would break backfills, so shards are static."""
     width = len(str(shards - 1))
     return dg.MultiPartitionsDefinition(
-        {"release": RELEASES, "shard": dg.StaticPartitionsDefinition([f"{i:0{width}d}" for i in range(shards)])}
+        {
+            "release": RELEASES,
+            "shard": dg.StaticPartitionsDefinition([f"{i:0{width}d}" for i in range(shards)]),
+        }
     )
 
 

@@ -20,9 +20,7 @@ def asset_key(settings: SetSettings, name: str) -> dg.AssetKey:
 
 
 @contextmanager
-def partition_job(
-    settings: SetSettings, release: str, census: CensusResource, store: StoreResource
-) -> Iterator["Job"]:
+def partition_job(settings: SetSettings, release: str, census: CensusResource, store: StoreResource) -> Iterator["Job"]:
     """Open the job of a release; what a user can mend fails the run at once, without retries."""
     from census_tf_dagster.steps.job import open_job
 

@@ -24,7 +24,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
     )
     def embeddings_array(
         context: dg.AssetExecutionContext, census: CensusResource, store: StoreResource
-    ) -> dg.MaterializeResult:
+    ) -> dg.MaterializeResult[None]:
         from census_tf_dagster.steps.finishing import finish_array
 
         with partition_job(settings, context.partition_key, census, store) as job:

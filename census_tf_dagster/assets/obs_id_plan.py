@@ -23,7 +23,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
     )
     def obs_id_plan(
         context: dg.AssetExecutionContext, census: CensusResource, store: StoreResource
-    ) -> dg.MaterializeResult:
+    ) -> dg.MaterializeResult[None]:
         from census_tf_dagster.steps.planning import make_plan
 
         with partition_job(settings, context.partition_key, census, store) as job:

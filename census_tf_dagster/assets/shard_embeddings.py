@@ -31,7 +31,7 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
     )
     def shard_embeddings(
         context: dg.AssetExecutionContext, config: ShardConfig, census: CensusResource, store: StoreResource
-    ) -> dg.MaterializeResult:
+    ) -> dg.MaterializeResult[None]:
         from census_tf_dagster.steps.embedding import ShardSummary, embed_shard
 
         keys = context.partition_key

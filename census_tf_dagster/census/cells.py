@@ -89,9 +89,7 @@ def _joined(parts: list[npt.NDArray[_T]], dtype: type[_T]) -> npt.NDArray[_T]:
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
-def _require_raw_counts(
-    csr: scipy.sparse.csr_array, joinids: npt.NDArray[np.int64], release: OrganismRelease
-) -> None:
+def _require_raw_counts(csr: scipy.sparse.csr_array, joinids: npt.NDArray[np.int64], release: OrganismRelease) -> None:
     wrong = np.flatnonzero(~((csr.data >= 0) & (csr.data == np.rint(csr.data)) & np.isfinite(csr.data)))
     if len(wrong):
         rows = np.unique(np.searchsorted(csr.indptr, wrong, side="right") - 1)

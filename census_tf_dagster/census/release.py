@@ -65,7 +65,10 @@ class OrganismRelease:
     @property
     def counts(self) -> tiledbsoma.SparseNDArray:
         """Raw counts, cells x genes."""
-        return self.experiment.ms[MEASUREMENT].X[LAYER]
+        layer = self.experiment.ms[MEASUREMENT].X[LAYER]
+        if not isinstance(layer, tiledbsoma.SparseNDArray):
+            raise UserError(f"X/{LAYER} of {self.organism} in {self.uri} is dense; a Census stores it sparse.")
+        return layer
 
     def obs_rows(self) -> int:
         """Return the largest obs joinid + 1: what consumers want as the array's first dimension."""

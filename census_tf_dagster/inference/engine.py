@@ -75,7 +75,13 @@ class Engine:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, tokenizer: Tokenizer, *, precision: str, device: str, batch_size: int | None
+        cls,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        *,
+        precision: str,
+        device: str,
+        batch_size: int | None,
     ) -> "Engine":
         """Load a checkpoint for one gene axis."""
         target = choose_device(device)

@@ -88,9 +88,7 @@ class Tokenizer:
             known_genes=known,
             # Upstream masks by number: an assay that shares unknown's number is masked with it.
             assay_rows={
-                assay: row
-                for assay, row in checkpoint.aux_vocab.items()
-                if row != checkpoint.aux_vocab[UNKNOWN]
+                assay: row for assay, row in checkpoint.aux_vocab.items() if row != checkpoint.aux_vocab[UNKNOWN]
             },
             start_row=start_row,
             seq_len=checkpoint.shape.seq_len,
@@ -113,7 +111,7 @@ class Tokenizer:
         return PackedCells(tokens, bias, offsets)
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _pack(indptr, columns, values, row_of_column, assay_rows, start_row, max_genes):  # type: ignore[no-untyped-def]
     n_cells = len(indptr) - 1
     offsets = np.zeros(n_cells + 1, np.int64)

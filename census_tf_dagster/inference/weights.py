@@ -146,10 +146,10 @@ def _pretrained_rows(checkpoint: Checkpoint, genes: tuple[str, ...], esm_dim: in
                 row = position.pop(key.decode(), None)
                 if row is None:
                     continue
-                if arrays[key].shape != (esm_dim,):
+                values = arrays[key][()]
+                if values.shape != (esm_dim,):
                     raise UserError(
-                        f"{path}: the embedding of {key.decode()} is {arrays[key].shape}; the checkpoint takes "
-                        f"({esm_dim},)."
+                        f"{path}: the embedding of {key.decode()} is {values.shape}; the checkpoint takes ({esm_dim},)."
                     )
-                rows[row] = arrays[key][:]
+                rows[row] = values
     return torch.from_numpy(rows)

@@ -7,6 +7,7 @@ atomic. The array itself is the checkpoint: what is committed stands in its frag
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,13 @@ RECORD_KEY = "census_tf_record"
 
 # Sorted coordinates are almost free with double-delta; zstd 1 takes a seventh of the time of the consumers'
 # levels 9 and 19 for a few percent of size (docs/performance.md).
-_ZSTD = {"_type": "ZstdFilter", "level": 1}
+_ZSTD: Any = {"_type": "ZstdFilter", "level": 1}
 _TILE_ROWS = 2048
 
 
 def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
     # With one tile over all features, cells sorted by joinid and feature stand in global order.
-    coordinates = ["DoubleDeltaFilter", _ZSTD]
+    coordinates: Any = ["DoubleDeltaFilter", _ZSTD]
     return tiledbsoma.TileDBCreateOptions(
         capacity=2**17,
         allows_duplicates=False,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.names import require_name
 
+
 @dataclass(frozen=True)
 class ReleaseFolder:
     """The places of one set, release and identity."""
@@ -34,5 +35,5 @@ class ReleaseFolder:
         return f"{self.root}/embeddings"
 
     def proof(self, plan: str, shard: int) -> str:
-        """What was read back of one shard."""
+        """Return where the proof of a shard stands."""
         return f"{self.root}/proofs/{plan}/{shard:05d}.json"

@@ -20,7 +20,8 @@ def missing_megabatches(array: EmbeddingsArray, plan: Plan, batches: Sequence[Me
     fragments = array.fragments()
     for fragment in fragments:
         committed[fragment.first, fragment.last].append(fragment)
-    missing, doubtful = [], []
+    missing: list[Megabatch] = []
+    doubtful: list[Megabatch] = []
     firsts = np.array([fragment.first for fragment in fragments], dtype=np.int64)
     lasts = np.array([fragment.last for fragment in fragments], dtype=np.int64)
     for batch in batches:
