@@ -1,0 +1,36 @@
+"""Options and the few fixtures that several test modules share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import SHARED_DATA, Oracle, Project
+
+os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--oracle", type=Path, help="upstream's `transcriptformer` command, in its own environment")
+
+
+@pytest.fixture(scope="session")
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    command = request.config.getoption("--oracle")
+    if command is None:
+        pytest.skip("no --oracle given")
+    assert command.exists(), f"--oracle {command} does not exist"
+    return Oracle(command.absolute(), tmp_path_factory.mktemp("oracle"))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.fixture(params=["mouse_merfish_500", "human_10x_chr21"])
+def real_file(request: pytest.FixtureRequest) -> Path:
+    path = SHARED_DATA / f"{request.param}.h5ad"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not here")
+    return path

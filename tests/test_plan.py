@@ -1,0 +1,74 @@
+"""Dividing cells into shards and megabatches, and the files that hold it."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from census_tf_dagster.census.plan import divide, read_plan, write_plan
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.storage import Storage
+
+
+def test_shards_are_ascending_and_balanced_by_tokens() -> None:
+    rng = np.random.default_rng(0)
+    joinids = np.sort(rng.choice(100_000, 20_000, replace=False))
+    tokens = np.where(joinids < 50_000, 90, 1800).astype(np.int32)
+    batches = divide(joinids, tokens, shards=7, megabatch_size=500)
+    assert [b.index for b in batches] == list(range(len(batches)))
+    assert sum(b.cells for b in batches) == 20_000
+    assert all(earlier.last < later.first for earlier, later in itertools.pairwise(batches))
+    per_shard = np.array([sum(b.tokens for b in batches if b.shard == s) for s in range(7)])
+    assert per_shard.sum() == tokens.sum()
+    assert per_shard.max() - per_shard.min() <= 2 * tokens.max()
+    assert max(b.cells for b in batches) == 500
+
+
+@pytest.mark.parametrize("cells", [1, 2, 5])
+def test_fewer_cells_than_shards_leave_shards_empty(cells: int) -> None:
+    batches = divide(np.arange(cells) * 3, np.full(cells, 10, np.int32), shards=8, megabatch_size=4)
+    assert sum(b.cells for b in batches) == cells
+    assert len({b.shard for b in batches}) == cells
+
+
+def test_written_plan_reads_back_one_row_group_per_megabatch(tmp_path: Path) -> None:
+    storage, joinids = Storage(), np.arange(0, 1000, 3)
+    batches = divide(joinids, np.full(len(joinids), 5, np.int32), shards=3, megabatch_size=50)
+    written = write_plan(storage, str(tmp_path), joinids, batches, shards=3, primary_cells=7)
+    plan = read_plan(storage, str(tmp_path))
+    assert plan == written
+    assert np.array_equal(np.concatenate(plan.read_ids(storage, plan.megabatches)), joinids)
+    file = pq.ParquetFile(tmp_path / f"{plan.totals.plan}.obs_ids.parquet")
+    assert file.num_row_groups == len(batches)
+    (ids,) = plan.read_ids(storage, [plan.megabatches[4]])
+    assert (ids[0], ids[-1], len(ids)) == (batches[4].first, batches[4].last, batches[4].cells)
+
+
+def test_a_plan_never_changes_another_is_a_new_file(tmp_path: Path) -> None:
+    storage, joinids = Storage(), np.arange(100)
+    tokens = np.full(100, 5, np.int32)
+    first = write_plan(storage, str(tmp_path), joinids, divide(joinids, tokens, 2, 10), shards=2, primary_cells=0)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.parquet")}
+    second = write_plan(storage, str(tmp_path), joinids, divide(joinids, tokens, 3, 10), shards=3, primary_cells=0)
+    assert first.totals.plan != second.totals.plan
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert np.array_equal(np.concatenate(first.read_ids(storage, first.megabatches)), joinids)
+    assert read_plan(storage, str(tmp_path)).totals == second.totals
+
+
+def test_errors_say_what_to_do(tmp_path: Path) -> None:
+    storage = Storage()
+    with pytest.raises(UserError, match="materialize obs_id_plan"):
+        read_plan(storage, str(tmp_path))
+    joinids = np.arange(10)
+    batches = divide(joinids, np.full(10, 5, np.int32), 2, 10)
+    plan = write_plan(storage, str(tmp_path), joinids, batches, shards=2, primary_cells=0)
+    with pytest.raises(UserError, match=r"shard 2 is not in the plan, which has 2 \(0 to 1\)"):
+        plan.shard(2)
+    totals = json.loads((tmp_path / "current.json").read_text())
+    (tmp_path / "current.json").write_text(json.dumps({**totals, "cells": 11}))
+    with pytest.raises(UserError, match="damaged"):
+        read_plan(storage, str(tmp_path))
