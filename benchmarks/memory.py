@@ -1,0 +1,111 @@
+"""Peak memory of one shard run against the number of cells in the shard.
+
+    python -m benchmarks.memory [--quick] [--json]
+
+Each size is run in a process of its own on a synthetic Census of 60,000 genes, median 1,800 expressed, megabatches
+of 1,024 cells, a model of one small layer at the full window of 2,047 (the model is not what could grow).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GENES = 60_000
+MEGABATCH = 1024
+RELEASE = "2025-11-08"
+
+
+def build(folder: Path, cells: int) -> None:
+    """Build a Census of so many cells, and once the checkpoint."""
+    from census_tf_dagster.demo.census import build_census
+    from census_tf_dagster.demo.checkpoint import build_checkpoint
+    from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
+
+    organism = synthetic_organism("homo_sapiens", "Homo sapiens", cells, GENES, "ENSG", seed=1)
+    build_census(str(folder / str(cells) / RELEASE), RELEASE, [organism])
+    if not (folder / "checkpoint").exists():
+        genes = organism.genes["feature_id"].tolist()[:20_000]
+        sizes = {"embed_dim": 16, "num_heads": 1, "num_layers": 1, "model_dim": 16, "esm_dim": 16}
+        build_checkpoint(folder / "checkpoint", {"homo_sapiens": genes}, KNOWN_ASSAYS, **sizes)
+
+
+def run(folder: Path, cells: int) -> dict[str, float]:
+    """Run the only shard of that Census; return seconds and this process's peak memory."""
+    from census_tf_dagster.resources import CensusResource, StoreResource
+    from census_tf_dagster.settings import SetSettings
+    from census_tf_dagster.steps.embedding import embed_shard
+    from census_tf_dagster.steps.job import open_job
+    from census_tf_dagster.steps.planning import make_plan
+
+    settings = SetSettings(
+        name=f"cells_{cells}",
+        organism="homo_sapiens",
+        checkpoint=str(folder / "checkpoint"),
+        pretrained_embeddings=(),
+        shards=1,
+        value_filter=None,
+        mod=1,
+        megabatch_size=MEGABATCH,
+        batch_size=None,
+        compute_precision="fp32",
+        storage_precision="bfloat16",
+        device="cpu",
+    )
+    census = CensusResource(location=str(folder / str(cells) / "{release}"))
+    store = StoreResource(location=str(folder / "store"))
+    with open_job(
+        settings,
+        release=RELEASE,
+        census_uri=census.uri(RELEASE),
+        census=census.storage(),
+        store_uri=store.uri(),
+        store=store.storage(),
+        cache=folder,
+    ) as job:
+        make_plan(job)
+        started = time.monotonic()
+        summary = embed_shard(job, 0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"cells": summary.cells, "seconds": time.monotonic() - started, "peak_gib": peak, **summary.seconds}
+
+
+def main() -> None:
+    """Build, run each size in its own process, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="500 against 2,000 cells")
+    parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
+    parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        step, folder, cells = arguments.step[0], Path(arguments.step[1]), int(arguments.step[2])
+        if step == "build":
+            build(folder, cells)
+        else:
+            print(json.dumps(run(folder, cells)))
+        return
+    sizes = (500, 2000) if arguments.quick else (4000, 40_000)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for cells in sizes:
+            for step in ("build", "run"):
+                command = [sys.executable, "-m", "benchmarks.memory", "--step", step, folder, str(cells)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    print(" cells  seconds  peak GiB")
+    for row in rows:
+        print(f"{row['cells']:>6} {row['seconds']:>8.0f} {row['peak_gib']:>9.2f}")
+    print(f"ratio of peaks: {rows[1]['peak_gib'] / rows[0]['peak_gib']:.3f}")
+    if arguments.json:
+        ours, reference = rows[1]["peak_gib"], rows[0]["peak_gib"]
+        print(
+            json.dumps({"ours": ours, "reference": reference, "ratio": ours / reference, "unit": "GiB", "rows": rows})
+        )
+
+
+if __name__ == "__main__":
+    main()
