@@ -14,10 +14,10 @@ ui: $(VENV)/.worker  ## Dagster's web interface on the demo
 	DAGSTER_HOME=$(CURDIR)/demo-data/dagster_home $(BIN)/dagster dev -w workspace.yaml
 
 test: $(VENV)/.dev $(ORACLE)/.ready lint  ## everything that CI runs
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not gpu" --oracle $(ORACLE)/bin/transcriptformer
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not gpu" --oracle=$(ORACLE)/bin/transcriptformer tests
 
 soak: $(VENV)/.dev $(ORACLE)/.ready  ## the long, seeded trials
-	$(BIN)/python -m pytest -m soak --oracle $(ORACLE)/bin/transcriptformer
+	$(BIN)/python -m pytest -m soak --oracle=$(ORACLE)/bin/transcriptformer tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
+from census_tf_dagster.assets.proved import build_proved_check
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.names import normalise
 from census_tf_dagster.settings import SetSettings
@@ -79,12 +80,13 @@ class EmbeddingSet(dg.Component, dg.Model):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
-        """Build the set's three assets."""
+        """Build the set's three assets and the check of the last."""
         settings = self.settings()
         return dg.Definitions(
             assets=[
                 build_obs_id_plan(settings),
                 build_shard_embeddings(settings),
                 build_embeddings_array(settings),
-            ]
+            ],
+            asset_checks=[build_proved_check(settings)],
         )

@@ -66,17 +66,14 @@ class Storage:
     """
 
     def __init__(self, s3: S3Settings | None = None) -> None:
-        self.config = {
-            "soma.init_buffer_bytes": str(READ_BUFFER_BYTES),
-            **(s3 or S3Settings()).tiledb_config(),
-        }
-        # tiledb-py does not know tiledbsoma's keys.
-        self.tiledb_ctx = tiledb.Ctx({k: v for k, v in self.config.items() if not k.startswith("soma.")})
+        config = (s3 or S3Settings()).tiledb_config()
+        self.tiledb_ctx = tiledb.Ctx(config)
+        # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
+        # sees what was committed before it.
+        self.soma_context = tiledbsoma.SOMATileDBContext(
+            tiledb_config={**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES)}
+        )
         self._vfs = tiledb.VFS(ctx=self.tiledb_ctx)
-
-    def soma_context(self) -> tiledbsoma.SOMATileDBContext:
-        """Return a fresh context, so that each opening sees what was committed before it."""
-        return tiledbsoma.SOMATileDBContext(tiledb_config=dict(self.config))
 
     def exists(self, uri: str) -> bool:
         """Tell whether a file stands at `uri`."""

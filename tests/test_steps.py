@@ -11,7 +11,7 @@ import tiledbsoma
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.steps.embedding import ShardSummary, embed_shard
-from census_tf_dagster.steps.finishing import finish_array
+from census_tf_dagster.steps.finishing import array_state, finish_array
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
@@ -85,12 +85,16 @@ def test_recompute_makes_the_proof_stale_and_finishing_reads_again(project: Proj
     tiny(project)
     with project.job("tiny") as job:
         run_all(job)
-        assert finish_array(job).read_again == []
+        assert array_state(job) == "unproved"
+        assert finish_array(job).read_again == ()
+        assert array_state(job) == "proved"
         plan = read_plan(job.store, job.folder.plan)
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         (ids,) = plan.read_ids(job.store, [plan.shard(2)[0]])
         array.write(ids, np.ones((len(ids), 16), np.float32))
-        assert finish_array(job).read_again == [2]
+        assert array_state(job) == "stale"
+        assert finish_array(job).read_again == (2,)
+        assert array_state(job) == "proved"
 
 
 def test_shards_that_have_not_run_are_named(project: Project) -> None:

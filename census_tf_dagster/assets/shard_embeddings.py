@@ -1,11 +1,16 @@
 """The asset `shard_embeddings`: one partition per release and shard, one run each."""
 
+import time
+
 import dagster as dg
 
 from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.proved import report_stale
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
+
+OBSERVE_EVERY_SECONDS = 30.0
 
 
 class ShardConfig(dg.Config):
@@ -17,9 +22,10 @@ class ShardConfig(dg.Config):
 
 def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
     """Build a set's GPU asset."""
+    key = asset_key(settings, "shard_embeddings")
 
     @dg.asset(
-        key=asset_key(settings, "shard_embeddings"),
+        key=key,
         group_name=settings.name,
         partitions_def=shard_partitions(settings.shards),
         deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
@@ -32,22 +38,34 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
     def shard_embeddings(
         context: dg.AssetExecutionContext, config: ShardConfig, census: CensusResource, store: StoreResource
     ) -> dg.MaterializeResult[None]:
-        from census_tf_dagster.steps.embedding import ShardSummary, embed_shard
+        from census_tf_dagster.steps.embedding import SetAsideError, ShardSummary, embed_shard
+        from census_tf_dagster.steps.finishing import array_state
 
         keys = context.partition_key
         if not isinstance(keys, dg.MultiPartitionKey):
             raise TypeError(f"partition key {keys!r} has no release and shard")
         release, shard = keys.keys_by_dimension["release"], int(keys.keys_by_dimension["shard"])
+        observed = time.monotonic()
 
-        def log(progress: ShardSummary) -> None:
-            context.log.info(
-                f"megabatch {progress.megabatches_computed} committed: {progress.cells_computed:,} of "
-                f"{progress.cells:,} cells in this run"
-            )
+        def show(progress: ShardSummary) -> None:
+            nonlocal observed
+            if progress.megabatches_computed == 1 and array_state(job) == "stale":
+                report_stale(context.instance, settings, release)
+            done = progress.cells_before + progress.cells_computed
+            rate, left = progress.cells_per_second(), progress.seconds_left()
+            context.log.info(f"{done:,} of {progress.cells:,} cells, {rate:.1f} cells/s, {left:.0f} s left")
+            if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
+                observed = time.monotonic()
+                metadata = {"cells_done": done, "cells": progress.cells, "cells_per_second": rate, "seconds_left": left}
+                context.log_event(dg.AssetObservation(asset_key=key, partition=str(keys), metadata=metadata))
 
         with partition_job(settings, release, census, store) as job:
-            summary = embed_shard(job, shard, recompute=config.recompute, report=log)
-        model_seconds = summary.seconds.get("model", 0.0)
+            try:
+                summary = embed_shard(job, shard, recompute=config.recompute, report=show)
+            except SetAsideError as error:
+                # A retry by itself would meet the same cells.
+                metadata = {"set_aside": [str(one) for one in error.failed]}
+                raise dg.Failure(str(error), metadata=metadata, allow_retries=False) from error
         return dg.MaterializeResult(
             metadata={
                 "cells": summary.cells,
@@ -55,7 +73,7 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
                 "megabatches": summary.megabatches,
                 "megabatches_computed": summary.megabatches_computed,
                 "tokens_computed": summary.tokens_computed,
-                "cells_per_second": round(summary.cells_computed / model_seconds, 2) if model_seconds else 0.0,
+                "cells_per_second": round(summary.cells_per_second(), 2),
                 "plan": summary.plan,
                 **{f"seconds_{stage}": round(seconds, 3) for stage, seconds in summary.seconds.items()},
             },

@@ -138,7 +138,7 @@ def open_release(uri: str, organism: str, storage: Storage) -> Iterator[Organism
         When there is no Census, the organism is missing, or a column that embedding needs is.
     """
     try:
-        census = cellxgene_census.open_soma(uri=uri, context=storage.soma_context())
+        census = cellxgene_census.open_soma(uri=uri, context=storage.soma_context)
     except (tiledbsoma.SOMAError, OSError, ValueError) as error:
         raise UserError(f"no Census can be opened at {uri}: {error}") from error
     with census:

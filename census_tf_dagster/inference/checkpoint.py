@@ -8,6 +8,9 @@ torch, so the control plane can plan with it.
 
 import hashlib
 import json
+import pickletools
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ from census_tf_dagster.storage import Storage
 
 SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
 """Upstream's order; embedding surgery relies on it."""
+TENSOR_NAMES = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+"""All that a saved state dict's index may name."""
 START, PAD, UNKNOWN = "[START]", "[PAD]", "unknown"
 
 
@@ -169,6 +174,7 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = ()) -> Checkpoint
             )
         pretrained_genes = frozenset(name for path in pretrained for name in read_gene_names(path))
 
+    _require_tensors_only(folder / "model_weights.pt")
     digest = hashlib.sha256(json.dumps([config["model"], aux_vocab, genes], sort_keys=True).encode())
     for path in (folder / "model_weights.pt", *pretrained):
         digest.update(_file_digest(path))
@@ -200,6 +206,27 @@ def read_gene_names(path: Path) -> list[str]:
     except (OSError, KeyError) as error:
         raise UserError(f"{path} is not a gene embedding file: {error}. Expected HDF5 with `keys` and `arrays`.") from (
             error
+        )
+
+
+def _require_tensors_only(path: Path) -> None:
+    """Refuse weights that are cut short, or whose pickled index names anything but tensors; runs none of it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            operations = list(pickletools.genops(archive.read(index)))
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is no whole PyTorch file of weights ({error}); it may be cut short. Expected model_weights.pt as "
+            "`transcriptformer download` makes it: download it again."
+        ) from error
+    names = {str(argument) for operation, argument, _ in operations if operation.name in ("GLOBAL", "INST")}
+    strange = sorted(name for name in names if not TENSOR_NAMES.fullmatch(name))
+    strange += sorted({operation.name for operation, _, _ in operations if operation.name == "STACK_GLOBAL"})
+    if strange:
+        raise UserError(
+            f"{path} is a pickle that names {', '.join(strange)}; only tensors may be in it, and it was not loaded. "
+            "Get model_weights.pt from its publisher again."
         )
 
 

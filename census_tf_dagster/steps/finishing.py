@@ -8,7 +8,7 @@ from importlib.metadata import version
 from census_tf_dagster.census.plan import PlanTotals, read_plan
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.proof import prove_release
+from census_tf_dagster.store.proof import prove_release, release_state
 
 RECORDED_PACKAGES = ("census-tf-dagster", "tiledbsoma", "tiledb", "cellxgene-census", "dagster")
 
@@ -34,7 +34,7 @@ class ArraySummary:
     totals: PlanTotals
     shape: tuple[int, int]
     fragments: int
-    read_again: list[int]
+    read_again: tuple[int, ...]
     uri: str
     identity: str
 
@@ -51,10 +51,11 @@ def finish_array(job: Job) -> ArraySummary:
     """
     plan = read_plan(job.store, job.folder.plan)
     array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    read_again = prove_release(array, plan, job.folder)
+    proof = prove_release(array, plan, job.folder)
     array.write_record(
         {
             "plan": plan.totals.plan,
+            "covered": proof.covered,
             "cells": plan.totals.cells,
             "proved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
@@ -65,7 +66,13 @@ def finish_array(job: Job) -> ArraySummary:
         totals=plan.totals,
         shape=(array.rows, array.n_features),
         fragments=len(array.fragments()),
-        read_again=read_again,
+        read_again=proof.read_again,
         uri=array.uri,
         identity=job.identity.digest,
     )
+
+
+def array_state(job: Job) -> str:
+    """Tell whether the array is ``unproved``, ``stale`` (plan or commits have changed) or ``proved``."""
+    plan = read_plan(job.store, job.folder.plan)
+    return release_state(EmbeddingsArray.open(job.folder.array, job.store, job.identity), plan)

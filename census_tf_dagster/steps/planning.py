@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.plan import PlanTotals, divide, write_obs_ids, write_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.steps.job import Job
@@ -11,6 +12,11 @@ from census_tf_dagster.store.array import EmbeddingsArray
 
 BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 4.4}
 """Stored bytes of a value with its coordinates, compressed: measured on 2,048 features (docs/performance.md)."""
+
+LEAST_KNOWN_SHARE = 0.25
+"""Below this the embedding says little: human genes in a human model are near 0.9, other species' near 0."""
+SAMPLED_CELLS = 64
+"""Cells whose counts are looked at before anything is written."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,12 @@ def make_plan(job: Job) -> PlanSummary:
     known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
     expressing = job.genes.cells_expressing
     known_share = float(expressing[known].sum() / max(expressing.sum(), 1))
-    if known_share == 0:
+    if known_share < LEAST_KNOWN_SHARE:
         raise UserError(
-            f"the checkpoint {settings.checkpoint} knows none of the {len(known)} genes of {settings.organism}, e.g. "
-            f"{job.genes.ids[:3]}. For a species outside its vocabulary set `pretrained_embeddings`."
+            f"{settings.checkpoint} knows {known_share:.1%} of what cells of {settings.organism} express "
+            f"({np.count_nonzero(known)} of {len(known)} genes; the Census has {', '.join(job.genes.ids[:3])}, ...); "
+            f"at least {LEAST_KNOWN_SHARE:.0%} is expected. For a species outside its vocabulary set "
+            "`pretrained_embeddings`, or choose another checkpoint."
         )
 
     ids, expressed, primary_cells = [], [], 0
@@ -73,6 +81,9 @@ def make_plan(job: Job) -> PlanSummary:
     joinids = joinids[order]
     # Assay and START, and the window's genes: an upper bound, as genes outside the vocabulary make no token.
     tokens = np.minimum(np.concatenate(expressed)[order], job.checkpoint.shape.seq_len - 1) + 2
+
+    # A Census of normalised values should not cost a shard's start on a GPU node first.
+    read_cells(job.release, joinids[:: -(-len(joinids) // SAMPLED_CELLS)], job.checkpoint.aux_column)
 
     # Before anything is written: an array of another identity is refused.
     EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())

@@ -99,11 +99,13 @@ class EmbeddingsArray:
                 type=pa.float32(),
                 shape=(rows, identity.embedding_dim),
                 platform_config=_creation_options(identity.embedding_dim),
-                context=storage.soma_context(),
+                context=storage.soma_context,
             ) as array:
                 array.metadata[IDENTITY_KEY] = identity.to_json()
         except tiledbsoma.AlreadyExistsError:
             pass
+        except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
+            raise UserError(f"the store cannot be written at {uri}: {error}") from error
         found = cls.open(uri, storage, identity)
         if found.rows != rows:
             raise UserError(f"the array at {uri} has {found.rows} rows; the Census has joinids up to {rows - 1}.")
@@ -119,7 +121,7 @@ class EmbeddingsArray:
             When there is no array of ours, or one of another identity.
         """
         try:
-            with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context()) as array:
+            with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context) as array:
                 stored = array.metadata.get(IDENTITY_KEY)
                 shape = array.shape
         except tiledbsoma.DoesNotExistError as error:
@@ -153,7 +155,7 @@ class EmbeddingsArray:
         )
         # Opened for each write: all writes through one handle would carry the time of its opening, and
         # the later of two values for a cell wins by that time. Not sorted again: global order, or it raises.
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context()) as array:
+        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
             array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
 
     def fragments(self) -> list[Fragment]:
@@ -172,18 +174,24 @@ class EmbeddingsArray:
 
     def joinids_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Read which cells are present in a range of joinids, by their first feature; ascending."""
-        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context()) as array:
+        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             tables = array.read(coords=(slice(first, last), slice(0, 0))).tables()
             return np.sort(tables.concat()["soma_dim_0"].to_numpy())
 
     def values_between(self, first: int, last: int) -> Iterator[pa.Table]:
         """Yield all stored values with joinids in a range, as soma_dim_0, soma_dim_1, soma_data."""
-        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context()) as array:
+        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             yield from array.read(coords=(slice(first, last), slice(None))).tables()
+
+    def read_record(self) -> dict[str, Any]:
+        """Return what `write_record` stored; empty when the array was never proved."""
+        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
+            record: dict[str, Any] = json.loads(array.metadata.get(RECORD_KEY, "{}"))
+        return record
 
     def write_record(self, record: dict[str, object]) -> None:
         """Store how the array was made beside its identity."""
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context()) as array:
+        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
             array.metadata[RECORD_KEY] = json.dumps(record, sort_keys=True)
 
 

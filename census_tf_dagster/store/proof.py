@@ -5,8 +5,11 @@ release is proved when every shard has such a proof and no fragment came later; 
 again. So the last asset costs O(fragments), not O(cells).
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -113,8 +116,30 @@ def read_proofs(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> di
     return found
 
 
-def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> list[int]:
-    """Prove that the whole array is exactly the plan; return the shards that had to be read again.
+@dataclass(frozen=True)
+class ReleaseProof:
+    """A proved release: which fragments the proof covers, and the shards that had to be read again."""
+
+    covered: str
+    read_again: tuple[int, ...]
+
+
+def coverage(fragments: Iterable[str]) -> str:
+    """Return a digest of a set of fragment names: equal digests, equal commits."""
+    return hashlib.sha256("\n".join(sorted(set(fragments))).encode()).hexdigest()[:16]
+
+
+def release_state(array: EmbeddingsArray, plan: Plan) -> Literal["unproved", "stale", "proved"]:
+    """Tell whether the last proof of the release still covers plan and commits. Reads metadata only."""
+    record = array.read_record()
+    if not record:
+        return "unproved"
+    now = (plan.totals.plan, coverage(fragment.name for fragment in array.fragments()))
+    return "proved" if (record.get("plan"), record.get("covered")) == now else "stale"
+
+
+def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> ReleaseProof:
+    """Prove that the whole array is exactly the plan.
 
     Raises
     ------
@@ -142,4 +167,4 @@ def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> 
     proved = sum(proof.cells for proof in proofs.values())
     if proved != plan.totals.cells:
         raise ProofError(f"{proved} cells are proved, {plan.totals.cells} were planned: the proofs are damaged.")
-    return stale
+    return ReleaseProof(coverage(name for proof in proofs.values() for name in proof.fragments), tuple(stale))
