@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anndata
 import numpy as np
@@ -123,7 +123,7 @@ class Project:
             "CENSUS_TF_STORE": str(self.folder / "store"),
             **self.env,
         }
-        (self.folder / "dagster_home").mkdir()
+        (self.folder / "dagster_home").mkdir(exist_ok=True)
         (self.folder / "dagster_home" / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
 
     @property
@@ -175,10 +175,19 @@ class Project:
 
     def materialize(self, asset: str, partition: str, config: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `dagster asset materialize` as the README does."""
-        dagster = str(Path(sys.executable).with_name("dagster"))
         extra = ["--config-json", config] if config else []
+        return self._run(*self._materialize_command(asset, partition), *extra)
+
+    def start_materialize(self, asset: str, partition: str, output: IO[str]) -> subprocess.Popen[str]:
+        """Start `dagster asset materialize` and return at once."""
+        command = self._materialize_command(asset, partition)
+        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=output, stderr=output, text=True)
+
+    @staticmethod
+    def _materialize_command(asset: str, partition: str) -> list[str]:
+        dagster = str(Path(sys.executable).with_name("dagster"))
         module = ["-m", "census_tf_dagster.definitions"]
-        return self._run(dagster, "asset", "materialize", *module, "--select", asset, "--partition", partition, *extra)
+        return [dagster, "asset", "materialize", *module, "--select", asset, "--partition", partition]
 
     def materialize_all(self, name: str, shards: int = 4) -> None:
         """Plan, all shards, array; each must succeed."""

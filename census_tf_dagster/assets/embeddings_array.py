@@ -35,6 +35,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
                 "rows": summary.shape[0],
                 "features": summary.shape[1],
                 "fragments": summary.fragments,
+                "excess_fragments": summary.excess_fragments,
                 "shards_read_again": len(summary.read_again),
                 "plan": summary.totals.plan,
                 "identity": summary.identity,

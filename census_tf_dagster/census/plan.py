@@ -135,7 +135,7 @@ def write_plan(
     shards: int,
     primary_cells: int,
 ) -> Plan:
-    """Write a plan below `folder` and make it the current one; equal plans are written once."""
+    """Write a plan below `folder` and make it the current one; equal plans are equal files."""
     index = pa.Table.from_pylist([asdict(batch) for batch in megabatches])
     digest = hashlib.sha256(joinids.astype("<i8").tobytes())
     digest.update(json.dumps([shards, [(batch.shard, batch.cells) for batch in megabatches]]).encode())
@@ -147,11 +147,10 @@ def write_plan(
         primary_cells=primary_cells,
         tokens=sum(batch.tokens for batch in megabatches),
     )
-    ids_uri = f"{folder}/{totals.plan}.obs_ids.parquet"
-    if not storage.exists(ids_uri):
-        storage.write(f"{folder}/{totals.plan}.megabatches.parquet", _parquet_bytes(index, [len(index)]))
-        ids = pa.table({"soma_joinid": joinids})
-        storage.write(ids_uri, _parquet_bytes(ids, [batch.cells for batch in megabatches]))
+    # Written again when they are there: the same content, and whole again should one have been damaged.
+    storage.write(f"{folder}/{totals.plan}.megabatches.parquet", _parquet_bytes(index, [len(index)]))
+    ids = pa.table({"soma_joinid": joinids})
+    storage.write(f"{folder}/{totals.plan}.obs_ids.parquet", _parquet_bytes(ids, [b.cells for b in megabatches]))
     storage.write(f"{folder}/current.json", json.dumps(asdict(totals), indent=1).encode())
     return Plan(totals, megabatches, folder)
 
@@ -167,11 +166,14 @@ def read_plan(storage: Storage, folder: str) -> Plan:
     pointer = f"{folder}/current.json"
     if not storage.exists(pointer):
         raise UserError(f"there is no plan at {folder}: materialize obs_id_plan of this release first.")
-    totals = PlanTotals(**json.loads(storage.read(pointer)))
-    rows = pq.read_table(io.BytesIO(storage.read(f"{folder}/{totals.plan}.megabatches.parquet"))).to_pylist()
-    plan = Plan(totals, tuple(Megabatch(**row) for row in rows), folder)
+    try:
+        totals = PlanTotals(**json.loads(storage.read(pointer)))
+        rows = pq.read_table(io.BytesIO(storage.read(f"{folder}/{totals.plan}.megabatches.parquet"))).to_pylist()
+        plan = Plan(totals, tuple(Megabatch(**row) for row in rows), folder)
+    except (ValueError, TypeError, pa.ArrowInvalid) as error:
+        raise UserError(f"the plan at {folder} is damaged ({error}): materialize obs_id_plan again.") from error
     if sum(batch.cells for batch in plan.megabatches) != totals.cells:
-        raise UserError(f"{pointer} and its megabatches disagree on the number of cells: the plan is damaged.")
+        raise UserError(f"the plan at {folder} is damaged (its files disagree): materialize obs_id_plan again.")
     return plan
 
 

@@ -146,7 +146,9 @@ def open_release(uri: str, organism: str, storage: Storage) -> Iterator[Organism
             organisms = sorted(census["census_data"].keys())
             summary = census["census_info"]["summary"].read().concat().to_pylist()
         except KeyError as error:
-            raise UserError(f"{uri} is no Census: it has no {error}. Expected census_data and census_info.") from error
+            raise UserError(
+                f"{uri} is no Census; expected census_data and census_info in it ({error.args[0]})."
+            ) from error
         if organism not in organisms:
             raise UserError(f"organism {organism!r} is not in the Census at {uri}. It has: {', '.join(organisms)}.")
         build_date = {row["label"]: row["value"] for row in summary}.get("census_build_date")

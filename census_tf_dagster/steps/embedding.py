@@ -16,7 +16,7 @@ from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import prove_shard
+from census_tf_dagster.store.proof import is_proved, prove_shard
 
 TRIES = 2
 MOST_SET_ASIDE = 8
@@ -157,7 +157,8 @@ def embed_shard(
             report(summary)
     if failed:
         raise SetAsideError(failed, untried=0)
-    prove_shard(array, plan, job.folder, shard)
+    if summary.megabatches_computed or not is_proved(array, plan, job.folder, shard):
+        prove_shard(array, plan, job.folder, shard)
     watch.lap("proof")
     return summary
 

@@ -23,8 +23,9 @@ class ArraySummary:
         The plan that it equals.
     shape
         Rows (obs domain) and features.
-    fragments
-        Committed writes.
+    fragments, excess_fragments
+        Committed writes, and how many more there are than megabatches planned: recomputed shards, or two workers
+        on one shard. Harmless (the later value of a cell counts), but paid twice.
     read_again
         Shards whose fragments had changed since their proof.
     uri
@@ -34,6 +35,7 @@ class ArraySummary:
     totals: PlanTotals
     shape: tuple[int, int]
     fragments: int
+    excess_fragments: int
     read_again: tuple[int, ...]
     uri: str
     identity: str
@@ -62,10 +64,12 @@ def finish_array(job: Job) -> ArraySummary:
             "packages": {name: version(name) for name in RECORDED_PACKAGES},
         }
     )
+    fragments = len(array.fragments())
     return ArraySummary(
         totals=plan.totals,
         shape=(array.rows, array.n_features),
-        fragments=len(array.fragments()),
+        fragments=fragments,
+        excess_fragments=max(fragments - plan.totals.megabatches, 0),
         read_again=proof.read_again,
         uri=array.uri,
         identity=job.identity.digest,

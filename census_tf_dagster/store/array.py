@@ -93,23 +93,28 @@ class EmbeddingsArray:
         UserError
             When something else stands there.
         """
-        try:
-            with tiledbsoma.SparseNDArray.create(
-                uri,
-                type=pa.float32(),
-                shape=(rows, identity.embedding_dim),
-                platform_config=_creation_options(identity.embedding_dim),
-                context=storage.soma_context,
-            ) as array:
-                array.metadata[IDENTITY_KEY] = identity.to_json()
-        except tiledbsoma.AlreadyExistsError:
-            pass
-        except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
-            raise UserError(f"the store cannot be written at {uri}: {error}") from error
-        found = cls.open(uri, storage, identity)
+        # Asked first: TileDB would create an array inside a group that stands there.
+        if not storage.is_folder(uri):
+            try:
+                tiledbsoma.SparseNDArray.create(
+                    uri,
+                    type=pa.float32(),
+                    shape=(rows, identity.embedding_dim),
+                    platform_config=_creation_options(identity.embedding_dim),
+                    context=storage.soma_context,
+                ).close()
+            except tiledbsoma.AlreadyExistsError:
+                pass
+            except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
+                raise UserError(f"the store cannot be written at {uri}: {error}") from error
+        found, stored = cls._look(uri, storage)
         if found.rows != rows:
             raise UserError(f"the array at {uri} has {found.rows} rows; the Census has joinids up to {rows - 1}.")
-        return found
+        # Whoever created it may have died before this line.
+        if stored is None and found.n_features == identity.embedding_dim and not found.fragments():
+            with tiledbsoma.SparseNDArray.open(uri, "w", context=storage.soma_context) as array:
+                array.metadata[IDENTITY_KEY] = identity.to_json()
+        return cls.open(uri, storage, identity)
 
     @classmethod
     def open(cls, uri: str, storage: Storage, identity: Identity) -> "EmbeddingsArray":
@@ -120,18 +125,23 @@ class EmbeddingsArray:
         UserError
             When there is no array of ours, or one of another identity.
         """
-        try:
-            with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context) as array:
-                stored = array.metadata.get(IDENTITY_KEY)
-                shape = array.shape
-        except tiledbsoma.DoesNotExistError as error:
-            raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
-        except (tiledbsoma.SOMAError, TypeError) as error:
-            raise UserError(f"{uri} holds something that is no SparseNDArray: {error}") from error
+        found, stored = cls._look(uri, storage)
         if stored is None:
             raise UserError(f"the array at {uri} was not made by this project: it has no {IDENTITY_KEY}.")
         identity.require_equal(stored, f"the array at {uri}")
-        return cls(uri, storage, rows=int(shape[0]), n_features=int(shape[1]))
+        return found
+
+    @classmethod
+    def _look(cls, uri: str, storage: Storage) -> tuple["EmbeddingsArray", str | None]:
+        try:
+            with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context) as array:
+                return cls(uri, storage, *map(int, array.shape)), array.metadata.get(IDENTITY_KEY)
+        except tiledbsoma.DoesNotExistError as error:
+            if storage.is_folder(uri):
+                raise UserError(f"{uri} holds something that is no SparseNDArray; move it away.") from error
+            raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
+        except (tiledbsoma.SOMAError, TypeError) as error:
+            raise UserError(f"{uri} holds something that is no SparseNDArray; move it away ({error}).") from error
 
     def write(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:
         """Commit some cells as one fragment.

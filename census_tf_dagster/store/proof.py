@@ -50,6 +50,12 @@ def answered_ranges(plan: Plan, rows: int) -> dict[int, tuple[int, int]]:
     }
 
 
+def is_proved(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> bool:
+    """Tell whether a shard's proof exists and no fragment has come or gone since; reads metadata only."""
+    proof = _read_proof(array, folder.proof(plan.totals.plan, shard))
+    return proof is not None and set(proof.fragments) == set(_fragments_of(array, plan, shard))
+
+
 def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Proof:
     """Read one shard's range back and write its proof.
 
@@ -60,19 +66,31 @@ def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard
     """
     batches = plan.shard(shard)
     # Listed before reading: a fragment that comes in between is not covered and will be read again.
-    fragments: list[Fragment] = []
-    cells = 0
+    fragments = _fragments_of(array, plan, shard)
     if batches:
         first, last = answered_ranges(plan, array.rows)[shard]
-        fragments = [f for f in array.fragments() if f.first <= last and f.last >= first]
         ends = [batch.first - 1 for batch in batches[1:]] + [last]
         for number, (batch, end) in enumerate(zip(batches, ends, strict=True)):
-            begin = batch.first if number else first
-            _require_exactly(array, plan, batch, begin, end)
-            cells += batch.cells
-    proof = Proof(plan.totals.plan, shard, cells, tuple(fragment.name for fragment in fragments))
+            _require_exactly(array, plan, batch, batch.first if number else first, end)
+    proof = Proof(plan.totals.plan, shard, sum(batch.cells for batch in batches), fragments)
     array.storage.write(folder.proof(proof.plan, shard), json.dumps(asdict(proof)).encode())
     return proof
+
+
+def _fragments_of(array: EmbeddingsArray, plan: Plan, shard: int) -> tuple[str, ...]:
+    ranges = answered_ranges(plan, array.rows)
+    return _between(array.fragments(), *ranges[shard]) if shard in ranges else ()
+
+
+def _between(fragments: Iterable[Fragment], first: int, last: int) -> tuple[str, ...]:
+    return tuple(fragment.name for fragment in fragments if fragment.first <= last and fragment.last >= first)
+
+
+def _read_proof(array: EmbeddingsArray, uri: str) -> Proof | None:
+    if not array.storage.exists(uri):
+        return None
+    content = json.loads(array.storage.read(uri))
+    return Proof(**{**content, "fragments": tuple(content["fragments"])})
 
 
 def _require_exactly(array: EmbeddingsArray, plan: Plan, batch: Megabatch, begin: int, end: int) -> None:
@@ -103,17 +121,6 @@ def _count_values(table: pa.Table, planned: np.ndarray) -> np.ndarray:
     if len(strange):
         raise ProofError(f"{len(strange)} cells are in the array but not planned, joinids {strange[:10].tolist()}.")
     return np.bincount(position, minlength=len(planned))
-
-
-def read_proofs(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, Proof]:
-    """Load the proofs that shards of this plan have left."""
-    found = {}
-    for shard in range(plan.totals.shards):
-        uri = folder.proof(plan.totals.plan, shard)
-        if array.storage.exists(uri):
-            content = json.loads(array.storage.read(uri))
-            found[shard] = Proof(**{**content, "fragments": tuple(content["fragments"])})
-    return found
 
 
 @dataclass(frozen=True)
@@ -148,20 +155,17 @@ def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> 
     ProofError
         When the array does not hold what was planned.
     """
-    proofs = read_proofs(array, plan, folder)
-    unfinished = [shard for shard in range(plan.totals.shards) if shard not in proofs]
+    found = {shard: _read_proof(array, folder.proof(plan.totals.plan, shard)) for shard in range(plan.totals.shards)}
+    unfinished = [shard for shard, proof in found.items() if proof is None]
     if unfinished:
         raise UserError(
             f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {unfinished[:10]}: "
             "materialize shard_embeddings of these partitions first."
         )
-    ranges = answered_ranges(plan, array.rows)
+    proofs = {shard: proof for shard, proof in found.items() if proof is not None}
     fragments = array.fragments()
-    stale = [
-        shard
-        for shard, (first, last) in ranges.items()
-        if {f.name for f in fragments if f.first <= last and f.last >= first} != set(proofs[shard].fragments)
-    ]
+    ranges = answered_ranges(plan, array.rows)
+    stale = [shard for shard in ranges if set(_between(fragments, *ranges[shard])) != set(proofs[shard].fragments)]
     for shard in stale:
         proofs[shard] = prove_shard(array, plan, folder, shard)
     proved = sum(proof.cells for proof in proofs.values())

@@ -1,0 +1,208 @@
+"""Bad input is refused before a model is loaded or a byte written, with one error that says what to do."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import tiledb
+import tiledbsoma
+
+from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.demo.checkpoint import build_checkpoint
+from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference import engine
+from census_tf_dagster.resources import CensusResource
+from census_tf_dagster.steps.embedding import embed_shard
+from census_tf_dagster.steps.planning import make_plan
+from tests.builders import tiny
+from tests.support import RELEASE, Project
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("census_tf_dagster.inference.engine.load_model", loaded)
+    assert engine.load_model is loaded
+
+
+def plan_is_refused(project: Project, message: str, name: str = "tiny", release: str = RELEASE) -> None:
+    store = project.folder / "store"
+    before = snapshot(store)
+    with pytest.raises(UserError, match=message), project.job(name, release) as job:
+        make_plan(job)
+    assert snapshot(store) == before
+
+
+pytestmark = pytest.mark.usefixtures("no_model")
+
+
+def edit_counts(project: Project, value: float) -> None:
+    uri = str(project.census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw")
+    with tiledbsoma.open(uri) as array:
+        table = array.read(coords=(slice(0, 0),)).tables().concat()
+    column = table.column_names.index("soma_data")
+    values = table["soma_data"].to_numpy().copy()
+    values[3] = value
+    with tiledbsoma.open(uri, "w") as array:
+        array.write(table.set_column(column, table.schema.field(column), [values]))
+
+
+@pytest.mark.parametrize("value", [0.5, -100.0, np.nan, np.inf])
+def test_counts_that_are_none(project: Project, value: float) -> None:
+    tiny(project)
+    edit_counts(project, value)
+    plan_is_refused(project, r"X/raw of homo_sapiens .* no counts.*joinids \[0\]; expected non-negative integers")
+
+
+def rewrite_var(project: Project, edit: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    uri = str(project.census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "var")
+    with tiledbsoma.open(uri) as var:
+        frame = var.read().concat().to_pandas()
+        domain = var.domain
+    shutil.rmtree(uri)
+    table = pa.Table.from_pandas(edit(frame), preserve_index=False)
+    with tiledbsoma.DataFrame.create(uri, schema=table.schema, domain=domain) as created:
+        created.write(table)
+
+
+def test_duplicate_gene_ids(project: Project) -> None:
+    tiny(project)
+
+    def versions(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[5, "feature_id"] = frame.loc[4, "feature_id"] + ".2"
+        return frame
+
+    rewrite_var(project, versions)
+    plan_is_refused(project, r"1 gene ids occur more than once after removing version suffixes, e\.g\. \['ENSG0+4'\]")
+
+
+def test_a_census_without_a_needed_obs_column(project: Project) -> None:
+    tiny(project)
+    uri = str(project.census / "census_data" / "homo_sapiens" / "obs")
+    evolution = tiledb.ArraySchemaEvolution()
+    evolution.drop_attribute("nnz")
+    evolution.array_evolve(uri)
+    plan_is_refused(project, r"obs of homo_sapiens .* lacks the columns nnz")
+
+
+def test_something_that_is_no_census(project: Project) -> None:
+    tiny(project)
+    shutil.rmtree(project.census)
+    with tiledbsoma.Collection.create(str(project.census)):
+        pass
+    plan_is_refused(project, "is no Census; expected census_data and census_info in it")
+
+
+def test_a_folder_that_is_no_soma_at_all(project: Project) -> None:
+    tiny(project)
+    shutil.rmtree(project.census)
+    project.census.mkdir()
+    plan_is_refused(project, "no Census can be opened at")
+
+
+def test_unknown_release(project: Project) -> None:
+    tiny(project)
+    plan_is_refused(project, "release '2031-01-01' is unknown: there is no Census at", release="2031-01-01")
+
+
+def test_a_census_location_without_a_place_for_the_release() -> None:
+    with pytest.raises(UserError, match=r"must be 'public' or contain '\{release\}'"):
+        CensusResource(location="/data/census").uri(RELEASE)
+
+
+def test_an_organism_that_the_checkpoint_hardly_knows(project: Project) -> None:
+    tiny(project)
+    build_checkpoint(project.folder / "other", {"x": ["ENSG00000000003", "ENSMUSG00000000001"]}, KNOWN_ASSAYS)
+    project.add_set("hardly", organism="homo_sapiens", checkpoint=str(project.folder / "other"))
+    plan_is_refused(
+        project,
+        r"knows \d+\.\d% of what cells of homo_sapiens express \(1 of 120 genes.*set `pretrained_embeddings`",
+        name="hardly",
+    )
+
+
+def test_a_checkpoint_that_is_not_there(project: Project) -> None:
+    tiny(project)
+    project.add_set("lost", organism="homo_sapiens", checkpoint=str(project.folder / "nowhere"))
+    plan_is_refused(project, r"nowhere does not exist; expected a checkpoint", name="lost")
+
+
+def test_an_array_location_that_holds_something_else(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        tiledbsoma.Collection.create(job.folder.array).close()
+    plan_is_refused(project, r"embeddings holds something that is no SparseNDArray; move it away")
+
+
+@pytest.mark.parametrize(("rows", "message"), [(200, "was not made by this project"), (5, "has 5 rows; the Census")])
+def test_an_array_that_is_not_ours(project: Project, rows: int, message: str) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        Path(job.folder.root).mkdir(parents=True)
+        with tiledbsoma.SparseNDArray.create(job.folder.array, type=pa.float32(), shape=(rows, 16)) as array:
+            array.write(pa.table({"soma_dim_0": [0], "soma_dim_1": [0], "soma_data": pa.array([1.0], pa.float32())}))
+    plan_is_refused(project, message)
+
+
+def test_a_creation_that_was_cut_short_is_taken_up(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        make_plan(job)
+        with tiledbsoma.open(job.folder.array, "w") as array:
+            del array.metadata["census_tf_identity"]
+        assert make_plan(job).totals.cells == 200
+        read_plan(job.store, job.folder.plan)
+
+
+def test_a_store_that_cannot_be_written(project: Project) -> None:
+    tiny(project)
+    (project.folder / "file").write_text("no folder")
+    project.env["CENSUS_TF_STORE"] = str(project.folder / "file" / "store")
+    with pytest.raises(UserError, match="the store cannot be written at"), project.job("tiny") as job:
+        make_plan(job)
+    assert (project.folder / "file").read_text() == "no folder"
+
+
+def test_a_shard_beyond_the_plan(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        make_plan(job)
+        with pytest.raises(
+            UserError, match=r"shard 9 is not in the plan, which has 4 \(0 to 3\).*`shards` was changed"
+        ):
+            embed_shard(job, 9)
+
+
+def test_a_plan_that_is_damaged(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        make_plan(job)
+        plan = read_plan(job.store, job.folder.plan)
+        (Path(job.folder.plan) / f"{plan.totals.plan}.megabatches.parquet").write_bytes(b"PAR1 cut")
+        before = snapshot(Path(job.folder.root))
+        with pytest.raises(UserError, match=r"is damaged .*materialize obs_id_plan again"):
+            embed_shard(job, 0)
+        assert snapshot(Path(job.folder.root)) == before
+        make_plan(job)
+        assert read_plan(job.store, job.folder.plan) == plan
+
+
+def test_no_gpu_where_the_set_asks_for_one(project: Project) -> None:
+    tiny(project, device="cuda")
+    with project.job("tiny") as job:
+        make_plan(job)
+        before = snapshot(Path(job.folder.root))
+        with pytest.raises(UserError, match=r"asks for a GPU \(device: cuda\) and this machine has none"):
+            embed_shard(job, 0)
+        assert snapshot(Path(job.folder.root)) == before
