@@ -1,0 +1,84 @@
+"""What it costs to find out how far a shard is: restart of a finished and of a half-done shard.
+
+    python -m benchmarks.restart [--quick] [--json]
+
+A plan of the real size (one shard of 1.7 million cells, megabatches of 16,384) and an array with its real number of
+fragments; 8 features a cell, as fragments are counted from metadata and their size does not matter.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from census_tf_dagster.census.plan import divide, read_plan, write_plan
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.storage import Storage
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.layout import ReleaseFolder
+from census_tf_dagster.store.progress import missing_megabatches
+from census_tf_dagster.store.proof import is_proved, prove_shard
+
+FEATURES = 8
+
+
+def timed(action: Callable[[], object], repeats: int = 5) -> list[float]:
+    """Return the seconds of each repeat."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    """Write the array, time what a restart asks it, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="100,000 cells")
+    parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
+    arguments = parser.parse_args()
+    cells = 100_000 if arguments.quick else 1_700_000
+    identity = Identity("s3://x", "d", "o", None, 1, "census", "g", "c", "fp32", "bfloat16", FEATURES)
+    storage = Storage()
+    with tempfile.TemporaryDirectory() as place:
+        folder = ReleaseFolder.of(place, "s", "r", identity)
+        joinids = np.arange(cells, dtype=np.int64)
+        batches = divide(joinids, np.full(cells, 1800, np.int32), 1, 16384)
+        write_plan(storage, folder.plan, joinids, batches, shards=1, primary_cells=0)
+        array = EmbeddingsArray.create(folder.array, storage, identity, cells)
+        rows: dict[str, list[float]] = {}
+
+        def ask() -> int:
+            plan = read_plan(storage, folder.plan)
+            opened = EmbeddingsArray.open(folder.array, storage, identity)
+            return len(missing_megabatches(opened, plan, plan.shard(0)))
+
+        for number, batch in enumerate(batches):
+            if number == len(batches) // 2:
+                assert ask() == len(batches) - number
+                rows["half-done: what is missing"] = timed(ask)
+            values = np.ones((batch.cells, FEATURES), np.float32)
+            array.write(joinids[batch.first : batch.last + 1], values)
+        assert ask() == 0
+        rows["finished: what is missing"] = timed(ask)
+        plan = read_plan(storage, folder.plan)
+        prove_shard(array, plan, folder, 0)
+        assert is_proved(array, plan, folder, 0)
+        rows["finished: is it proved"] = timed(lambda: is_proved(array, plan, folder, 0))
+        size = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
+    print(f"{cells:,} cells, {len(batches)} fragments, {size / 2**20:.0f} MiB")
+    print(f"{'':<30} median s      min      max")
+    for name, seconds in rows.items():
+        print(f"{name:<30} {np.median(seconds):>8.3f} {min(seconds):>8.3f} {max(seconds):>8.3f}")
+    if arguments.json:
+        medians = {name: float(np.median(seconds)) for name, seconds in rows.items()}
+        print(json.dumps({"unit": "s", "cells": cells, "fragments": len(batches), "medians": medians}))
+
+
+if __name__ == "__main__":
+    main()
