@@ -36,10 +36,10 @@ def build(folder: Path, cells: int) -> None:
 
 def run(folder: Path, cells: int) -> dict[str, float]:
     """Run the only shard of that Census; return seconds and this process's peak memory."""
+    from census_tf_dagster.assets.common import release_job
     from census_tf_dagster.resources import CensusResource, StoreResource
     from census_tf_dagster.settings import SetSettings
     from census_tf_dagster.steps.embedding import embed_shard
-    from census_tf_dagster.steps.job import open_job
     from census_tf_dagster.steps.planning import make_plan
 
     settings = SetSettings(
@@ -58,15 +58,7 @@ def run(folder: Path, cells: int) -> dict[str, float]:
     )
     census = CensusResource(location=str(folder / str(cells) / "{release}"))
     store = StoreResource(location=str(folder / "store"))
-    with open_job(
-        settings,
-        release=RELEASE,
-        census_uri=census.uri(RELEASE),
-        census=census.storage(),
-        store_uri=store.uri(),
-        store=store.storage(),
-        cache=folder,
-    ) as job:
+    with release_job(settings, RELEASE, census, store) as job:
         make_plan(job)
         started = time.monotonic()
         summary = embed_shard(job, 0)

@@ -1,9 +1,12 @@
 """The command line beside Dagster's own: `python -m census_tf_dagster`."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from census_tf_dagster.errors import UserError
@@ -38,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ORGANISM=FILE",
         help="use the raw counts of this file instead of synthetic cells of that organism",
     )
+    demo.set_defaults(run=_demo)
 
     release = commands.add_parser("release", help="add or list Census releases")
     actions = release.add_subparsers(dest="action", required=True)
@@ -47,7 +51,79 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python -m census_tf_dagster release add 2025-11-08",
     )
     add.add_argument("name", help="name of the release")
-    actions.add_parser("list", help="show the releases that were added")
+    add.set_defaults(run=lambda arguments: add_release(arguments.name))
+    listing = actions.add_parser("list", help="show the releases that were added")
+    listing.set_defaults(run=lambda _: list_releases())
+
+    launch = commands.add_parser(
+        "launch",
+        help="take a release of a set to its array in a running deployment, and follow it",
+        description=(
+            "Start one backfill in a running deployment: plan, all shards, array; or chosen shards, then the array. "
+            "It goes on when this command is interrupted; the same command follows it again. Exit code 1: something "
+            "failed, which is printed."
+        ),
+        epilog="example: python -m census_tf_dagster launch demo_human 2025-11-08 --shards 3,7-12",
+    )
+    launch.add_argument("set", help="name of the set")
+    launch.add_argument("release", help="name of the release")
+    launch.add_argument("--shards", metavar="3,7-12", help="only these shards, then the array; without: everything")
+    launch.add_argument("--recompute", action="store_true", help="compute cells again that are in the array already")
+    launch.add_argument("--no-wait", dest="wait", action="store_false", help="start it and return")
+    launch.set_defaults(run=_launch)
+
+    status = commands.add_parser(
+        "status",
+        help="show what of a set's releases is done, runs, failed or is missing, and when it should finish",
+        epilog="example: python -m census_tf_dagster status demo_human 2025-11-08",
+    )
+    status.add_argument("set", help="name of the set")
+    status.add_argument("release", nargs="?", help="name of the release; without: every one that has anything")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.set_defaults(run=_status)
+
+    canary = commands.add_parser(
+        "canary",
+        help="embed a few hundred cells of a release on this machine, judge and time them, write nothing",
+        description=(
+            "Take a few hundred cells, spread over assays and lengths, through the very path of the set on this "
+            "machine; compare them with upstream's own command (--oracle) or with fp32 of ours; say what the release "
+            "would take. Run it on the node type that will do the work."
+        ),
+        epilog="example: python -m census_tf_dagster canary demo_human 2025-11-08 --cells 100",
+    )
+    canary.add_argument("set", help="name of the set")
+    canary.add_argument("release", help="name of the release")
+    canary.add_argument("--cells", type=int, default=256, help="how many cells (default: 256)")
+    canary.add_argument("--oracle", type=Path, help="upstream's transcriptformer command, in an environment of its own")
+    canary.add_argument("--json", action="store_true", help="print one JSON object")
+    canary.set_defaults(run=_canary)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="list what a store holds: sets, releases, identities, shards done, cells, bytes",
+        epilog="example: python -m census_tf_dagster inspect demo-data/store",
+    )
+    inspect.add_argument("store", nargs="?", help="folder or S3 prefix; without: this deployment's")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_inspect)
+
+    remove = commands.add_parser(
+        "remove",
+        help="remove one identity of a release from this deployment's store, when asked for twice",
+        epilog="example: python -m census_tf_dagster remove demo_human 2025-11-08 a5e26a02f29c --confirm a5e26a02f29c",
+    )
+    for name in ("set", "release", "identity"):
+        remove.add_argument(name, help=f"as `inspect` shows the {name}")
+    remove.add_argument("--confirm", metavar="IDENTITY", help="the identity once more; without it nothing is removed")
+    remove.set_defaults(run=_remove)
+
+    for command in (launch, status):
+        command.add_argument(
+            "--url",
+            default=os.environ.get("CENSUS_TF_DAGSTER_URL", "http://127.0.0.1:3000"),
+            help="address of the deployment's webserver (default: CENSUS_TF_DAGSTER_URL, else %(default)s)",
+        )
     return parser
 
 
@@ -55,18 +131,80 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        if arguments.command == "demo":
-            from census_tf_dagster.demo.run import run_demo
-
-            run_demo(arguments.h5ad, data_only=arguments.data_only)
-        elif arguments.action == "add":
-            add_release(arguments.name)
-        else:
-            list_releases()
+        code: int | None = arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.demo.run import run_demo
+
+    run_demo(arguments.h5ad, data_only=arguments.data_only)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from census_tf_dagster.operate.launch import LaunchRequest, launch
+
+    request = LaunchRequest(
+        set=arguments.set,
+        release=arguments.release,
+        shards=arguments.shards,
+        recompute=arguments.recompute,
+        wait=arguments.wait,
+    )
+    return launch(arguments.url, request)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.operate.status import show_status
+
+    show_status(arguments.url, arguments.set, arguments.release, as_json=arguments.json)
+
+
+def _canary(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.definitions import deployed_job
+    from census_tf_dagster.steps.canary import run_canary
+
+    with deployed_job(arguments.set, arguments.release) as job:
+        result = run_canary(job, arguments.cells, arguments.oracle)
+    if arguments.json:
+        print(json.dumps(asdict(result)))
+        return
+    print(f"{result.cells} cells of {result.assays} assays; judge: {result.judge}")
+    print(f"relative RMS {result.relative_rms:.2e}, worst cell {result.worst_cell:.2e}")
+    print(f"centred cosine {result.centred_cosine:.6f}")
+    print(f"{result.cells_per_second:.1f} cells/s, {result.tokens_per_second:,.0f} tokens/s on this machine")
+    print(f"the release: {result.release_cells:,} cells, {result.release_hours:,.1f} hours of one such machine")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.definitions import store_resource
+    from census_tf_dagster.names import normalise
+    from census_tf_dagster.operate.contents import inspect_store
+
+    resource = store_resource()
+    store = normalise(arguments.store) if arguments.store else resource.uri()
+    holdings = list(inspect_store(store, resource.storage()))
+    if arguments.json:
+        print(json.dumps({"store": store, "holdings": [asdict(holding) for holding in holdings]}))
+        return
+    print(f"{store}: {len(holdings)} arrays")
+    for one in holdings:
+        print(
+            f"{one.set}/{one.release}/{one.identity}  {one.shards_done}/{one.shards} shards  "
+            f"{one.cells_stored:,}/{one.cells_planned:,} cells  {one.bytes:,} bytes  {one.state} {one.problem}".rstrip()
+        )
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.definitions import store_resource
+    from census_tf_dagster.operate.contents import remove_release
+
+    resource = store_resource()
+    names = (arguments.set, arguments.release, arguments.identity)
+    print("removed", remove_release(resource.uri(), resource.storage(), *names, arguments.confirm))
 
 
 def _instance() -> "dg.DagsterInstance":

@@ -14,13 +14,22 @@ CENSUS_TF_STORE       folder or S3 prefix of plans and arrays     demo-data/stor
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from census_tf_dagster.assets.common import release_job
+from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.resources import CensusResource, StoreResource
+from census_tf_dagster.settings import SetSettings
+
+if TYPE_CHECKING:
+    from census_tf_dagster.steps.job import Job
 
 
 def load_sets(folder: Path) -> dg.Definitions:
@@ -31,6 +40,18 @@ def load_sets(folder: Path) -> dg.Definitions:
     UserError
         When there is none.
     """
+    with _component_tree(folder) as tree:
+        return tree.build_defs()
+
+
+def load_settings(folder: Path) -> dict[str, SetSettings]:
+    """Load the settings of every set below `folder`, by name."""
+    with _component_tree(folder) as tree:
+        return {found.name: found.settings() for found in tree.get_all_components(of_type=EmbeddingSet)}
+
+
+@contextmanager
+def _component_tree(folder: Path) -> Iterator[dg.ComponentTree]:
     if not list(folder.glob("*/defs.yaml")):
         raise UserError(f"no sets in {folder}: expected files such as {folder}/human_tf_sapiens/defs.yaml.")
     # The folder may be mounted from anywhere; Dagster's component loader wants it to be a package.
@@ -42,7 +63,7 @@ def load_sets(folder: Path) -> dg.Definitions:
         # Dagster's own code references, attached to what it loads, are still marked beta.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        return dg.ComponentTree.from_module(package, project_root=folder.absolute()).build_defs()
+        yield dg.ComponentTree.from_module(package, project_root=folder.absolute())
 
 
 def build_definitions(sets: dg.Definitions, census: CensusResource, store: StoreResource) -> dg.Definitions:
@@ -66,6 +87,22 @@ def census_resource() -> CensusResource:
 def store_resource() -> StoreResource:
     """Return this deployment's store."""
     return StoreResource(location=os.environ.get("CENSUS_TF_STORE", "demo-data/store"))
+
+
+@contextmanager
+def deployed_job(set_name: str, release: str) -> Iterator["Job"]:
+    """Open the job of one of this deployment's sets.
+
+    Raises
+    ------
+    UserError
+        When there is no such set, or as `open_job` does.
+    """
+    sets = load_settings(sets_folder())
+    if set_name not in sets:
+        raise UserError(f"there is no set {set_name!r}; this deployment has {', '.join(sorted(sets))}.")
+    with release_job(sets[set_name], release, census_resource(), store_resource()) as job:
+        yield job
 
 
 @dg.definitions

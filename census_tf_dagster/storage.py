@@ -87,6 +87,14 @@ class Storage:
         """Return the URIs of the entries directly below the folder `uri`, sorted."""
         return sorted(self._vfs.ls(uri)) if self.is_folder(uri) else []
 
+    def size(self, uri: str) -> int:
+        """Return the bytes of all files below the folder `uri`."""
+        return int(self._vfs.dir_size(uri))
+
+    def remove_folder(self, uri: str) -> None:
+        """Delete the folder `uri` and all below it."""
+        self._vfs.remove_dir(uri)
+
     def read(self, uri: str) -> bytes:
         """Return the whole content of a file.
 

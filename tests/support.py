@@ -16,9 +16,10 @@ import pandas as pd
 import scipy.sparse
 import yaml
 
+from census_tf_dagster.assets.common import release_job
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.resources import CensusResource, StoreResource
-from census_tf_dagster.steps.job import Job, open_job
+from census_tf_dagster.steps.job import Job
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -158,15 +159,7 @@ class Project:
         attributes = yaml.safe_load((self.folder / "sets" / name / "defs.yaml").read_text())["attributes"]
         census = CensusResource(location=self.env["CENSUS_TF_CENSUS"])
         store = StoreResource(location=self.env["CENSUS_TF_STORE"], cache=str(self.folder / "cache"))
-        with open_job(
-            EmbeddingSet(**attributes).settings(),
-            release=release,
-            census_uri=census.uri(release),
-            census=census.storage(),
-            store_uri=store.uri(),
-            store=store.storage(),
-            cache=store.cache_folder(),
-        ) as job:
+        with release_job(EmbeddingSet(**attributes).settings(), release, census, store) as job:
             yield job
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:

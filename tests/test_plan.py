@@ -8,9 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from census_tf_dagster.census.plan import divide, read_plan, write_plan
+from census_tf_dagster.census.plan import Plan, divide, plan_totals, read_plan, write_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
+
+
+def write(storage: Storage, folder: Path, joinids: np.ndarray, shards: int, size: int) -> Plan:
+    batches = divide(joinids, np.full(len(joinids), 5, np.int32), shards, size)
+    return write_plan(storage, str(folder), joinids, batches, plan_totals(joinids, batches, shards, 7))
 
 
 def test_shards_are_ascending_and_balanced_by_tokens() -> None:
@@ -36,36 +41,35 @@ def test_fewer_cells_than_shards_leave_shards_empty(cells: int) -> None:
 
 def test_written_plan_reads_back_one_row_group_per_megabatch(tmp_path: Path) -> None:
     storage, joinids = Storage(), np.arange(0, 1000, 3)
-    batches = divide(joinids, np.full(len(joinids), 5, np.int32), shards=3, megabatch_size=50)
-    written = write_plan(storage, str(tmp_path), joinids, batches, shards=3, primary_cells=7)
+    written = write(storage, tmp_path, joinids, 3, 50)
     plan = read_plan(storage, str(tmp_path))
     assert plan == written
     assert np.array_equal(np.concatenate(plan.read_ids(storage, plan.megabatches)), joinids)
     file = pq.ParquetFile(tmp_path / f"{plan.totals.plan}.obs_ids.parquet")
-    assert file.num_row_groups == len(batches)
-    (ids,) = plan.read_ids(storage, [plan.megabatches[4]])
-    assert (ids[0], ids[-1], len(ids)) == (batches[4].first, batches[4].last, batches[4].cells)
+    assert file.num_row_groups == len(plan.megabatches)
+    batch = plan.megabatches[4]
+    (ids,) = plan.read_ids(storage, [batch])
+    assert (ids[0], ids[-1], len(ids)) == (batch.first, batch.last, batch.cells)
 
 
 def test_a_plan_never_changes_another_is_a_new_file(tmp_path: Path) -> None:
     storage, joinids = Storage(), np.arange(100)
-    tokens = np.full(100, 5, np.int32)
-    first = write_plan(storage, str(tmp_path), joinids, divide(joinids, tokens, 2, 10), shards=2, primary_cells=0)
+    first = write(storage, tmp_path, joinids, 2, 10)
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.parquet")}
-    second = write_plan(storage, str(tmp_path), joinids, divide(joinids, tokens, 3, 10), shards=3, primary_cells=0)
+    second = write(storage, tmp_path, joinids, 3, 10)
     assert first.totals.plan != second.totals.plan
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert np.array_equal(np.concatenate(first.read_ids(storage, first.megabatches)), joinids)
     assert read_plan(storage, str(tmp_path)).totals == second.totals
+    assert write(storage, tmp_path, joinids, 2, 10) == first
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     storage = Storage()
     with pytest.raises(UserError, match="materialize obs_id_plan"):
         read_plan(storage, str(tmp_path))
-    joinids = np.arange(10)
-    batches = divide(joinids, np.full(10, 5, np.int32), 2, 10)
-    plan = write_plan(storage, str(tmp_path), joinids, batches, shards=2, primary_cells=0)
+    plan = write(storage, tmp_path, np.arange(10), 2, 10)
     with pytest.raises(UserError, match=r"shard 2 is not in the plan, which has 2 \(0 to 1\)"):
         plan.shard(2)
     totals = json.loads((tmp_path / "current.json").read_text())

@@ -126,20 +126,11 @@ def divide(
     return tuple(batches)
 
 
-def write_plan(
-    storage: Storage,
-    folder: str,
-    joinids: Int64Array,
-    megabatches: tuple[Megabatch, ...],
-    *,
-    shards: int,
-    primary_cells: int,
-) -> Plan:
-    """Write a plan below `folder` and make it the current one; equal plans are equal files."""
-    index = pa.Table.from_pylist([asdict(batch) for batch in megabatches])
+def plan_totals(joinids: Int64Array, megabatches: tuple[Megabatch, ...], shards: int, primary_cells: int) -> PlanTotals:
+    """Sum a division up, and name it by the hash of its content."""
     digest = hashlib.sha256(joinids.astype("<i8").tobytes())
     digest.update(json.dumps([shards, [(batch.shard, batch.cells) for batch in megabatches]]).encode())
-    totals = PlanTotals(
+    return PlanTotals(
         plan=digest.hexdigest()[:16],
         shards=shards,
         megabatches=len(megabatches),
@@ -147,6 +138,13 @@ def write_plan(
         primary_cells=primary_cells,
         tokens=sum(batch.tokens for batch in megabatches),
     )
+
+
+def write_plan(
+    storage: Storage, folder: str, joinids: Int64Array, megabatches: tuple[Megabatch, ...], totals: PlanTotals
+) -> Plan:
+    """Write a plan below `folder` and make it the current one; equal plans are equal files."""
+    index = pa.Table.from_pylist([asdict(batch) for batch in megabatches])
     # Written again when they are there: the same content, and whole again should one have been damaged.
     storage.write(f"{folder}/{totals.plan}.megabatches.parquet", _parquet_bytes(index, [len(index)]))
     ids = pa.table({"soma_joinid": joinids})

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from census_tf_dagster.census.cells import read_cells
-from census_tf_dagster.census.plan import PlanTotals, divide, write_obs_ids, write_plan
+from census_tf_dagster.census.plan import Megabatch, PlanTotals, divide, plan_totals, write_obs_ids, write_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -44,13 +45,33 @@ class PlanSummary:
     identity: str
 
 
-def make_plan(job: Job) -> PlanSummary:
-    """Plan a release. Equal inputs give an equal plan; nothing of an earlier one changes.
+@dataclass(frozen=True)
+class Survey:
+    """The cells that a plan would hold, before anything is written.
+
+    Attributes
+    ----------
+    joinids, tokens
+        Ascending soma_joinids, int64, and the tokens that each cell makes at most, int32.
+    megabatches
+        How they are divided.
+    summary
+        What it amounts to.
+    """
+
+    joinids: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    megabatches: tuple[Megabatch, ...]
+    summary: PlanSummary
+
+
+def survey(job: Job) -> Survey:
+    """List and divide the cells; write nothing.
 
     Raises
     ------
     UserError
-        When no cell matches, or the checkpoint knows none of the organism's genes.
+        When no cell matches, the checkpoint hardly knows the organism, or counts are none.
     """
     settings = job.settings
     known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
@@ -85,24 +106,30 @@ def make_plan(job: Job) -> PlanSummary:
     # A Census of normalised values should not cost a shard's start on a GPU node first.
     read_cells(job.release, joinids[:: -(-len(joinids) // SAMPLED_CELLS)], job.checkpoint.aux_column)
 
-    # Before anything is written: an array of another identity is refused.
-    EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())
-    plan = write_plan(
-        job.store,
-        job.folder.plan,
-        joinids,
-        divide(joinids, tokens, settings.shards, settings.megabatch_size),
-        shards=settings.shards,
-        primary_cells=primary_cells,
-    )
-    write_obs_ids(job.store, job.folder.obs_ids, joinids)
-    values = plan.totals.cells * job.identity.embedding_dim
-    return PlanSummary(
-        totals=plan.totals,
-        estimated_bytes=int(values * BYTES_PER_VALUE[settings.storage_precision]),
+    megabatches = divide(joinids, tokens, settings.shards, settings.megabatch_size)
+    summary = PlanSummary(
+        totals=plan_totals(joinids, megabatches, settings.shards, primary_cells),
+        estimated_bytes=int(len(joinids) * job.identity.embedding_dim * BYTES_PER_VALUE[settings.storage_precision]),
         expressed_genes=int(np.count_nonzero(expressing)),
         known_genes=int(np.count_nonzero(expressing[known])),
         known_share=known_share,
         root=job.folder.root,
         identity=job.identity.digest,
     )
+    return Survey(joinids, tokens, megabatches, summary)
+
+
+def make_plan(job: Job) -> PlanSummary:
+    """Plan a release. Equal inputs give an equal plan; nothing of an earlier one changes.
+
+    Raises
+    ------
+    UserError
+        As `survey` does, or when an array of another identity, or something else, is in the way.
+    """
+    found = survey(job)
+    # First, so that nothing is written when an array of another identity is there.
+    EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())
+    write_plan(job.store, job.folder.plan, found.joinids, found.megabatches, found.summary.totals)
+    write_obs_ids(job.store, job.folder.obs_ids, found.joinids)
+    return found.summary

@@ -107,7 +107,7 @@ class EmbeddingsArray:
                 pass
             except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
                 raise UserError(f"the store cannot be written at {uri}: {error}") from error
-        found, stored = cls._look(uri, storage)
+        found, stored = cls.look(uri, storage)
         if found.rows != rows:
             raise UserError(f"the array at {uri} has {found.rows} rows; the Census has joinids up to {rows - 1}.")
         # Whoever created it may have died before this line.
@@ -125,14 +125,15 @@ class EmbeddingsArray:
         UserError
             When there is no array of ours, or one of another identity.
         """
-        found, stored = cls._look(uri, storage)
+        found, stored = cls.look(uri, storage)
         if stored is None:
             raise UserError(f"the array at {uri} was not made by this project: it has no {IDENTITY_KEY}.")
         identity.require_equal(stored, f"the array at {uri}")
         return found
 
     @classmethod
-    def _look(cls, uri: str, storage: Storage) -> tuple["EmbeddingsArray", str | None]:
+    def look(cls, uri: str, storage: Storage) -> tuple["EmbeddingsArray", str | None]:
+        """Open whatever array is there, for reading; return it with its identity's JSON, if it has one."""
         try:
             with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context) as array:
                 return cls(uri, storage, *map(int, array.shape)), array.metadata.get(IDENTITY_KEY)

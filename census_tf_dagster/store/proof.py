@@ -77,6 +77,25 @@ def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard
     return proof
 
 
+def proved_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> set[int]:
+    """Return the shards whose proof covers all that is committed in their range; reads metadata only."""
+    return _still_covered(array, plan, _read_proofs(array, plan, folder))
+
+
+def _read_proofs(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, Proof]:
+    found = {shard: _read_proof(array, folder.proof(plan.totals.plan, shard)) for shard in range(plan.totals.shards)}
+    return {shard: proof for shard, proof in found.items() if proof is not None}
+
+
+def _still_covered(array: EmbeddingsArray, plan: Plan, proofs: dict[int, Proof]) -> set[int]:
+    fragments, ranges = array.fragments(), answered_ranges(plan, array.rows)
+    return {
+        shard
+        for shard, proof in proofs.items()
+        if shard not in ranges or set(proof.fragments) == set(_between(fragments, *ranges[shard]))
+    }
+
+
 def _fragments_of(array: EmbeddingsArray, plan: Plan, shard: int) -> tuple[str, ...]:
     ranges = answered_ranges(plan, array.rows)
     return _between(array.fragments(), *ranges[shard]) if shard in ranges else ()
@@ -155,17 +174,14 @@ def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> 
     ProofError
         When the array does not hold what was planned.
     """
-    found = {shard: _read_proof(array, folder.proof(plan.totals.plan, shard)) for shard in range(plan.totals.shards)}
-    unfinished = [shard for shard, proof in found.items() if proof is None]
+    proofs = _read_proofs(array, plan, folder)
+    unfinished = [shard for shard in range(plan.totals.shards) if shard not in proofs]
     if unfinished:
         raise UserError(
             f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {unfinished[:10]}: "
             "materialize shard_embeddings of these partitions first."
         )
-    proofs = {shard: proof for shard, proof in found.items() if proof is not None}
-    fragments = array.fragments()
-    ranges = answered_ranges(plan, array.rows)
-    stale = [shard for shard in ranges if set(_between(fragments, *ranges[shard])) != set(proofs[shard].fragments)]
+    stale = sorted(set(proofs) - _still_covered(array, plan, proofs))
     for shard in stale:
         proofs[shard] = prove_shard(array, plan, folder, shard)
     proved = sum(proof.cells for proof in proofs.values())

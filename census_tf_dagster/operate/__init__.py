@@ -1,0 +1,1 @@
+"""An operator's commands on a running deployment, over its webserver's GraphQL: launch a release, show its state."""

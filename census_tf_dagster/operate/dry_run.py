@@ -1,0 +1,78 @@
+"""What a launch would do and write, worked out without doing or writing any of it."""
+
+from dataclasses import dataclass
+
+from census_tf_dagster.census.plan import Plan
+from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.planning import PlanSummary, survey
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.progress import missing_megabatches
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a launch would do.
+
+    Attributes
+    ----------
+    plan
+        The plan it would write, or finds written.
+    shards
+        The shards it would run.
+    cells, cells_to_compute
+        Cells of these shards, and those that are not committed yet.
+    megabatches_to_compute
+        Writes that are missing.
+    bytes_to_write
+        Estimated, for the missing cells.
+    """
+
+    plan: PlanSummary
+    shards: tuple[int, ...]
+    cells: int
+    cells_to_compute: int
+    megabatches_to_compute: int
+    bytes_to_write: int
+
+
+def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> DryRun:
+    """Work out what a launch of some shards (None: all) would do.
+
+    Raises
+    ------
+    UserError
+        As planning would, or when a shard does not exist.
+    """
+    found = survey(job)
+    plan = Plan(found.summary.totals, found.megabatches, job.folder.plan)
+    chosen = tuple(range(plan.totals.shards)) if shards is None else shards
+    batches = [batch for shard in chosen for batch in plan.shard(shard)]
+    todo = batches
+    if job.store.is_folder(job.folder.array):
+        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        if not recompute:
+            todo = missing_megabatches(array, plan, batches)
+    cells_to_compute = sum(batch.cells for batch in todo)
+    return DryRun(
+        plan=found.summary,
+        shards=chosen,
+        cells=sum(batch.cells for batch in batches),
+        cells_to_compute=cells_to_compute,
+        megabatches_to_compute=len(todo),
+        bytes_to_write=found.summary.estimated_bytes * cells_to_compute // plan.totals.cells,
+    )
+
+
+def describe(result: DryRun) -> str:
+    """Return what a person wants to read before money is spent."""
+    plan = result.plan
+    return (
+        f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary), {plan.totals.tokens:,} tokens, "
+        f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
+        f"genes: the checkpoint knows {plan.known_genes:,} of {plan.expressed_genes:,} expressed "
+        f"({plan.known_share:.1%} of all entries)\n"
+        f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} cells "
+        f"in {result.megabatches_to_compute:,} writes, about {result.bytes_to_write:,} bytes\n"
+        f"into {plan.root}\n"
+        "Nothing was started and nothing written."
+    )

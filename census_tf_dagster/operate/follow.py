@@ -1,0 +1,187 @@
+"""Following a backfill to its end: a line when something changes, and at the end what failed and why."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.backfills import SUCCEEDED, Backfill, fetch
+from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.runs import (
+    QUEUED,
+    RUNNING,
+    Materialization,
+    Run,
+    failure_reason,
+    fetch_runs,
+    latest,
+    materializations,
+    seconds_left,
+)
+from census_tf_dagster.operate.sets import ARRAY, PLAN, SHARDS, RemoteSet
+from census_tf_dagster.operate.shards import compact
+from census_tf_dagster.operate.status import duration
+
+POLL_SECONDS = 2.0
+LINE_EVERY_SECONDS = 30.0
+PATIENCE_SECONDS = 600.0
+"""How long the webserver may be away, as while it is deployed anew, before following ends."""
+OVERLAP_SECONDS = 10.0
+"""Runs may be committed a little after the time they carry as their update's."""
+REASONS, REASON_LINES = 20, 5
+"""How many failures are told with their reason, and how much of it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a backfill is; equal ones need no new line."""
+
+    plan: str | None
+    done: int
+    running: int
+    failed: int
+    left: int
+    array: str | None
+
+
+def follow(deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill) -> int:
+    """Print progress until the backfill ends, then the outcome; return 0 for success, 1 otherwise.
+
+    Raises
+    ------
+    UserError
+        When the webserver has not answered for ten minutes.
+    """
+    watch = _Watch(deployment, of, release, backfill)
+    answered = told = time.monotonic()
+    shown: Progress | str | None = None
+    while True:
+        now: Progress | str
+        try:
+            backfill = watch.look()
+            now, text = watch.progress, watch.text()
+            answered = time.monotonic()
+        except UserError as error:
+            if time.monotonic() - answered > PATIENCE_SECONDS:
+                raise
+            now, text = str(error), f"cannot look, trying again: {error}"
+        if now != shown or time.monotonic() - told >= LINE_EVERY_SECONDS:
+            print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+            shown, told = now, time.monotonic()
+        if not backfill.going_on:
+            return _outcome(deployment, of, release, backfill, watch.runs)
+        time.sleep(POLL_SECONDS)
+
+
+class _Watch:
+    """Reads what has changed since the last look."""
+
+    def __init__(self, deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill) -> None:
+        self.deployment, self.of, self.release, self.backfill = deployment, of, release, backfill
+        self.by_id: dict[str, Run] = {}
+        self.runs: Mapping[tuple[str, str], Run] = {}
+        self.stored: Mapping[str, Materialization] = {}
+        self.progress = Progress(None, 0, 0, 0, len(backfill.work.shards), None)
+        self.partitions = [of.partition(release, shard) for shard in backfill.work.shards]
+        self.stored = materializations(deployment, of, SHARDS, self.partitions)
+
+    def look(self) -> Backfill:
+        """Ask for the backfill first: when it has ended, its runs asked for afterwards are final."""
+        self.backfill = fetch(self.deployment, self.of, self.release, self.backfill.id)
+        wanted: dict[str, object] = {"tags": [{"key": "dagster/backfill", "value": self.backfill.id}]}
+        if self.by_id:
+            wanted["updatedAfter"] = max(run.updated for run in self.by_id.values()) - OVERLAP_SECONDS
+        self.by_id.update({run.id: run for run in fetch_runs(self.deployment, self.of, wanted)})
+        self.runs = latest(self.by_id.values())
+        states = [_state(self.runs.get((SHARDS, partition))) for partition in self.partitions]
+        done = states.count("done")
+        if done != self.progress.done:
+            self.stored = materializations(self.deployment, self.of, SHARDS, self.partitions)
+        plan, array = self.runs.get((PLAN, self.release)), self.runs.get((ARRAY, self.release))
+        self.progress = Progress(
+            plan=_state(plan) if self.backfill.work.plan else None,
+            done=done,
+            running=states.count("running"),
+            failed=states.count("failed"),
+            left=len(states) - done - states.count("running") - states.count("failed"),
+            array=_state(array) if self.backfill.work.array else None,
+        )
+        return self.backfill
+
+    def text(self) -> str:
+        """Return the line about now."""
+        now = self.progress
+        parts = [f"plan {now.plan}"] if now.plan else []
+        parts.append(
+            f"shards {now.done}/{len(self.partitions)} done, {now.running} running, {now.failed} failed, "
+            f"{now.left} left"
+        )
+        parts += [f"array {now.array}"] if now.array else []
+        if now.running or now.left:
+            seconds = self._seconds_left()
+            parts.append("time left unknown" if seconds is None else f"about {duration(seconds)} left for shards")
+        elif self.backfill.going_on:
+            parts.append("Dagster looks every 30 s what comes next")
+        return "; ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        shards = [run for run in self.runs.values() if run.asset == SHARDS]
+        unrequested = [
+            partition
+            for partition in self.partitions
+            if (SHARDS, partition) not in self.runs and (self.backfill.work.recompute or partition not in self.stored)
+        ]
+        return seconds_left(
+            [run for run in shards if run.status in QUEUED | RUNNING],
+            [run for run in shards if run.status == "SUCCESS"],
+            self.stored,
+            now=time.time(),
+            unrequested=len(unrequested),
+        )
+
+
+def _state(run: Run | None) -> str:
+    if run is None or run.status in QUEUED:
+        return "waiting"
+    if run.status in RUNNING:
+        return "running"
+    return "done" if run.status == "SUCCESS" else "failed"
+
+
+def _outcome(
+    deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill, runs: Mapping[tuple[str, str], Run]
+) -> int:
+    """Print how it ended; return the exit code."""
+    failed = [run for run in runs.values() if _state(run) != "done"]
+    if backfill.status in SUCCEEDED and not failed:
+        took = duration(time.time() - backfill.created)
+        print(f"done: {of.name} {release}: {backfill.work}, {took} after the launch")
+        return 0
+    tell: list[str] = [f"backfill {backfill.id} of {of.name} {release} ended as {backfill.status}"]
+    if backfill.error:
+        tell.append(f"Dagster says: {backfill.error}")
+    for run in failed[:REASONS]:
+        reason = failure_reason(deployment, run.id).splitlines()[:REASON_LINES]
+        tell.append(f"{run.asset} {run.partition} {run.status.lower()}: {deployment.url}/runs/{run.id}")
+        tell += [f"    {line}" for line in reason]
+    if len(failed) > REASONS:
+        tell.append(f"and {len(failed) - REASONS} more")
+    print("\n".join([*tell, _what_to_do(of, release, backfill, failed)]), file=sys.stderr)
+    return 1
+
+
+def _what_to_do(of: RemoteSet, release: str, backfill: Backfill, failed: list[Run]) -> str:
+    command = f"python -m census_tf_dagster launch {of.name} {release}"
+    if not backfill.work.plan:
+        command += f" --shards {compact(backfill.work.shards)}"
+    recompute = " --recompute" if backfill.work.recompute else ""
+    if backfill.status == "CANCELED":
+        return f"It was cancelled. To go on: {command}{recompute}"
+    if failed and all(run.asset == SHARDS for run in failed):
+        command = f"python -m census_tf_dagster launch {of.name} {release}"
+        shards = compact(run.shard for run in failed)
+        return f"Mend what the reasons name, then launch these alone: {command} --shards {shards}{recompute}"
+    # Where only the array failed, all shards were computed.
+    again = recompute if not failed or any(run.asset != ARRAY for run in failed) else ""
+    return f"Mend what the reasons name, then launch again (finished shards do nothing): {command}{again}"

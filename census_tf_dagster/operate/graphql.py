@@ -1,0 +1,86 @@
+"""Asking a deployment's webserver: GraphQL over HTTP, with its many kinds of error turned into one."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import requests
+
+from census_tf_dagster.errors import UserError
+
+TIMEOUT_SECONDS = (5.0, 60.0)
+"""To connect, and to wait for an answer."""
+
+
+class NoAnswerError(UserError):
+    """The webserver does not answer now; a moment later it may."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A running deployment, known by the address of its webserver without a trailing slash."""
+
+    url: str
+
+    @classmethod
+    def at(cls, url: str) -> Self:
+        """Make a deployment of the address that an operator typed.
+
+        Raises
+        ------
+        UserError
+            When it is no http address.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"the webserver's address is {url!r}; expected http://HOST:PORT or https://HOST[/PATH].")
+        return cls(url.rstrip("/").removesuffix("/graphql"))
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        """Send one query or mutation; return its data.
+
+        Raises
+        ------
+        NoAnswerError
+            When nothing answers, or a proxy answers for it.
+        UserError
+            When the answer is not GraphQL, or says that the query failed.
+        """
+        try:
+            response = requests.post(
+                f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=TIMEOUT_SECONDS
+            )
+        except requests.RequestException as error:
+            raise NoAnswerError(
+                f"no answer from the webserver at {self.url} ({type(error).__name__}): start it (`dagster-webserver -w "
+                "workspace.yaml`, or `dagster dev`), or name another one with --url or CENSUS_TF_DAGSTER_URL."
+            ) from error
+        if response.status_code in (502, 503, 504):
+            raise NoAnswerError(f"the webserver at {self.url} is not up: HTTP {response.status_code}. Try again.")
+        try:
+            answer = response.json()
+        except requests.JSONDecodeError:
+            answer = None
+        if not isinstance(answer, dict) or not answer.keys() & {"data", "errors"}:
+            raise UserError(
+                f"{self.url}/graphql answers HTTP {response.status_code} without GraphQL; expected the address of a "
+                "dagster-webserver: name it with --url or CENSUS_TF_DAGSTER_URL."
+            )
+        if answer.get("errors"):
+            messages = "; ".join(str(error.get("message", error)) for error in answer["errors"][:3])
+            raise UserError(f"the webserver at {self.url} refuses a query; expected Dagster 1.13: {messages}")
+        data: dict[str, Any] = answer["data"]
+        return data
+
+
+def expect(answer: Any, kind: str, doing: str) -> dict[str, Any]:
+    """Return a member of a GraphQL union if it is of the kind that means success.
+
+    Raises
+    ------
+    UserError
+        With Dagster's own message when it is any other kind, such as ``PythonError``.
+    """
+    if isinstance(answer, dict) and answer.get("__typename") == kind:
+        return answer
+    found = answer.get("__typename") if isinstance(answer, dict) else answer
+    message = answer.get("message") if isinstance(answer, dict) else None
+    raise UserError(f"{doing}: Dagster answers {found}, expected {kind}. {message or ''}".rstrip())

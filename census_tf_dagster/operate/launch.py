@@ -1,0 +1,111 @@
+"""`launch`: take a release of a set to its array, or chosen shards of it, and follow that to its end."""
+
+import sys
+from dataclasses import dataclass
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.backfills import Backfill, Work, fetch, find_going, start
+from census_tf_dagster.operate.follow import follow
+from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.runs import materializations
+from census_tf_dagster.operate.sets import PLAN, SHARDS, RemoteSet, find_set
+from census_tf_dagster.operate.shards import compact, parse_shards
+
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended."""
+
+DAEMON = """{ instance { daemonHealth { daemonStatus(daemonType: "BACKFILL") { healthy } } } }"""
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What an operator asks for."""
+
+    set: str
+    release: str
+    shards: str | None
+    """Such as ``3,7-12``; None for the whole release."""
+    recompute: bool
+    wait: bool
+
+
+def launch(url: str, request: LaunchRequest) -> int:
+    """Launch, or attach to the launch of this release that goes on, and follow it; return the exit code.
+
+    The work is Dagster's: it goes on when this command ends, and the same command finds it again.
+
+    Returns
+    -------
+    int
+        0 when all of it succeeded (or was only started, without waiting), 1 when not, 130 when interrupted.
+
+    Raises
+    ------
+    UserError
+        Before anything is launched: when the webserver does not answer, no daemon runs, set, release or shards are
+        unknown, the plan that shards need is missing, or a launch of the same release goes on that does other work.
+    """
+    try:
+        deployment = Deployment.at(url)
+        found = find_set(deployment, request.set)
+        found.check_release(request.release)
+        work = _work(deployment, found, request)
+        backfill = _backfill(deployment, found, request.release, work)
+        if not request.wait:
+            print(_how_to_follow(deployment, found.name, request.release))
+            return 0
+        return follow(deployment, found, request.release, backfill)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; what was launched goes on in Dagster.\n"
+            + _how_to_follow(Deployment.at(url), request.set, request.release),
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> Work:
+    everything = tuple(range(len(found.shard_keys)))
+    if request.shards is None:
+        return Work(plan=True, shards=everything, array=True, recompute=request.recompute)
+    shards = parse_shards(request.shards)
+    found.check_shards(shards)
+    if not materializations(deployment, found, PLAN, [request.release]):
+        raise UserError(
+            f"the plan of {found.name} {request.release} is missing, and shards {compact(shards)} need it: launch the "
+            "whole release (without --shards), or materialize obs_id_plan in the web interface first."
+        )
+    partitions = {shard: found.partition(request.release, shard) for shard in everything if shard not in shards}
+    stored = materializations(deployment, found, SHARDS, list(partitions.values()))
+    unfinished = [shard for shard, partition in partitions.items() if partition not in stored]
+    return Work(plan=False, shards=shards, array=not unfinished, recompute=request.recompute)
+
+
+def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work) -> Backfill:
+    """Find the backfill that goes on, or start one."""
+    if going := find_going(deployment, found, release):
+        if not going.work.covers(work):
+            raise UserError(
+                f"backfill {going.id} of {found.name} {release} goes on with {going.work}; asked for: {work}. Follow "
+                f"it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{going.id}"
+            )
+        print(f"attached to backfill {going.id} of {found.name} {release}, which goes on: {going.work}", flush=True)
+        return going
+    if not deployment.ask(DAEMON)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]:
+        raise UserError(
+            f"the deployment at {deployment.url} has no dagster-daemon: nothing would start. Run `dagster-daemon run "
+            "-w workspace.yaml` with the same DAGSTER_HOME, then launch again."
+        )
+    backfill = fetch(deployment, found, release, start(deployment, found, release, work))
+    print(f"launched backfill {backfill.id} of {found.name} {release} ({found.location}): {work}", flush=True)
+    if not work.array:
+        print("without the array: it needs the other shards, which have not all been done", flush=True)
+    return backfill
+
+
+def _how_to_follow(deployment: Deployment, name: str, release: str) -> str:
+    command = "python -m census_tf_dagster"
+    return (
+        f"  look:   {command} status {name} {release} --url {deployment.url}\n"
+        f"  follow: the same launch command again, or {deployment.url}/runs"
+    )

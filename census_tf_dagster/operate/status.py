@@ -1,0 +1,218 @@
+"""`status`: what of a set's releases is done, runs, failed or is missing, and when it should be ready."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from census_tf_dagster.operate.backfills import find_going
+from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.runs import (
+    QUEUED,
+    RUNNING,
+    Materialization,
+    Run,
+    fetch_runs,
+    latest,
+    materializations,
+    seconds_left,
+)
+from census_tf_dagster.operate.sets import ARRAY, PLAN, SHARDS, RemoteSet, find_set
+from census_tf_dagster.operate.shards import compact
+
+RECENT_RUNS = 50
+"""How many of the last finished shards the estimate looks at."""
+
+PARTITIONS = """query Partitions($keys: [AssetKeyInput!]!) {
+  assetNodes(assetKeys: $keys) {
+    assetKey { path }
+    assetPartitionStatuses {
+      __typename
+      ... on DefaultPartitionStatuses { ...Keys }
+      ... on MultiPartitionStatuses {
+        ranges { primaryDimStartKey primaryDimEndKey secondaryDim { __typename ...Keys } }
+      }
+    }
+  }
+}
+fragment Keys on DefaultPartitionStatuses { materializedPartitions failedPartitions materializingPartitions }"""
+
+CHECK = """query Check($asset: AssetKeyInput!, $release: String!) {
+  assetCheckExecutions(assetKey: $asset, checkName: "proved", partition: $release, limit: 1) { status }
+}"""
+PROVED = {"SUCCEEDED": True, "FAILED": False, "EXECUTION_FAILED": False}
+
+
+@dataclass(frozen=True)
+class ShardStates:
+    """Every shard's number is in exactly one of these. ``failed``: since it was last done."""
+
+    done: tuple[int, ...]
+    running: tuple[int, ...]
+    queued: tuple[int, ...]
+    failed: tuple[int, ...]
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ReleaseStatus:
+    """The state of one release of a set."""
+
+    release: str
+    plan: str
+    """``missing``, ``queued``, ``running``, ``failed`` or ``done``; so is `array`."""
+    shards: ShardStates
+    array: str
+    array_path: str | None
+    proved: bool | None
+    """What the asset check of that name said last; None when it never did."""
+    cells_planned: int | None
+    cells_done: int
+    """Cells of shards that were materialized, be they in work again."""
+    backfill: str | None
+    """The launch of this release that goes on."""
+    seconds_left: float | None
+    """Until running and waiting shards are done; None when unknown, 0 when none runs or waits."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it with shards as compact ranges, and the time of finishing."""
+        shards = {state: compact(numbers) for state, numbers in asdict(self.shards).items()}
+        counts = {state: len(numbers) for state, numbers in asdict(self.shards).items()}
+        finish = finish_time(self.seconds_left) if self.seconds_left else None
+        return {**asdict(self), "shards": shards, "shard_counts": counts, "finish": finish and finish.isoformat()}
+
+
+def finish_time(seconds: float) -> datetime:
+    """Return the local time in so many seconds, to the minute."""
+    return datetime.fromtimestamp(time.time() + seconds).astimezone().replace(second=0, microsecond=0)
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as text: seconds below 2 minutes, then minutes, then hours and minutes."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show_status(url: str, name: str, release: str | None, *, as_json: bool) -> None:
+    """Print the state of a release, or of every release that has anything.
+
+    Raises
+    ------
+    UserError
+        When the webserver does not answer, or set or release are unknown.
+    """
+    deployment = Deployment.at(url)
+    found = find_set(deployment, name)
+    if release is not None:
+        found.check_release(release)
+    statuses = release_statuses(deployment, found, release)
+    if as_json:
+        print(json.dumps({"set": name, "url": deployment.url, "releases": [one.as_json() for one in statuses]}))
+    elif statuses:
+        print("\n\n".join(describe(found, one) for one in statuses))
+    else:
+        print(f"{name}: nothing is there yet of any of its {len(found.releases)} releases")
+
+
+def release_statuses(deployment: Deployment, found: RemoteSet, release: str | None = None) -> list[ReleaseStatus]:
+    """Return the state of one release, or of those that have anything, in the order they were added."""
+    keys = [found.key(asset) for asset in (PLAN, SHARDS, ARRAY)]
+    nodes = deployment.ask(PARTITIONS, keys=keys)["assetNodes"]
+    recorded = {node["assetKey"]["path"][1]: node["assetPartitionStatuses"] for node in nodes}
+    states: dict[tuple[str, ...], str] = {
+        **{(PLAN, partition): state for partition, state in _states(recorded.get(PLAN))},
+        **{(ARRAY, partition): state for partition, state in _states(recorded.get(ARRAY))},
+        **{(SHARDS, *keys): state for keys, state in _shard_states(recorded.get(SHARDS), found.releases)},
+    }
+    active = list(latest(fetch_runs(deployment, found, {"statuses": sorted(QUEUED | RUNNING)})).values())
+    # Dagster's record of partitions does not tell a run that waits from one that works.
+    for run in active:
+        states[run.asset, *run.partition.split("|")] = "queued" if run.status in QUEUED else "running"
+    there = {state[1] for state in states}
+    wanted = (release,) if release is not None else tuple(one for one in found.releases if one in there)
+    return [_release_status(deployment, found, one, states, active) for one in wanted]
+
+
+def _states(recorded: Any) -> Iterable[tuple[str, str]]:
+    """Yield (partition, state); where nothing is on record, Dagster's answer may be of another kind."""
+    if recorded and recorded["__typename"] == "DefaultPartitionStatuses":
+        for kind, state in (("materialized", "done"), ("failed", "failed"), ("materializing", "running")):
+            for partition in recorded[f"{kind}Partitions"]:
+                yield partition, state
+
+
+def _shard_states(recorded: Any, releases: tuple[str, ...]) -> Iterable[tuple[tuple[str, str], str]]:
+    """Yield ((release, shard key), state): Dagster answers ranges of releases whose shards stand alike."""
+    if recorded and recorded["__typename"] == "MultiPartitionStatuses":
+        for one in recorded["ranges"]:
+            first, last = releases.index(one["primaryDimStartKey"]), releases.index(one["primaryDimEndKey"])
+            for release in releases[first : last + 1]:
+                for key, state in _states(one["secondaryDim"]):
+                    yield (release, key), state
+
+
+def _release_status(
+    deployment: Deployment,
+    found: RemoteSet,
+    release: str,
+    states: Mapping[tuple[str, ...], str],
+    active: Sequence[Run],
+) -> ReleaseStatus:
+    partitions = [found.partition(release, shard) for shard in range(len(found.shard_keys))]
+    stored = materializations(deployment, found, SHARDS, partitions)
+    plan = materializations(deployment, found, PLAN, [release]).get(release)
+    array = materializations(deployment, found, ARRAY, [release]).get(release)
+    checks = deployment.ask(CHECK, asset=found.key(ARRAY), release=release)["assetCheckExecutions"]
+    going = find_going(deployment, found, release)
+    by_state: dict[str, list[int]] = {state.name: [] for state in fields(ShardStates)}
+    for shard, key in enumerate(found.shard_keys):
+        by_state[states.get((SHARDS, release, key), "missing")].append(shard)
+    mine = [run for run in active if run.asset == SHARDS and run.partition in partitions]
+    return ReleaseStatus(
+        release=release,
+        plan=states.get((PLAN, release), "missing"),
+        shards=ShardStates(**{state: tuple(numbers) for state, numbers in by_state.items()}),
+        array=states.get((ARRAY, release), "missing"),
+        array_path=array.paths.get("array") if array else None,
+        proved=PROVED.get(checks[0]["status"]) if checks else None,
+        cells_planned=plan.numbers.get("cells") if plan else None,
+        cells_done=sum(one.numbers.get("cells", 0) for one in stored.values()),
+        backfill=going.id if going else None,
+        seconds_left=_shards_left(deployment, found, stored, mine) if mine else 0.0,
+    )
+
+
+def _shards_left(
+    deployment: Deployment, found: RemoteSet, stored: Mapping[str, Materialization], active: Sequence[Run]
+) -> float | None:
+    recent = sorted(stored.values(), key=lambda one: one.at)[-RECENT_RUNS:]
+    finished = fetch_runs(deployment, found, {"runIds": [one.run_id for one in recent]}) if recent else []
+    return seconds_left(active, finished, stored, now=time.time())
+
+
+def describe(found: RemoteSet, status: ReleaseStatus) -> str:
+    """Return the lines that an operator reads."""
+    shards = [
+        f"{len(numbers)} {state} ({compact(numbers)})" for state, numbers in asdict(status.shards).items() if numbers
+    ]
+    proved = {True: "yes", False: "no: materialize it again", None: "unknown"}[status.proved]
+    lines = [
+        f"{found.name} {status.release}",
+        f"  plan    {status.plan}",
+        f"  shards  {len(found.shard_keys)}: {', '.join(shards)}",
+        f"  cells   {status.cells_done:,} of "
+        + ("an unknown number" if status.cells_planned is None else f"{status.cells_planned:,}"),
+        f"  array   {status.array}; proved: {proved}" + (f"; {status.array_path}" if status.array_path else ""),
+    ]
+    if status.seconds_left is None:
+        lines.append("  finish  shards: unknown, nothing has finished or nothing runs")
+    elif status.seconds_left:
+        at = finish_time(status.seconds_left).strftime("%Y-%m-%d %H:%M")
+        lines.append(f"  finish  shards: {at} (in {duration(status.seconds_left)})")
+    if status.backfill:
+        lines.append(f"  launch  backfill {status.backfill} goes on; the same `launch` command follows it")
+    return "\n".join(lines)

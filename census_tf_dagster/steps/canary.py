@@ -1,0 +1,151 @@
+"""A canary: a few hundred cells through the very path of a set, judged and timed, before money is spent."""
+
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse
+
+from census_tf_dagster.census.cells import Cells, read_cells
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.engine import Engine
+from census_tf_dagster.inference.tokens import Tokenizer
+from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.planning import survey
+
+CANDIDATES = 20_000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """What a canary found.
+
+    Attributes
+    ----------
+    cells, assays
+        How many cells were embedded, and of how many assays.
+    judge
+        What the values were compared with.
+    relative_rms
+        ||ours - judge|| / ||judge|| over all values.
+    worst_cell
+        The same per cell, its maximum.
+    centred_cosine
+        Mean cosine after subtracting the judge's mean cell: cells share a large mean, which flatters.
+    cells_per_second, tokens_per_second
+        Of reading, tokenizing and the model together, warm, on this machine.
+    release_cells, release_hours
+        Cells of the release, and how long one machine like this one would take, by tokens.
+    """
+
+    cells: int
+    assays: int
+    judge: str
+    relative_rms: float
+    worst_cell: float
+    centred_cosine: float
+    cells_per_second: float
+    tokens_per_second: float
+    release_cells: int
+    release_hours: float
+
+
+def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> CanaryResult:
+    """Embed some cells, spread over assays and lengths, and compare; write nothing.
+
+    Parameters
+    ----------
+    job
+        The opened set and release.
+    cells
+        How many.
+    oracle
+        Upstream's ``transcriptformer`` command; without it, ours in fp32 is the judge.
+
+    Raises
+    ------
+    UserError
+        As planning does, or when the judge cannot run.
+    """
+    found = survey(job)
+    joinids = _spread(job, found.joinids, cells)
+    tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint)
+    settings = job.settings
+    load = {"device": settings.device, "batch_size": settings.batch_size}
+    engine = Engine.load(job.checkpoint, tokenizer, precision=settings.compute_precision, **load)  # type: ignore[arg-type]
+    # Warm: compilation and first touches are no part of the rate.
+    engine.embed(tokenizer(read_cells(job.release, joinids[:8], job.checkpoint.aux_column)))
+    started = time.monotonic()
+    read = read_cells(job.release, joinids, job.checkpoint.aux_column)
+    packed = tokenizer(read)
+    ours = engine.embed(packed)
+    seconds = time.monotonic() - started
+    if oracle is not None:
+        judge, reference = "upstream's own command in float32", _ask_oracle(job, read, oracle)
+    elif settings.compute_precision == "fp32":
+        raise UserError("an fp32 set has no other judge than upstream's own command: name it with --oracle.")
+    else:
+        judge = "this project's model in fp32 (name upstream's command with --oracle for an independent judge)"
+        reference = Engine.load(job.checkpoint, tokenizer, precision="fp32", **load).embed(packed)  # type: ignore[arg-type]
+    norms = np.linalg.norm(reference, axis=1)
+    centre = reference.mean(axis=0)
+    a, b = ours - centre, reference - centre
+    cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return CanaryResult(
+        cells=len(joinids),
+        assays=len(set(read.assays)),
+        judge=judge,
+        relative_rms=float(np.linalg.norm(ours - reference) / np.linalg.norm(reference)),
+        worst_cell=float((np.linalg.norm(ours - reference, axis=1) / norms).max()),
+        centred_cosine=float(cosine.mean()),
+        cells_per_second=len(joinids) / seconds,
+        tokens_per_second=len(packed.tokens) / seconds,
+        release_cells=len(found.joinids),
+        release_hours=found.summary.totals.tokens / (len(packed.tokens) / seconds) / 3600,
+    )
+
+
+def _spread(job: Job, planned: npt.NDArray[np.int64], cells: int) -> npt.NDArray[np.int64]:
+    """Choose cells evenly over assays, and over lengths within an assay; the same ones every time."""
+    rng = np.random.default_rng(SEED)
+    candidates = np.sort(rng.choice(planned, min(CANDIDATES, len(planned)), replace=False))
+    column = job.checkpoint.aux_column
+    names = ["soma_joinid", "nnz", column]
+    frame = job.release.obs.read(coords=(pa.array(candidates),), column_names=names).concat().to_pandas()
+    groups = [group.sort_values("nnz").soma_joinid.to_numpy() for _, group in frame.groupby(column, observed=True)]
+    share = -(-cells // len(groups))
+    chosen = [group[np.unique(np.linspace(0, len(group) - 1, share).astype(int))] for group in groups]
+    return np.sort(np.concatenate(chosen))
+
+
+def _ask_oracle(job: Job, cells: Cells, command: Path) -> npt.NDArray[np.float32]:
+    if len(job.checkpoint.pretrained) > 1:
+        raise UserError("upstream's command takes one pretrained embedding file; this set has more.")
+    n_genes = len(job.genes.ids)
+    counts = scipy.sparse.csr_matrix((cells.values, cells.columns, cells.indptr), shape=(len(cells.joinids), n_genes))
+    obs = pd.DataFrame({job.checkpoint.aux_column: list(cells.assays)}, index=cells.joinids.astype(str))
+    var = pd.DataFrame({"ensembl_id": list(job.genes.ids)}, index=list(job.genes.ids))
+    with tempfile.TemporaryDirectory() as folder:
+        anndata.AnnData(X=counts, obs=obs, var=var).write_h5ad(Path(folder) / "cells.h5ad")
+        arguments = [str(command.absolute()), "inference", "--checkpoint-path", str(job.checkpoint.folder)]
+        arguments += ["--data-file", f"{folder}/cells.h5ad", "--output-path", folder, "--precision", "32"]
+        arguments += ["--device", job.settings.device]
+        if job.settings.device == "cpu":
+            arguments.append("--disable-compile-block-mask")
+        for path in job.checkpoint.pretrained:
+            arguments += ["--pretrained-embedding", str(path)]
+        try:
+            done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+        except OSError as error:
+            raise UserError(f"the oracle {command} cannot be run: {error}") from error
+        if done.returncode:
+            raise UserError(f"the oracle {command} failed:\n{done.stderr[-2000:]}")
+        return np.asarray(anndata.read_h5ad(Path(folder) / "embeddings.h5ad").obsm["embeddings"])

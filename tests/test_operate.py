@@ -1,0 +1,512 @@
+"""`launch` and `status` against a real webserver and a real daemon; the soak test launches 128 shards."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.runs import Materialization, Run, seconds_left
+from census_tf_dagster.operate.shards import compact, parse_shards
+from census_tf_dagster.operate.status import duration
+from tests.builders import tiny
+from tests.support import RELEASE, Project, read_array
+
+CELLS = 60
+OTHER_RELEASES = ("2025-01-30", "2024-07-01")
+PATIENCE = 600.0
+"""Seconds that any one wait may take on a machine with other work."""
+
+RUNS = "{ runsOrError(limit: 1000) { ... on Runs { results { assetSelection { path } tags { key value } } } } }"
+
+
+@dataclass
+class Operator:
+    """Someone at a terminal beside a running deployment."""
+
+    project: Project
+    port: int
+    servers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def serve(self, name: str) -> None:
+        """Start `dagster-webserver` or `dagster-daemon`, in a process group of its own."""
+        own = ["-h", "127.0.0.1", "-p", str(self.port)] if name == "dagster-webserver" else ["run"]
+        command = [str(Path(sys.executable).with_name(name)), *own, "-m", "census_tf_dagster.definitions"]
+        with (self.project.folder / f"{name}.log").open("a") as log:
+            self.servers[name] = subprocess.Popen(
+                command,
+                cwd=self.project.folder,
+                env=self.project.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def stop(self, name: str) -> None:
+        """End a server with its code server and runs."""
+        server = self.servers.pop(name)
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+    def answers(self) -> bool:
+        """Whether the webserver answers, and knows the daemon if there is one."""
+        assert all(server.poll() is None for server in self.servers.values()), "a server ended"
+        query = '{ instance { daemonHealth { daemonStatus(daemonType: "BACKFILL") { healthy } } } }'
+        try:
+            health = Deployment.at(self.url).ask(query)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]
+        except UserError:
+            return False
+        return bool(health) or "dagster-daemon" not in self.servers
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.project.command(*arguments, "--url", self.url)
+
+    def begin(self, name: str, *arguments: str) -> "Begun":
+        out = self.project.folder / f"{name}.out"
+        command = [sys.executable, "-m", "census_tf_dagster", *arguments, "--url", self.url]
+        with out.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=self.project.folder, env=self.project.env, stdout=file, stderr=subprocess.STDOUT
+            )
+        self.begun.append(process)
+        return Begun(process, out)
+
+    def status(self, name: str) -> dict[str, Any]:
+        """The JSON of one release."""
+        done = self.command("status", name, RELEASE, "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        (release,) = json.loads(done.stdout)["releases"]
+        return release
+
+    def runs(self) -> Counter[tuple[str, str]]:
+        """How often each (asset, partition) ran."""
+        results = Deployment.at(self.url).ask(RUNS)["runsOrError"]["results"]
+        return Counter(
+            ("/".join(run["assetSelection"][0]["path"]), tag["value"])
+            for run in results
+            for tag in run["tags"]
+            if tag["key"] == "dagster/partition"
+        )
+
+
+@dataclass
+class Begun:
+    """A command in the background; what it says goes to a file."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+
+    def says(self, text: str) -> None:
+        until(lambda: text in self.out.read_text() or self.process.poll() is not None, f"{text!r} in {self.out}")
+        assert text in self.out.read_text()
+
+    def end(self) -> tuple[int, str]:
+        return self.process.wait(timeout=PATIENCE), self.out.read_text()
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running(project: Project, *, daemon: bool) -> Iterator[Operator]:
+    """Run the real webserver, and the real daemon, until the end of the block."""
+    with (project.folder / "dagster_home" / "dagster.yaml").open("a") as file:
+        file.write("concurrency:\n  runs:\n    max_concurrent_runs: 2\n")
+    operator = Operator(project, free_port())
+    try:
+        for name in ("dagster-webserver", *(["dagster-daemon"] if daemon else [])):
+            operator.serve(name)
+        until(operator.answers, f"servers of {project.folder}")
+        yield operator
+    finally:
+        for begun in operator.begun:
+            begun.kill()
+            begun.wait()
+        for name in list(operator.servers):
+            operator.stop(name)
+
+
+@dataclass
+class Story:
+    """What one operator saw, in this order; the daemon takes steps of 30 s, so things go on side by side."""
+
+    operator: Operator
+    before: dict[str, Any]
+    interrupted: tuple[int, str]
+    meanwhile: dict[str, Any]
+    attached: tuple[int, str]
+    broken: tuple[int, str]
+    after_broken: dict[str, Any]
+    runs: Counter[tuple[str, str]]
+    after: dict[str, Any]
+    other_work: subprocess.CompletedProcess[str]
+    without_waiting: subprocess.CompletedProcess[str]
+    cancelled: tuple[int, str]
+    recomputed: tuple[int, str]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    project = tiny(Project(tmp_path_factory.mktemp("operate")), cells=CELLS)
+    other = project.folder / "other_checkpoint"
+    subprocess.run(["cp", "-r", str(project.checkpoint), str(other)], check=True)
+    project.add_set("broken", organism="homo_sapiens", shards=1, checkpoint=str(other))
+    assert project.command("release", "add", RELEASE).returncode == 0
+    with running(project, daemon=True) as operator:
+        before = operator.status("tiny")
+        first = operator.begin("first", "launch", "tiny", RELEASE)
+        broken = operator.begin("broken", "launch", "broken", RELEASE)
+        first.says("shards 0/4 done")
+        first.process.send_signal(signal.SIGINT)
+        interrupted = first.end()
+        second = operator.begin("second", "launch", "tiny", RELEASE)
+        broken.says("plan done")
+        (other / "model_weights.pt").unlink()
+        until(lambda: operator.status("tiny")["shards"]["running"] != "", "running shards")
+        meanwhile = operator.status("tiny")
+        attached, failed = second.end(), broken.end()
+        runs, after, after_broken = operator.runs(), operator.status("tiny"), operator.status("broken")
+
+        again = operator.begin("again", "launch", "tiny", RELEASE, "--shards", "2", "--recompute")
+        without_waiting = operator.command("launch", "broken", RELEASE, "--shards", "0", "--no-wait")
+        cancelled = operator.begin("cancelled", "launch", "broken", RELEASE, "--shards", "0")
+        again.says("launched backfill")
+        other_work = operator.command("launch", "tiny", RELEASE, "--shards", "1-2")
+        cancelled.says("shards 0/1 done")
+        cancel = "mutation Cancel($id: String!) { cancelPartitionBackfill(backfillId: $id) { __typename } }"
+        Deployment.at(operator.url).ask(cancel, id=without_waiting.stdout.split()[2])
+        operator.stop("dagster-webserver")
+        again.says("cannot look, trying again: no answer from the webserver")
+        operator.serve("dagster-webserver")
+        until(operator.answers, "the webserver again")
+        yield Story(
+            operator=operator,
+            before=before,
+            interrupted=interrupted,
+            meanwhile=meanwhile,
+            attached=attached,
+            broken=failed,
+            after_broken=after_broken,
+            runs=runs,
+            after=after,
+            other_work=other_work,
+            without_waiting=without_waiting,
+            cancelled=cancelled.end(),
+            recomputed=again.end(),
+        )
+
+
+def test_launch_survives_its_interruption(story: Story) -> None:
+    code, said = story.interrupted
+    assert code == 130
+    assert "launched backfill" in said
+    assert "(census_tf_dagster.definitions): the plan, shards 0-3, the array\n" in said
+    assert "interrupted; what was launched goes on in Dagster.\n" in said
+    assert f"status tiny {RELEASE} --url {story.operator.url}\n" in said
+    code, said = story.attached
+    assert code == 0
+    assert said.startswith("attached to backfill ")
+    assert "shards 4/4 done, 0 running, 0 failed, 0 left; array done" in said
+    assert f"done: tiny {RELEASE}: the plan, shards 0-3, the array" in said
+
+
+def test_plan_shards_and_array_run_once(story: Story, tmp_path: Path) -> None:
+    expected = {("tiny/obs_id_plan", RELEASE): 1, ("tiny/embeddings_array", RELEASE): 1}
+    expected |= {("tiny/shard_embeddings", f"{RELEASE}|{shard}"): 1 for shard in range(4)}
+    assert {key: n for key, n in story.runs.items() if key[0].startswith("tiny/")} == expected
+    array = read_array(story.operator.project.array("tiny"), tmp_path)
+    assert len(array.ids) == story.after["cells_done"] == story.after["cells_planned"]
+    assert array.stored_values == array.values.size
+
+
+def test_status_at_several_moments(story: Story) -> None:
+    nothing = {"done": 0, "running": 0, "queued": 0, "failed": 0, "missing": 4}
+    assert story.before["shard_counts"] == nothing
+    assert [story.before[key] for key in ("plan", "array", "proved", "backfill")] == ["missing", "missing", None, None]
+    assert story.before["cells_planned"] is None
+    counts = story.meanwhile["shard_counts"]
+    assert story.meanwhile["plan"] == "done"
+    assert story.meanwhile["array"] == "missing"
+    assert story.meanwhile["backfill"] in story.attached[1]
+    assert counts["running"] in (1, 2)
+    assert counts["running"] + counts["queued"] + counts["done"] == 4
+    assert story.after["shards"] == {"done": "0-3", "running": "", "queued": "", "failed": "", "missing": ""}
+    assert [story.after[key] for key in ("plan", "array", "backfill", "finish")] == ["done", "done", None, None]
+    assert story.after["proved"] is True
+    assert story.after["cells_planned"] == CELLS
+    assert story.after["array_path"] == str(story.operator.project.array("tiny"))
+    assert (story.after_broken["shards"]["failed"], story.after_broken["array"]) == ("0", "missing")
+
+
+def test_failed_shards_are_told_with_their_reason(story: Story) -> None:
+    code, said = story.broken
+    assert code == 1
+    assert f"shard_embeddings {RELEASE}|0 failure: {story.operator.url}/runs/" in said
+    assert "model_weights.pt" in said
+    assert said.endswith(f"launch these alone: python -m census_tf_dagster launch broken {RELEASE} --shards 0\n")
+
+
+def test_recompute_of_one_shard(story: Story) -> None:
+    code, said = story.recomputed
+    assert code == 0, said
+    assert "shards 2 (recompute), the array" in said
+    assert "cannot look, trying again: no answer from the webserver" in said
+    new = story.operator.runs() - story.runs
+    assert {key: n for key, n in new.items() if key[0].startswith("tiny/")} == {
+        ("tiny/shard_embeddings", f"{RELEASE}|2"): 1,
+        ("tiny/embeddings_array", RELEASE): 1,
+    }
+    fragments = (story.operator.project.array("tiny") / "__fragments").iterdir()
+    assert len(list(fragments)) == 5
+    status = story.operator.status("tiny")
+    assert (status["shards"]["done"], status["cells_done"], status["array"]) == ("0-3", CELLS, "done")
+    assert status["proved"] is True
+
+
+def test_other_work_does_not_attach(story: Story) -> None:
+    assert story.other_work.returncode == 1
+    assert "goes on with shards 2 (recompute), the array; asked for: shards 1-2, the array." in story.other_work.stderr
+
+
+def test_a_cancelled_backfill_is_no_success(story: Story) -> None:
+    assert (story.without_waiting.returncode, story.without_waiting.stderr) == (0, "")
+    launched, look, follow = story.without_waiting.stdout.splitlines()
+    assert launched.startswith("launched backfill ")
+    assert look.startswith("  look:   python -m census_tf_dagster status broken")
+    assert follow.startswith("  follow: the same launch command again")
+    code, said = story.cancelled
+    assert code == 1
+    assert said.startswith(f"attached to backfill {launched.split()[2]} ")
+    assert "ended as CANCELED" in said
+    assert said.endswith(f"To go on: python -m census_tf_dagster launch broken {RELEASE} --shards 0\n")
+
+
+def test_status_as_text(story: Story) -> None:
+    done = story.operator.command("status", "tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  shards  4: 4 done (0-3)\n" in done.stdout
+    assert f"  cells   {CELLS} of {CELLS}\n" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """A deployment where nothing may be launched: it has no daemon."""
+    project = tiny(Project(tmp_path_factory.mktemp("idle")), cells=CELLS)
+    project.add_set("reported", organism="homo_sapiens", shards=12)
+    for release in (RELEASE, *OTHER_RELEASES):
+        project.census.with_name(release).mkdir(exist_ok=True)
+        assert project.command("release", "add", release).returncode == 0
+    with running(project, daemon=False) as operator:
+        yield operator
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope", RELEASE], "set 'nope' is not in the deployment at http://.*; there are: reported, tiny."),
+        (
+            ["tiny", "1999-01-01"],
+            "there are: 2025-11-08, 2025-01-30, 2024-07-01. Add it: python -m census_tf_dagster release add 1999-01-01",
+        ),
+        (["tiny", RELEASE, "--shards", "2,4-6"], "set 'tiny' has no shards 4-6: it has 4, which are 0-3."),
+        (["tiny", RELEASE, "--shards", "7-3"], "--shards has '7-3'; expected numbers and ascending ranges"),
+        (["tiny", RELEASE, "--shards", "2"], f"the plan of tiny {RELEASE} is missing, and shards 2 need it"),
+        (["tiny", RELEASE], "has no dagster-daemon: nothing would start. Run `dagster-daemon run"),
+    ],
+)
+def test_checks_come_before_anything_is_launched(idle: Operator, arguments: list[str], message: str) -> None:
+    done = idle.command("launch", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert re.search(message, done.stderr), done.stderr
+    backfills = Deployment.at(idle.url).ask(
+        "{ partitionBackfillsOrError { ... on PartitionBackfills { results { id } } } }"
+    )
+    assert backfills["partitionBackfillsOrError"]["results"] == []
+    assert not idle.runs()
+
+
+def test_status_of_a_set_with_nothing(idle: Operator) -> None:
+    done = idle.command("status", "tiny")
+    assert (done.returncode, done.stdout) == (0, "tiny: nothing is there yet of any of its 3 releases\n")
+    assert json.loads(idle.command("status", "tiny", "--json").stdout)["releases"] == []
+    assert idle.command("status", "nope").returncode == 1
+
+
+def test_status_of_several_releases(idle: Operator) -> None:
+    """Dagster answers ranges of releases whose shards stand alike; here what stands was reported by hand."""
+    report = """mutation Report($params: ReportRunlessAssetEventsParams!) {
+      reportRunlessAssetEvents(eventParams: $params) { __typename }
+    }"""
+    partitions = {
+        "obs_id_plan": [RELEASE, OTHER_RELEASES[0]],
+        "shard_embeddings": [f"{release}|{shard}" for release in (RELEASE, *OTHER_RELEASES) for shard in ("03", "10")],
+    }
+    partitions["shard_embeddings"].append(f"{OTHER_RELEASES[1]}|11")
+    for asset, keys in partitions.items():
+        params = {
+            "eventType": "ASSET_MATERIALIZATION",
+            "assetKey": {"path": ["reported", asset]},
+            "partitionKeys": keys,
+        }
+        answer = Deployment.at(idle.url).ask(report, params=params)["reportRunlessAssetEvents"]
+        expect(answer, "ReportRunlessAssetEventsSuccess", "report")
+    done = idle.command("status", "reported", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    shards = {one["release"]: one["shards"]["done"] for one in json.loads(done.stdout)["releases"]}
+    assert shards == {RELEASE: "3,10", OTHER_RELEASES[0]: "3,10", OTHER_RELEASES[1]: "3,10-11"}
+    text = idle.command("status", "reported").stdout
+    assert f"reported {OTHER_RELEASES[1]}\n  plan    missing\n  shards  12: 3 done (3,10-11), 9 missing" in text
+
+
+def test_no_webserver(project: Project) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    project.env["CENSUS_TF_DAGSTER_URL"] = url
+    for command in ("launch", "status"):
+        done = project.command(command, "tiny", RELEASE)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"error: no answer from the webserver at {url} (ConnectionError): start it" in done.stderr
+
+
+class NotDagster(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(int(self.path.split("/")[1]))
+        self.end_headers()
+        self.wfile.write(b"<html>hello</html>")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("code", "message"), [(200, "HTTP 200 without GraphQL"), (503, "is not up: HTTP 503")])
+def test_a_server_that_is_no_webserver(code: int, message: str) -> None:
+    with HTTPServer(("127.0.0.1", 0), NotDagster) as server:
+        Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(UserError, match=message):
+            Deployment.at(f"http://127.0.0.1:{server.server_port}/{code}/").ask("{ version }")
+
+
+def test_addresses() -> None:
+    assert Deployment.at("http://host:3000/graphql").url == Deployment.at("http://host:3000/").url == "http://host:3000"
+    with pytest.raises(UserError, match="expected http://HOST:PORT"):
+        Deployment.at("host:3000")
+
+
+def test_a_union_is_checked() -> None:
+    assert expect({"__typename": "Runs", "results": []}, "Runs", "runs")["results"] == []
+    message = "launch of a 1: Dagster answers PythonError, expected LaunchBackfillSuccess. no such partition"
+    with pytest.raises(UserError, match=message):
+        expect({"__typename": "PythonError", "message": "no such partition"}, "LaunchBackfillSuccess", "launch of a 1")
+    with pytest.raises(UserError, match="answers None, expected Runs"):
+        expect(None, "Runs", "runs")
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("3,7-12", (3, 7, 8, 9, 10, 11, 12)), ("0", (0,)), (" 2 - 3 , 2", (2, 3)), ("007", (7,))]
+)
+def test_parse_shards(text: str, numbers: tuple[int, ...]) -> None:
+    assert parse_shards(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "3,", "a", "-1", "1-", "5-3", "1-2-3", "1.5", "0-99999999", "²"])
+def test_parse_shards_refuses(text: str) -> None:
+    with pytest.raises(UserError, match="expected numbers and ascending ranges such as 3,7-12"):
+        parse_shards(text)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([], ""), ([4], "4"), ([7, 0, 1, 2, 3], "0-3,7"), ([0, 2, 4], "0,2,4"), (range(128), "0-127")]
+)
+def test_compact(numbers: list[int], text: str) -> None:
+    assert compact(numbers) == text
+    assert parse_shards(text) == tuple(sorted(numbers)) if text else not numbers
+
+
+def test_duration() -> None:
+    assert [duration(s) for s in (9, 300, 9000)] == ["9 s", "5 min", "2 h 30 min"]
+
+
+def _run(shard: int, status: str, started: float | None, ended: float | None = None, *, recompute: bool = False) -> Run:
+    return Run(
+        id=str(shard),
+        asset="shard_embeddings",
+        partition=f"{RELEASE}|{shard}",
+        status=status,
+        created=0,
+        started=started,
+        ended=ended,
+        updated=0,
+        recompute=recompute,
+    )
+
+
+def test_seconds_left() -> None:
+    finished = [_run(0, "SUCCESS", 0, 100), _run(1, "SUCCESS", 0, 4)]
+    stored = {
+        f"{RELEASE}|{run.shard}": Materialization(run.id, 0, {"cells_computed": computed}, {})
+        for run, computed in zip(finished, (50, 0), strict=True)
+    }
+    active = [_run(2, "STARTED", 40), _run(3, "STARTED", 60), _run(4, "QUEUED", None)]
+    # Shard 1 computed nothing, so a shard takes 100 s: 40 s and 60 s are left of two, and one waits.
+    assert seconds_left(active, finished, stored, now=100) == (60 - 20 + 60 + 100) / 2
+    assert seconds_left(active[:2], finished, stored, now=100) == 60
+    assert seconds_left(active, finished, stored, now=100, unrequested=2) == 200
+    again = _run(0, "QUEUED", None)
+    assert seconds_left([*active[:2], again], finished, stored, now=100) == 60
+    recompute = _run(0, "QUEUED", None, recompute=True)
+    assert seconds_left([*active[:2], recompute], finished, stored, now=100) == 100
+    assert seconds_left(active, finished[1:], stored, now=100) is None
+    assert seconds_left(active[2:], finished, stored, now=100) is None
+
+
+@pytest.mark.soak
+def test_launch_of_128_shards(tmp_path: Path) -> None:
+    project = tiny(Project(tmp_path), cells=256, shards=128, megabatch_size=2)
+    assert project.command("release", "add", RELEASE).returncode == 0
+    with running(project, daemon=True) as operator:
+        launch = operator.begin("launch", "launch", "tiny", RELEASE)
+        code = launch.process.wait(timeout=3600)
+        assert code == 0, launch.out.read_text()[-3000:]
+        runs = operator.runs()
+        assert set(runs.values()) == {1}
+        assert len(runs) == 130
+        status = operator.status("tiny")
+    assert (status["shards"]["done"], status["cells_done"], status["array"]) == ("0-127", 256, "done")
+    array = read_array(project.array("tiny"), tmp_path)
+    assert len(array.ids) == 256
+    assert "128/128 done, 0 running, 0 failed, 0 left; array done" in launch.out.read_text()
