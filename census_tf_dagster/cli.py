@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     launch.add_argument("release", help="name of the release")
     launch.add_argument("--shards", metavar="3,7-12", help="only these shards, then the array; without: everything")
     launch.add_argument("--recompute", action="store_true", help="compute cells again that are in the array already")
+    launch.add_argument("--dry-run", action="store_true", help="show what would be done and written; start nothing")
     launch.add_argument("--no-wait", dest="wait", action="store_false", help="start it and return")
     launch.set_defaults(run=_launch)
 
@@ -145,6 +146,15 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        from census_tf_dagster.definitions import deployed_job
+        from census_tf_dagster.operate.dry_run import describe, dry_run
+        from census_tf_dagster.operate.shards import parse_shards
+
+        shards = parse_shards(arguments.shards) if arguments.shards else None
+        with deployed_job(arguments.set, arguments.release) as job:
+            print(describe(dry_run(job, shards, recompute=arguments.recompute)))
+        return 0
     from census_tf_dagster.operate.launch import LaunchRequest, launch
 
     request = LaunchRequest(

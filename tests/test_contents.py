@@ -1,4 +1,4 @@
-"""`inspect`, `remove` and `canary` as an operator types them."""
+"""`inspect`, `remove`, `canary` and `launch --dry-run` as an operator types them."""
 
 import json
 from pathlib import Path
@@ -79,3 +79,24 @@ def test_canary_with_upstreams_own_command(project: Project, oracle: Oracle) -> 
     worst = float(done.stdout.split("worst cell ")[1].split()[0])
     assert worst <= BOUND
     assert not list(Path(project.folder).glob("logs"))
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(project: Project) -> None:
+    tiny(project)
+    first = project.command("launch", "tiny", RELEASE, "--dry-run")
+    assert first.returncode == 0, first.stderr
+    assert "would run 4 shards and compute 200 of their 200 cells" in first.stdout
+    assert not (project.folder / "store").exists()
+    with project.job("tiny") as job:
+        make_plan(job)
+        done = embed_shard(job, 1)
+    some = project.command("launch", "tiny", RELEASE, "--dry-run", "--shards", "1,3")
+    assert "would run 2 shards" in some.stdout
+    assert "compute 0 of" not in some.stdout
+    finished = project.command("launch", "tiny", RELEASE, "--dry-run", "--shards", "1")
+    assert f"compute 0 of their {done.cells} cells in 0 writes, about 0 bytes" in finished.stdout
+    again = project.command("launch", "tiny", RELEASE, "--dry-run", "--shards", "1", "--recompute")
+    assert f"compute {done.cells} of their {done.cells} cells" in again.stdout
+    beyond = project.command("launch", "tiny", RELEASE, "--dry-run", "--shards", "7")
+    assert beyond.returncode == 1
+    assert "shard 7 is not in the plan, which has 4 (0 to 3)" in beyond.stderr

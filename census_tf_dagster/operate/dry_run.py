@@ -71,8 +71,8 @@ def describe(result: DryRun) -> str:
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
         f"genes: the checkpoint knows {plan.known_genes:,} of {plan.expressed_genes:,} expressed "
         f"({plan.known_share:.1%} of all entries)\n"
-        f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} cells "
-        f"in {result.megabatches_to_compute:,} writes, about {result.bytes_to_write:,} bytes\n"
+        f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} "
+        f"cells in {result.megabatches_to_compute:,} writes, about {result.bytes_to_write:,} bytes\n"
         f"into {plan.root}\n"
         "Nothing was started and nothing written."
     )
