@@ -1,0 +1,137 @@
+"""The assets in Dagster, in this process: what a person sees of progress, failure and staleness."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from census_tf_dagster.assets import shard_embeddings
+from census_tf_dagster.definitions import build_definitions, load_sets
+from census_tf_dagster.partitions import RELEASES
+from census_tf_dagster.resources import CensusResource, StoreResource
+from tests.builders import tiny
+from tests.support import RELEASE, Project
+from tests.test_interruption import set_counts
+
+
+class Deployment:
+    """A set's assets, run one partition at a time in this process."""
+
+    def __init__(self, project: Project, instance: dg.DagsterInstance) -> None:
+        self.instance = instance
+        defs = build_definitions(
+            load_sets(project.folder / "sets"),
+            CensusResource(location=project.env["CENSUS_TF_CENSUS"]),
+            StoreResource(location=project.env["CENSUS_TF_STORE"]),
+        )
+        self.job = defs.resolve_implicit_global_asset_job_def()
+        instance.add_dynamic_partitions(str(RELEASES.name), [RELEASE])
+
+    def run(self, asset: str, partition: str, config: dict[str, Any] | None = None) -> dg.ExecuteInProcessResult:
+        return self.job.execute_in_process(
+            partition_key=partition,
+            asset_selection=[dg.AssetKey(["tiny", asset])],
+            instance=self.instance,
+            run_config={"ops": {f"tiny__{asset}": {"config": config}}} if config else None,
+            raise_on_error=False,
+        )
+
+    def proved(self) -> bool:
+        """The last evaluation of the check."""
+        records = self.instance.event_log_storage.get_asset_check_execution_history(
+            dg.AssetCheckKey(dg.AssetKey(["tiny", "embeddings_array"]), "proved"), limit=1
+        )
+        evaluation = records[0].evaluation
+        assert evaluation is not None
+        assert evaluation.partition == RELEASE
+        return evaluation.passed
+
+
+@pytest.fixture
+def deployment(project: Project) -> Iterator[Deployment]:
+    tiny(project, shards=2, megabatch_size=32)
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Deployment(project, instance)
+
+
+def everything(deployment: Deployment) -> None:
+    assert deployment.run("obs_id_plan", RELEASE).success
+    for shard in range(2):
+        assert deployment.run("shard_embeddings", f"{RELEASE}|{shard}").success
+    assert deployment.run("embeddings_array", RELEASE).success
+
+
+def metadata(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
+    (event,) = result.asset_materializations_for_node(f"tiny__{asset}")
+    return {name: value.value for name, value in event.metadata.items()}
+
+
+def test_the_plan_shows_what_the_shards_will_do(deployment: Deployment) -> None:
+    shown = metadata(deployment.run("obs_id_plan", RELEASE), "obs_id_plan")
+    assert (shown["cells"], shown["shards"]) == (200, 2)
+    assert shown["primary_cells"] + shown["duplicate_cells"] == 200
+    assert 0 < shown["duplicate_cells"] < 200
+    assert shown["tokens"] > 200 * 2
+    assert shown["bytes_to_write"] == int(200 * 16 * 4.4)
+    assert shown["expressed_genes_known"] < shown["expressed_genes"] <= 120
+    assert 0.5 < shown["expressed_entries_known_share"] < 1
+
+
+def test_a_running_shard_shows_itself(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_embeddings, "OBSERVE_EVERY_SECONDS", 0.0)
+    assert deployment.run("obs_id_plan", RELEASE).success
+    result = deployment.run("shard_embeddings", f"{RELEASE}|1")
+    shown = metadata(result, "shard_embeddings")
+    records = deployment.instance.fetch_observations(dg.AssetKey(["tiny", "shard_embeddings"]), limit=10).records
+    done = [record.asset_observation.metadata["cells_done"].value for record in reversed(records)]
+    assert len(done) == shown["megabatches"]
+    assert done == sorted(done)
+    assert done[-1] == shown["cells"]
+    assert {record.asset_observation.partition for record in records} == {f"{RELEASE}|1"}
+    assert records[0].asset_observation.metadata["seconds_left"].value == 0
+
+
+def test_observations_are_throttled(deployment: Deployment) -> None:
+    assert deployment.run("obs_id_plan", RELEASE).success
+    assert deployment.run("shard_embeddings", f"{RELEASE}|1").success
+    key = dg.AssetKey(["tiny", "shard_embeddings"])
+    assert not deployment.instance.fetch_observations(key, limit=10).records
+
+
+def test_recompute_marks_the_array_unproved_until_it_is_checked_again(deployment: Deployment) -> None:
+    everything(deployment)
+    assert deployment.proved()
+    assert deployment.run("shard_embeddings", f"{RELEASE}|0").success
+    assert deployment.proved()
+    assert deployment.run("shard_embeddings", f"{RELEASE}|0", {"recompute": True}).success
+    assert not deployment.proved()
+    again = deployment.run("embeddings_array", RELEASE)
+    assert again.success
+    assert metadata(again, "embeddings_array")["shards_read_again"] == 0
+    assert metadata(again, "embeddings_array")["excess_fragments"] > 0
+    assert deployment.proved()
+
+
+def test_set_aside_megabatches_are_listed(deployment: Deployment, project: Project) -> None:
+    assert deployment.run("obs_id_plan", RELEASE).success
+    set_counts(project, [5], 0.5)
+    result = deployment.run("shard_embeddings", f"{RELEASE}|0")
+    assert not result.success
+    failure = result.failure_data_for_node("tiny__shard_embeddings")
+    assert failure is not None
+    assert failure.user_failure_data is not None
+    (one,) = failure.user_failure_data.metadata["set_aside"].value
+    assert one.startswith("megabatch 0 (joinids 0 to ")
+    assert "joinids [5]" in one
+
+
+def test_an_array_is_not_materialized_before_all_shards_are_there(deployment: Deployment) -> None:
+    assert deployment.run("obs_id_plan", RELEASE).success
+    assert deployment.run("shard_embeddings", f"{RELEASE}|0").success
+    result = deployment.run("embeddings_array", RELEASE)
+    assert not result.success
+    failure = result.failure_data_for_node("tiny__embeddings_array")
+    assert failure is not None
+    assert "1 of 2 shards have not finished" in str(failure.user_failure_data)
+    assert not result.asset_materializations_for_node("tiny__embeddings_array")
