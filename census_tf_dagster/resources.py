@@ -42,17 +42,16 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         require_name(release, "release")
         if self.location == PUBLIC:
             import cellxgene_census
-            import requests
 
             try:
                 description = cellxgene_census.get_census_version_description(release)
-            except (ValueError, requests.RequestException) as error:
+            except ValueError as error:
                 raise UserError(f"release {release!r} is not in the public Census directory: {error}") from error
             return str(description["soma"]["uri"]).rstrip("/")
         if "{release}" not in self.location:
             raise UserError(f"the Census location {self.location!r} must be 'public' or contain '{{release}}'.")
         uri = normalise(self.location.format(release=release))
-        if is_local(uri) and not Path(uri).is_dir():
+        if is_local(uri) and not Path(uri.removeprefix("file://")).is_dir():
             raise UserError(f"release {release!r} is unknown: there is no Census at {uri}.")
         return uri
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
+import boto3
 import tiledb
 import tiledbsoma
 
@@ -66,7 +67,8 @@ class Storage:
     """
 
     def __init__(self, s3: S3Settings | None = None) -> None:
-        config = (s3 or S3Settings()).tiledb_config()
+        self.s3 = s3 or S3Settings()
+        config = self.s3.tiledb_config()
         self.tiledb_ctx = tiledb.Ctx(config)
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.
@@ -124,8 +126,10 @@ class Storage:
             finally:
                 partial.unlink(missing_ok=True)
         else:
-            with self._vfs.open(uri, "wb") as file:
-                file.write(content)
+            # One PutObject. TileDB's VFS deletes the old object first and leaves an empty one when interrupted.
+            bucket, _, key = uri.removeprefix("s3://").partition("/")
+            client = boto3.client("s3", region_name=self.s3.region or None, endpoint_url=self.s3.endpoint or None)
+            client.put_object(Bucket=bucket, Key=key, Body=content)
 
     def download(self, uri: str, path: Path) -> None:
         """Copy a file to the local `path`, atomically."""

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference import engine
 from census_tf_dagster.resources import CensusResource
 from census_tf_dagster.steps.embedding import embed_shard
+from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import make_plan
 from tests.builders import tiny
 from tests.support import RELEASE, Project
@@ -48,13 +50,16 @@ pytestmark = pytest.mark.usefixtures("no_model")
 
 
 def edit_counts(project: Project, value: float) -> None:
-    uri = str(project.census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw")
-    with tiledbsoma.open(uri) as array:
-        table = array.read(coords=(slice(0, 0),)).tables().concat()
-    column = table.column_names.index("soma_data")
+    """Write the first cell's counts anew, one of them changed; the old ones are taken out."""
+    uri = counts_folder(project)
+    with tiledbsoma.open(str(uri)) as array:
+        table = array.read().tables().concat()
+    for folder in ("__fragments", "__commits"):
+        shutil.rmtree(uri / folder)
     values = table["soma_data"].to_numpy().copy()
-    values[3] = value
-    with tiledbsoma.open(uri, "w") as array:
+    values[np.flatnonzero(table["soma_dim_0"].to_numpy() == 0)[3]] = value
+    column = table.column_names.index("soma_data")
+    with tiledbsoma.open(str(uri), "w") as array:
         array.write(table.set_column(column, table.schema.field(column), [values]))
 
 
@@ -63,6 +68,34 @@ def test_counts_that_are_none(project: Project, value: float) -> None:
     tiny(project)
     edit_counts(project, value)
     plan_is_refused(project, r"X/raw of homo_sapiens .* no counts.*joinids \[0\]; expected non-negative integers")
+
+
+def counts_folder(project: Project) -> Path:
+    return project.census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw"
+
+
+def test_a_census_copied_in_part(project: Project) -> None:
+    tiny(project)
+    for folder in ("__fragments", "__commits"):
+        shutil.rmtree(counts_folder(project) / folder)
+    plan_is_refused(project, r"have other counts in X/raw than obs\.nnz says.*\(the first: 0, obs says \d+\)")
+
+
+def test_a_census_whose_counts_were_written_twice(project: Project) -> None:
+    tiny(project)
+    with tiledbsoma.open(str(counts_folder(project))) as array:
+        table = array.read(coords=(slice(0, 3),)).tables().concat()
+    with tiledbsoma.open(str(counts_folder(project)), "w") as array:
+        array.write(table)
+    plan_is_refused(project, r"have other counts in X/raw than obs\.nnz says, joinids \[0")
+
+
+def test_an_obs_without_the_checkpoints_column(project: Project) -> None:
+    tiny(project)
+    config = project.checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"aux_cols": "assay"', '"aux_cols": "platform"'))
+    (project.checkpoint / "vocabs" / "assay_vocab.json").rename(project.checkpoint / "vocabs" / "platform_vocab.json")
+    plan_is_refused(project, r"lacks the column 'platform' that the checkpoint .* conditions on")
 
 
 def rewrite_var(project: Project, edit: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
@@ -108,7 +141,7 @@ def test_a_folder_that_is_no_soma_at_all(project: Project) -> None:
     tiny(project)
     shutil.rmtree(project.census)
     project.census.mkdir()
-    plan_is_refused(project, "no Census can be opened at")
+    plan_is_refused(project, "there is no Census at")
 
 
 def test_unknown_release(project: Project) -> None:
@@ -184,18 +217,35 @@ def test_a_shard_beyond_the_plan(project: Project) -> None:
             embed_shard(job, 9)
 
 
-def test_a_plan_that_is_damaged(project: Project) -> None:
+@pytest.mark.parametrize("kind", ["megabatches", "obs_ids"])
+def test_a_plan_that_is_damaged(project: Project, kind: str) -> None:
     tiny(project)
     with project.job("tiny") as job:
         make_plan(job)
         plan = read_plan(job.store, job.folder.plan)
-        (Path(job.folder.plan) / f"{plan.totals.plan}.megabatches.parquet").write_bytes(b"PAR1 cut")
+        file = Path(job.folder.plan) / f"{plan.totals.plan}.{kind}.parquet"
+        file.write_bytes(b"PAR1 cut")
         before = snapshot(Path(job.folder.root))
         with pytest.raises(UserError, match=r"is damaged .*materialize obs_id_plan again"):
-            embed_shard(job, 0)
+            plan_and_ids(job)
         assert snapshot(Path(job.folder.root)) == before
         make_plan(job)
-        assert read_plan(job.store, job.folder.plan) == plan
+        plan_and_ids(job)
+
+
+def plan_and_ids(job: Job) -> None:
+    plan = read_plan(job.store, job.folder.plan)
+    plan.read_ids(job.store, plan.shard(0))
+
+
+def test_planned_ids_that_disagree_with_the_index(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        make_plan(job)
+        plan = read_plan(job.store, job.folder.plan)
+        swapped = replace(plan, megabatches=(replace(plan.megabatches[0], cells=15), *plan.megabatches[1:]))
+        with pytest.raises(UserError, match="megabatch 0 holds other ids than the index says"):
+            swapped.read_ids(job.store, swapped.megabatches[:1])
 
 
 def test_no_gpu_where_the_set_asks_for_one(project: Project) -> None:

@@ -156,7 +156,7 @@ def test_a_poisoned_megabatch_is_set_aside_and_completed_later(poisoned: Project
             embed_shard(job, batch.shard)
         assert [one.batch for one in caught.value.failed] == [batch]
         assert f"megabatch {batch.index} (joinids {batch.first} to {batch.last}, 8 cells)" in str(caught.value)
-        assert "joinids [77]; expected non-negative integers" in str(caught.value)
+        assert "have other counts in X/raw than obs.nnz says, joinids [77]" in str(caught.value)
         for shard in {0, 1, 2, 3} - {batch.shard}:
             embed_shard(job, shard)
         with pytest.raises(Exception, match="1 of 4 shards have not finished"):
@@ -174,6 +174,12 @@ def mend(project: Project) -> None:
     newest = max((uri / "__fragments").iterdir(), key=lambda path: int(path.name.split("_")[2]))
     commit = uri / "__commits" / f"{newest.name}.wrt"
     commit.unlink()
+
+
+def test_a_recomputation_that_was_set_aside_says_how_to_go_on(poisoned: Project) -> None:
+    with poisoned.job("tiny") as job, pytest.raises(SetAsideError, match=r"again with `recompute: true`"):
+        for shard in range(4):
+            embed_shard(job, shard, recompute=True)
 
 
 def test_a_fault_of_all_cells_stops_early(project: Project) -> None:

@@ -99,6 +99,7 @@ class Operator:
         """The JSON of one release."""
         done = self.command("status", name, RELEASE, "--json")
         assert (done.returncode, done.stderr) == (0, "")
+        release: dict[str, Any]
         (release,) = json.loads(done.stdout)["releases"]
         return release
 
@@ -160,6 +161,12 @@ def running(project: Project, *, daemon: bool) -> Iterator[Operator]:
             operator.stop(name)
 
 
+def half_way(seen: list[dict[str, Any]], operator: Operator) -> bool:
+    """Look once more; tell whether all shards have runs, and one runs."""
+    seen.append(operator.status("tiny"))
+    return bool(seen[-1]["shards"]["running"]) and not seen[-1]["shards"]["missing"]
+
+
 @dataclass
 class Story:
     """What one operator saw, in this order; the daemon takes steps of 30 s, so things go on side by side."""
@@ -196,8 +203,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         second = operator.begin("second", "launch", "tiny", RELEASE)
         broken.says("plan done")
         (other / "model_weights.pt").unlink()
-        until(lambda: operator.status("tiny")["shards"]["running"] != "", "running shards")
-        meanwhile = operator.status("tiny")
+        seen = [operator.status("tiny")]
+        until(lambda: half_way(seen, operator), "running shards")
         attached, failed = second.end(), broken.end()
         runs, after, after_broken = operator.runs(), operator.status("tiny"), operator.status("broken")
 
@@ -217,7 +224,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             operator=operator,
             before=before,
             interrupted=interrupted,
-            meanwhile=meanwhile,
+            meanwhile=seen[-1],
             attached=attached,
             broken=failed,
             after_broken=after_broken,
@@ -423,8 +430,11 @@ def test_a_server_that_is_no_webserver(code: int, message: str) -> None:
 
 def test_addresses() -> None:
     assert Deployment.at("http://host:3000/graphql").url == Deployment.at("http://host:3000/").url == "http://host:3000"
-    with pytest.raises(UserError, match="expected http://HOST:PORT"):
-        Deployment.at("host:3000")
+    for url in ("host:3000", "3000", "", "http://", "http://host:port", "http://host:3000?x", "ftp://host"):
+        with pytest.raises(UserError, match="expected http://HOST:PORT"):
+            Deployment.at(url)
+    assert Deployment.at("https://host/dagster/").url == "https://host/dagster"
+    assert Deployment.at("http://[::1]:3000").url == "http://[::1]:3000"
 
 
 def test_a_union_is_checked() -> None:
@@ -476,14 +486,14 @@ def _run(shard: int, status: str, started: float | None, ended: float | None = N
 
 
 def test_seconds_left() -> None:
-    finished = [_run(0, "SUCCESS", 0, 100), _run(1, "SUCCESS", 0, 4)]
+    finished = [_run(0, "SUCCESS", -200, -100), _run(1, "SUCCESS", -200, -196)]
     stored = {
         f"{RELEASE}|{run.shard}": Materialization(run.id, 0, {"cells_computed": computed}, {})
         for run, computed in zip(finished, (50, 0), strict=True)
     }
     active = [_run(2, "STARTED", 40), _run(3, "STARTED", 60), _run(4, "QUEUED", None)]
     # Shard 1 computed nothing, so a shard takes 100 s: 40 s and 60 s are left of two, and one waits.
-    assert seconds_left(active, finished, stored, now=100) == (60 - 20 + 60 + 100) / 2
+    assert seconds_left(active, finished, stored, now=100) == (40 + 60 + 100) / 2
     assert seconds_left(active[:2], finished, stored, now=100) == 60
     assert seconds_left(active, finished, stored, now=100, unrequested=2) == 200
     again = _run(0, "QUEUED", None)
@@ -492,6 +502,15 @@ def test_seconds_left() -> None:
     assert seconds_left([*active[:2], recompute], finished, stored, now=100) == 100
     assert seconds_left(active, finished[1:], stored, now=100) is None
     assert seconds_left(active[2:], finished, stored, now=100) is None
+
+
+def test_seconds_left_between_two_runs() -> None:
+    finished = [_run(0, "SUCCESS", 0, 100), _run(1, "SUCCESS", 0, 100)]
+    stored = {f"{RELEASE}|{run.shard}": Materialization(run.id, 0, {}, {}) for run in finished}
+    waiting = [_run(shard, "QUEUED", None) for shard in (2, 3)]
+    assert seconds_left(waiting, finished, stored, now=100) == 100
+    assert seconds_left(waiting, finished, stored, now=150) == 200
+    assert seconds_left(waiting, finished, stored, now=200) is None
 
 
 @pytest.mark.soak

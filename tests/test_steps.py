@@ -220,3 +220,15 @@ def test_a_filter_that_does_not_parse(project: Project, value_filter: str) -> No
     with project.job("tiny") as job, pytest.raises(UserError, match="was not understood"):
         make_plan(job)
     assert not (project.folder / "store").exists()
+
+
+def test_a_damaged_proof_proves_nothing_and_is_made_anew(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        run_all(job)
+        plan = read_plan(job.store, job.folder.plan)
+        Path(job.folder.proof(plan.totals.plan, 1)).write_bytes(b"")
+        with pytest.raises(UserError, match="1 of 4 shards have not finished"):
+            finish_array(job)
+        assert embed_shard(job, 1).megabatches_computed == 0
+        finish_array(job)

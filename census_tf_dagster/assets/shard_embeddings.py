@@ -47,10 +47,14 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         release, shard = keys.keys_by_dimension["release"], int(keys.keys_by_dimension["shard"])
         observed = time.monotonic()
 
+        def tell_if_stale() -> None:
+            if array_state(job) == "stale":
+                report_stale(context.instance, settings, release)
+
         def show(progress: ShardSummary) -> None:
             nonlocal observed
-            if progress.megabatches_computed == 1 and array_state(job) == "stale":
-                report_stale(context.instance, settings, release)
+            if progress.megabatches_computed == 1:
+                tell_if_stale()
             done = progress.cells_before + progress.cells_computed
             rate, left = progress.cells_per_second(), progress.seconds_left()
             context.log.info(f"{done:,} of {progress.cells:,} cells, {rate:.1f} cells/s, {left:.0f} s left")
@@ -66,6 +70,9 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
                 # A retry by itself would meet the same cells.
                 metadata = {"set_aside": [str(one) for one in error.failed]}
                 raise dg.Failure(str(error), metadata=metadata, allow_retries=False) from error
+            if summary.megabatches_computed:
+                # Once more: the array may have been proved between the first commit and the last.
+                tell_if_stale()
         return dg.MaterializeResult(
             metadata={
                 "cells": summary.cells,

@@ -51,13 +51,15 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
     Raises
     ------
     UserError
-        When a cell is missing, or a count is negative, not an integer or not finite.
+        When a cell is missing, has more counts than obs says or none of them, or a count is negative, not an
+        integer or not finite.
     """
     # A contiguous range is read several times faster as a slice than as a list of points.
     contiguous = len(joinids) == joinids[-1] - joinids[0] + 1
     coords = slice(int(joinids[0]), int(joinids[-1])) if contiguous else pa.array(joinids)
 
-    obs = release.obs.read(coords=(coords,), column_names=["soma_joinid", assay_column]).concat().sort_by("soma_joinid")
+    names = ["soma_joinid", "nnz", assay_column]
+    obs = release.obs.read(coords=(coords,), column_names=names).concat().sort_by("soma_joinid")
     found = obs["soma_joinid"].to_numpy()
     if not np.array_equal(found, joinids):
         missing = np.setdiff1d(joinids, found)
@@ -72,8 +74,18 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
         columns.append(table["soma_dim_1"].to_numpy().astype(np.int32))
         values.append(table["soma_data"].to_numpy().astype(np.float32, copy=False))
     shape = (len(joinids), release.counts.shape[1])
-    triplets = (_joined(values, np.float32), (_joined(rows, np.int32), _joined(columns, np.int32)))
-    csr = scipy.sparse.coo_array(triplets, shape=shape).tocsr()
+    all_rows, all_values = _joined(rows, np.int32), _joined(values, np.float32)
+    # Counted before duplicates are summed: a Census that was copied in part, or written twice, shows here. The
+    # Census builder counts stored values, which may include zeros, so fewer alone is no fault.
+    expressed, stated = np.bincount(all_rows[all_values != 0], minlength=len(joinids)), obs["nnz"].to_numpy()
+    wrong = np.flatnonzero((expressed > stated) | ((expressed == 0) & (stated > 0)))
+    if len(wrong):
+        raise UserError(
+            f"{len(wrong)} cells of {release.organism} in {release.uri} have other counts in X/raw than obs.nnz says, "
+            f"joinids {joinids[wrong[:10]].tolist()} (the first: {expressed[wrong[0]]}, obs says {stated[wrong[0]]}). "
+            "The Census is damaged or was copied only in part."
+        )
+    csr = scipy.sparse.coo_array((all_values, (all_rows, _joined(columns, np.int32))), shape=shape).tocsr()
     csr.sort_indices()
     _require_raw_counts(csr, joinids, release)
     return Cells(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiledb
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
@@ -85,9 +86,22 @@ class Plan:
 
     def read_ids(self, storage: Storage, batches: Iterable[Megabatch]) -> list[Int64Array]:
         """Read the soma_joinids, int64 ascending, of each of some megabatches."""
-        with storage.open(f"{self.folder}/{self.totals.plan}.obs_ids.parquet") as file:
-            parquet = pq.ParquetFile(file)
-            return [parquet.read_row_group(batch.index)["soma_joinid"].to_numpy() for batch in batches]
+        found = []
+        try:
+            with storage.open(f"{self.folder}/{self.totals.plan}.obs_ids.parquet") as file:
+                parquet = pq.ParquetFile(file)
+                for batch in batches:
+                    ids = parquet.read_row_group(batch.index)["soma_joinid"].to_numpy()
+                    if (len(ids), ids[0], ids[-1]) != (batch.cells, batch.first, batch.last) or (
+                        np.diff(ids) <= 0
+                    ).any():
+                        raise ValueError(f"megabatch {batch.index} holds other ids than the index says")
+                    found.append(ids)
+        except (ValueError, pa.ArrowInvalid, tiledb.TileDBError) as error:
+            raise UserError(
+                f"the plan at {self.folder} is damaged ({error}): materialize obs_id_plan again."
+            ) from error
+        return found
 
 
 def divide(

@@ -65,7 +65,10 @@ class OrganismRelease:
     @property
     def counts(self) -> tiledbsoma.SparseNDArray:
         """Raw counts, cells x genes."""
-        layer = self.experiment.ms[MEASUREMENT].X[LAYER]
+        try:
+            layer = self.experiment.ms[MEASUREMENT].X[LAYER]
+        except (KeyError, tiledbsoma.DoesNotExistError) as error:
+            raise UserError(f"{self.organism} in {self.uri} has no X/{LAYER}: {error}") from error
         if not isinstance(layer, tiledbsoma.SparseNDArray):
             raise UserError(f"X/{LAYER} of {self.organism} in {self.uri} is dense; a Census stores it sparse.")
         return layer
@@ -102,6 +105,11 @@ class OrganismRelease:
                 f"{self.uri} {self.organism}: {len(twice)} gene ids occur more than once after removing "
                 f"version suffixes, e.g. {twice[:3]}; each must be unique. Use a Census without duplicates."
             )
+        if self.counts.shape[1] != len(ids):
+            raise UserError(
+                f"X/{LAYER} of {self.organism} in {self.uri} has {self.counts.shape[1]} columns, var has {len(ids)} "
+                "genes; they must agree. The Census is damaged."
+            )
         return Genes(
             ids=ids,
             cells_expressing=var["nnz"].to_numpy().astype(np.int64),
@@ -119,7 +127,7 @@ class OrganismRelease:
         try:
             yield from self.obs.read(value_filter=value_filter, column_names=sorted(OBS_COLUMNS))
         except (SyntaxError, ValueError, KeyError, tiledbsoma.SOMAError) as error:
-            if value_filter is None:
+            if value_filter is None or "IO Error" in str(error) or "S3" in str(error):
                 raise
             columns = ", ".join(name for name in self.obs.keys() if not name.startswith("soma_"))  # noqa: SIM118
             raise UserError(
@@ -139,8 +147,9 @@ def open_release(uri: str, organism: str, storage: Storage) -> Iterator[Organism
     """
     try:
         census = cellxgene_census.open_soma(uri=uri, context=storage.soma_context)
-    except (tiledbsoma.SOMAError, OSError, ValueError) as error:
-        raise UserError(f"no Census can be opened at {uri}: {error}") from error
+    except (tiledbsoma.DoesNotExistError, TypeError) as error:
+        # An unreachable server raises another error, which is no user's to mend: Dagster may retry it.
+        raise UserError(f"there is no Census at {uri}: {error}") from error
     with census:
         try:
             organisms = sorted(census["census_data"].keys())

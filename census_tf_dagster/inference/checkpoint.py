@@ -139,7 +139,7 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = ()) -> Checkpoint
         aux_columns = str(data["aux_cols"]).split(",")
         gene_files = [folder / "vocabs" / str(name) for name in data["esm2_mappings"]]
         special_tokens = tuple(data["special_tokens"])
-        pads_zeros = bool(data["pad_zeros"])
+        pads_zeros = bool(data["pad_zeros"]) and data["gene_pad_token"] == PAD
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / 'config.json'} is not a TranscriptFormer configuration: {error!r}. Expected the entries "
@@ -147,10 +147,11 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = ()) -> Checkpoint
         ) from error
     if len(aux_columns) != 1 or not pads_zeros:
         raise UserError(
-            f"{folder / 'config.json'}: aux_cols is {data['aux_cols']!r} and pad_zeros {pads_zeros}; expected one "
-            "auxiliary column and pad_zeros true, as in the published models."
+            f"{folder / 'config.json'}: aux_cols is {data['aux_cols']!r}, pad_zeros {data['pad_zeros']} with "
+            f"{data['gene_pad_token']!r}; expected one auxiliary column and zeros padded with {PAD}, as in the "
+            "published models."
         )
-    if shape.embed_dim % shape.num_heads:
+    if shape.num_heads < 1 or shape.embed_dim % shape.num_heads:
         raise UserError(
             f"{folder / 'config.json'}: embed_dim {shape.embed_dim} is not a multiple of num_heads {shape.num_heads}."
         )

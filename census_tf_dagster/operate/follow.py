@@ -11,7 +11,6 @@ from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.runs import (
     QUEUED,
     RUNNING,
-    Materialization,
     Run,
     failure_reason,
     fetch_runs,
@@ -81,7 +80,6 @@ class _Watch:
         self.deployment, self.of, self.release, self.backfill = deployment, of, release, backfill
         self.by_id: dict[str, Run] = {}
         self.runs: Mapping[tuple[str, str], Run] = {}
-        self.stored: Mapping[str, Materialization] = {}
         self.progress = Progress(None, 0, 0, 0, len(backfill.work.shards), None)
         self.partitions = [of.partition(release, shard) for shard in backfill.work.shards]
         self.stored = materializations(deployment, of, SHARDS, self.partitions)

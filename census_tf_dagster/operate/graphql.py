@@ -1,5 +1,6 @@
 """Asking a deployment's webserver: GraphQL over HTTP, with its many kinds of error turned into one."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -30,7 +31,7 @@ class Deployment:
         UserError
             When it is no http address.
         """
-        if not url.startswith(("http://", "https://")):
+        if not re.fullmatch(r"https?://([^/?#\s:]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[^?#\s]*)?", url, re.ASCII):
             raise UserError(f"the webserver's address is {url!r}; expected http://HOST:PORT or https://HOST[/PATH].")
         return cls(url.rstrip("/").removesuffix("/graphql"))
 

@@ -98,6 +98,12 @@ def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work
         )
     backfill = fetch(deployment, found, release, start(deployment, found, release, work))
     print(f"launched backfill {backfill.id} of {found.name} {release} ({found.location}): {work}", flush=True)
+    if work.plan and not materializations(deployment, found, PLAN, list(found.releases)):
+        print(
+            "this is the set's first launch; to know error and cost before all shards run, on such a node: "
+            f"python -m census_tf_dagster canary {found.name} {release}",
+            flush=True,
+        )
     if not work.array:
         print("without the array: it needs the other shards, which have not all been done", flush=True)
     return backfill

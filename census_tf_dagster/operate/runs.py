@@ -146,7 +146,7 @@ def seconds_left(
     now: float,
     unrequested: int = 0,
 ) -> float | None:
-    """Estimate when shards will be done, from those that are and how many run at once.
+    """Estimate when shards will be done, from those that are and how many run at once now.
 
     Parameters
     ----------
@@ -164,22 +164,24 @@ def seconds_left(
     Returns
     -------
     float | None
-        Seconds, or None when nothing has finished or nothing runs.
+        Seconds, or None when nothing has finished, or nothing ran lately.
     """
     computed = {one.run_id for one in stored.values() if one.numbers.get("cells_computed", 1)}
-    took = [
-        run.ended - run.started
-        for run in finished
-        if run.ended is not None and run.started is not None and run.id in computed
-    ]
-    active = list(active)
-    elapsed = [max(0.0, now - (run.started or now)) for run in active if run.status in RUNNING]
-    if not took or not elapsed:
+    spans = [(run.started, run.ended) for run in finished if run.id in computed]
+    ended = [(start, end) for start, end in spans if start is not None and end is not None]
+    if not ended:
         return None
-    each = fmean(took)
-    rest = [max(0.0, each - seconds) for seconds in elapsed]
+    each = max(1.0, fmean(end - start for start, end in ended))
+    active = list(active)
+    started = [now if run.started is None else min(now, run.started) for run in active if run.status in RUNNING]
+    # Between the end of one run and the start of the next fewer run than do on average.
+    busy = sum(max(0.0, end - max(start, now - each)) for start, end in [*ended, *((start, now) for start in started)])
+    at_once = max(len(started), busy / each)
+    if not at_once:
+        return None
+    rest = [max(0.0, each - (now - start)) for start in started]
     waiting = [run for run in active if run.status in QUEUED and (run.recompute or run.partition not in stored)]
-    return max(max(rest), (sum(rest) + each * (len(waiting) + unrequested)) / len(elapsed))
+    return max([*rest, (sum(rest) + each * (len(waiting) + unrequested)) / at_once])
 
 
 def failure_reason(deployment: Deployment, run_id: str) -> str:

@@ -76,11 +76,13 @@ class SetAside:
 class SetAsideError(Exception):
     """Some megabatches failed on every try; all others of the shard are committed."""
 
-    def __init__(self, failed: list[SetAside], untried: int) -> None:
+    def __init__(self, failed: list[SetAside], untried: int, *, recompute: bool) -> None:
         more = f", and {untried} were not tried any more" if untried else ", all others are committed"
+        # Values that were there before a recomputation still stand: without the flag nothing is missing.
+        again = "again with `recompute: true`" if recompute else "again: it tries just these"
         super().__init__(
             f"{len(failed)} megabatches were set aside after {TRIES} tries each{more}. When the cause is gone, run "
-            "the shard again: it tries just these.\n" + "\n".join(f"  {one}" for one in failed)
+            f"the shard {again}.\n" + "\n".join(f"  {one}" for one in failed)
         )
         self.failed = failed
 
@@ -147,7 +149,7 @@ def embed_shard(
             except PoisonError as error:
                 failed.append(SetAside(batch, str(error)))
                 if len(failed) == MOST_SET_ASIDE:
-                    raise SetAsideError(failed, untried=len(todo) - number - 1) from error
+                    raise SetAsideError(failed, untried=len(todo) - number - 1, recompute=recompute) from error
                 continue
             array.write(joinids, embeddings)
             watch.lap("write")
@@ -156,7 +158,7 @@ def embed_shard(
             summary.tokens_computed += tokens
             report(summary)
     if failed:
-        raise SetAsideError(failed, untried=0)
+        raise SetAsideError(failed, untried=0, recompute=recompute)
     if summary.megabatches_computed or not is_proved(array, plan, job.folder, shard):
         prove_shard(array, plan, job.folder, shard)
     watch.lap("proof")

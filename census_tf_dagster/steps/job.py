@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from census_tf_dagster.census.release import Genes, OrganismRelease, open_release
+from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.inference.checkpoint import Checkpoint, fetch, read_checkpoint
 from census_tf_dagster.settings import SetSettings
@@ -63,6 +64,11 @@ def open_job(
             fetch(settings.checkpoint, store, cache),
             [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
         )
+        if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
+            raise UserError(
+                f"obs of {settings.organism} in {census_uri} lacks the column {checkpoint.aux_column!r} that the "
+                f"checkpoint {settings.checkpoint} conditions on."
+            )
         identity = Identity(
             census_uri=census_uri,
             census_build_date=opened.build_date,

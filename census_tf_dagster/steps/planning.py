@@ -130,6 +130,7 @@ def make_plan(job: Job) -> PlanSummary:
     found = survey(job)
     # First, so that nothing is written when an array of another identity is there.
     EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())
-    write_plan(job.store, job.folder.plan, found.joinids, found.megabatches, found.summary.totals)
     write_obs_ids(job.store, job.folder.obs_ids, found.joinids)
+    # Last: a current plan is a complete one.
+    write_plan(job.store, job.folder.plan, found.joinids, found.megabatches, found.summary.totals)
     return found.summary

@@ -141,7 +141,7 @@ class EmbeddingsArray:
             if storage.is_folder(uri):
                 raise UserError(f"{uri} holds something that is no SparseNDArray; move it away.") from error
             raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
-        except (tiledbsoma.SOMAError, TypeError) as error:
+        except TypeError as error:
             raise UserError(f"{uri} holds something that is no SparseNDArray; move it away ({error}).") from error
 
     def write(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:

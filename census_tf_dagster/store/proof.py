@@ -108,8 +108,12 @@ def _between(fragments: Iterable[Fragment], first: int, last: int) -> tuple[str,
 def _read_proof(array: EmbeddingsArray, uri: str) -> Proof | None:
     if not array.storage.exists(uri):
         return None
-    content = json.loads(array.storage.read(uri))
-    return Proof(**{**content, "fragments": tuple(content["fragments"])})
+    try:
+        content = json.loads(array.storage.read(uri))
+        return Proof(**{**content, "fragments": tuple(content["fragments"])})
+    except (ValueError, TypeError, KeyError):
+        # A damaged proof proves nothing: the shard is read again.
+        return None
 
 
 def _require_exactly(array: EmbeddingsArray, plan: Plan, batch: Megabatch, begin: int, end: int) -> None:
@@ -125,7 +129,8 @@ def _require_exactly(array: EmbeddingsArray, plan: Plan, batch: Megabatch, begin
         if len(short):
             raise ProofError(
                 f"{len(short)} planned cells are missing or incomplete in {array.uri}, joinids "
-                f"{short[:10].tolist()}; each must have {array.n_features} values. Run their shard again."
+                f"{short[:10].tolist()}; each must have {array.n_features} values. Run their shard with "
+                "`recompute: true`."
             )
 
 
@@ -134,7 +139,10 @@ def _count_values(table: pa.Table, planned: np.ndarray) -> np.ndarray:
     values = table["soma_data"].to_numpy()
     if not np.isfinite(values).all():
         wrong = np.unique(joinids[~np.isfinite(values)])
-        raise ProofError(f"{len(wrong)} cells have values that are not finite, joinids {wrong[:10].tolist()}.")
+        raise ProofError(
+            f"{len(wrong)} cells have values that are not finite, joinids {wrong[:10].tolist()}. Run their shard with "
+            "`recompute: true`."
+        )
     position = np.minimum(np.searchsorted(planned, joinids), len(planned) - 1)
     strange = np.unique(joinids[planned[position] != joinids])
     if len(strange):
