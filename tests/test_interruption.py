@@ -177,8 +177,10 @@ def mend(project: Project) -> None:
 
 
 def test_a_recomputation_that_was_set_aside_says_how_to_go_on(poisoned: Project) -> None:
-    with poisoned.job("tiny") as job, pytest.raises(SetAsideError, match=r"again with `recompute: true`"):
-        for shard in range(4):
+    with poisoned.job("tiny") as job:
+        plan = read_plan(job.store, job.folder.plan)
+        (shard,) = {batch.shard for batch in plan.megabatches if batch.first <= 77 <= batch.last}
+        with pytest.raises(SetAsideError, match=r"again with `recompute: true`"):
             embed_shard(job, shard, recompute=True)
 
 
