@@ -10,7 +10,7 @@ from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
 from census_tf_dagster.assets.proved import build_proved_check
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.names import normalise
-from census_tf_dagster.settings import SetSettings
+from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
@@ -42,7 +42,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         default=None, ge=1, description="Cells in a model batch; left out: chosen by length of the cells."
     )
     compute_precision: Literal["fp32", "fp16", "bf16"] = Field(
-        default="fp16", description="Precision of weights and activations."
+        default=DEFAULT_COMPUTE_PRECISION, description="Precision of weights and activations."
     )
     storage_precision: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",

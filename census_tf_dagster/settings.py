@@ -1,6 +1,11 @@
 """A set's settings as plain values. Imports nothing, so that definitions load light."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+DEFAULT_COMPUTE_PRECISION: Literal["fp16"] = "fp16"
+"""The fastest whose relative RMS against fp32 stays below 1e-3: measured 7e-4 on a random model, where bf16 has
+1.7e-3 (autocast) to 7e-3. Range is its risk, so values that are not finite raise."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_the_plan_shows_what_the_shards_will_do(deployment: Deployment) -> None:
     assert shown["primary_cells"] + shown["duplicate_cells"] == 200
     assert 0 < shown["duplicate_cells"] < 200
     assert shown["tokens"] > 200 * 2
-    assert shown["bytes_to_write"] == int(200 * 16 * 4.4)
+    assert shown["bytes_to_write"] == int(200 * 16 * 3.8)
     assert shown["expressed_genes_known"] < shown["expressed_genes"] <= 120
     assert 0.5 < shown["expressed_entries_known_share"] < 1
 

@@ -11,7 +11,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
 
-BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 4.4}
+BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 3.8}
 """Stored bytes of a value with its coordinates, compressed: measured on 2,048 features (docs/performance.md)."""
 
 LEAST_KNOWN_SHARE = 0.25
