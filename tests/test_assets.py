@@ -106,6 +106,8 @@ def test_recompute_marks_the_array_unproved_until_it_is_checked_again(deployment
     assert deployment.proved()
     assert deployment.run("shard_embeddings", f"{RELEASE}|0", {"recompute": True}).success
     assert not deployment.proved()
+    assert deployment.run("shard_embeddings", f"{RELEASE}|1", {"recompute": True}).success
+    assert not deployment.proved()
     again = deployment.run("embeddings_array", RELEASE)
     assert again.success
     assert metadata(again, "embeddings_array")["shards_read_again"] == 0

@@ -46,9 +46,10 @@ def build_proved_check(settings: SetSettings) -> dg.AssetChecksDefinition:
     return proved
 
 
-def report_stale(instance: dg.DagsterInstance, settings: SetSettings, release: str) -> None:
-    """Mark a release's array as no longer proved, without a run."""
-    instance.report_runless_asset_event(
+def report_stale(context: dg.AssetExecutionContext, settings: SetSettings, release: str) -> None:
+    """Mark a release's array as no longer proved, from within a shard's run."""
+    # An event of the run: Dagster stores one evaluation a run, and a second without any run is an error.
+    context.log_event(
         dg.AssetCheckEvaluation(
             asset_key=asset_key(settings, "embeddings_array"),
             check_name=CHECK,

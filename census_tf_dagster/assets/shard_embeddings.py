@@ -49,7 +49,7 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
 
         def tell_if_stale() -> None:
             if array_state(job) == "stale":
-                report_stale(context.instance, settings, release)
+                report_stale(context, settings, release)
 
         def show(progress: ShardSummary) -> None:
             nonlocal observed
