@@ -1,6 +1,6 @@
 """What Dagster loads: the sets of this deployment, and where its Census and store are.
 
-The only place that reads environment variables. Unset, they mean the demo:
+Reads the variables of a deployment (the command line reads only where Dagster is). Unset, they mean the demo:
 
 ====================  ==========================================  =============================
 variable              meaning                                     default

@@ -51,8 +51,8 @@ class Survey:
 
     Attributes
     ----------
-    joinids, tokens
-        Ascending soma_joinids, int64, and the tokens that each cell makes at most, int32.
+    joinids
+        Ascending soma_joinids, int64.
     megabatches
         How they are divided.
     summary
@@ -60,7 +60,6 @@ class Survey:
     """
 
     joinids: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int32]
     megabatches: tuple[Megabatch, ...]
     summary: PlanSummary
 
@@ -116,7 +115,7 @@ def survey(job: Job) -> Survey:
         root=job.folder.root,
         identity=job.identity.digest,
     )
-    return Survey(joinids, tokens, megabatches, summary)
+    return Survey(joinids, megabatches, summary)
 
 
 def make_plan(job: Job) -> PlanSummary:
