@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,9 @@ import yaml
 
 from census_tf_dagster.assets.common import release_job
 from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.inference.checkpoint import Checkpoint
+from census_tf_dagster.inference.engine import Engine
+from census_tf_dagster.inference.prepare import prepare
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.steps.job import Job
 
@@ -68,6 +71,12 @@ def as_upstream_input(counts: Any, gene_ids: list[str], assays: list[str]) -> an
         obs=pd.DataFrame({"assay": assays}, index=names),
         var=pd.DataFrame({"ensembl_id": gene_ids}, index=gene_ids),
     )
+
+
+def load_engine(checkpoint: Checkpoint, genes: Sequence[str], precision: str = "fp32", **options: Any) -> Engine:
+    """Prepare a checkpoint beside its folder and load it on the CPU."""
+    prepared = prepare(checkpoint, precision, checkpoint.folder.parent / "cache")
+    return Engine.load(prepared, genes, **{"device": "cpu", **options})
 
 
 READER = """

@@ -15,8 +15,10 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint, build_pretrained
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import fetch, read_checkpoint
 from census_tf_dagster.inference.engine import Engine, NonFiniteError
-from census_tf_dagster.inference.tokens import PackedCells, Tokenizer
+from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.storage import S3Settings, Storage
+from tests.support import load_engine
 
 GENES = [f"ENSG{i:011d}" for i in range(30)]
 
@@ -63,7 +65,7 @@ def test_config_that_is_no_json(folder: Path) -> None:
 def load(folder: Path, precision: str = "fp32") -> tuple[Tokenizer, Engine]:
     checkpoint = read_checkpoint(folder)
     tokenizer = Tokenizer.build(GENES, checkpoint)
-    return tokenizer, Engine.load(checkpoint, tokenizer, precision=precision, device="cpu", batch_size=None)
+    return tokenizer, load_engine(checkpoint, tokenizer.known_genes, precision)
 
 
 def test_truncated_weights(folder: Path) -> None:
@@ -112,7 +114,7 @@ def test_pretrained_embeddings_of_another_width(folder: Path, tmp_path: Path) ->
     checkpoint = read_checkpoint(folder, [tmp_path / "p.h5"])
     tokenizer = Tokenizer.build(GENES, checkpoint)
     with pytest.raises(UserError, match=r"is \(7,\); the checkpoint takes \(96,\)"):
-        Engine.load(checkpoint, tokenizer, precision="fp32", device="cpu", batch_size=None)
+        load_engine(checkpoint, tokenizer.known_genes)
 
 
 def test_fingerprint_follows_every_part(folder: Path, tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_fingerprint_follows_every_part(folder: Path, tmp_path: Path) -> None:
 def test_no_gpu_is_one_clear_error(folder: Path) -> None:
     checkpoint = read_checkpoint(folder)
     with pytest.raises(UserError, match="asks for a GPU"):
-        Engine.load(checkpoint, Tokenizer.build(GENES, checkpoint), precision="fp16", device="cuda", batch_size=None)
+        load_engine(checkpoint, Tokenizer.build(GENES, checkpoint).known_genes, "fp16", device="cuda")
 
 
 def packed(tokenizer: Tokenizer, rng: np.random.Generator) -> PackedCells:

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse
+from torch import Tensor
 
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.demo.checkpoint import build_checkpoint, build_pretrained_embeddings
 from census_tf_dagster.inference import model as model_module
+from census_tf_dagster.inference.attention import PlainAttention
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
-from census_tf_dagster.inference.engine import Engine
+from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.tokens import Tokenizer
-from tests.support import BOUND, Oracle, as_upstream_input, relative_errors
+from tests.support import BOUND, Oracle, as_upstream_input, load_engine, relative_errors
 
 LENGTHS = (0, 1, 2, 127, 128, 2045, 2046, 2047, 2048, 5000)
 N_GENES = 5600
@@ -69,10 +72,15 @@ def as_matrix(cells: Cells) -> scipy.sparse.csr_matrix:
 
 
 def embed(
-    checkpoint: Checkpoint, cells: Cells, gene_ids: list[str] = GENES, batch_size: int | None = None
+    checkpoint: Checkpoint,
+    cells: Cells,
+    gene_ids: list[str] = GENES,
+    change: Callable[[Model], Model] = lambda model: model,
+    **options: Any,
 ) -> np.ndarray:
     tokenizer = Tokenizer.build(gene_ids, checkpoint)
-    engine = Engine.load(checkpoint, tokenizer, precision="fp32", device="cpu", batch_size=batch_size)
+    engine = load_engine(checkpoint, tokenizer.known_genes, **options)
+    engine.model = change(engine.model)
     return engine.embed(tokenizer(cells))
 
 
@@ -140,9 +148,11 @@ def test_controls_on_input_fail(
 
 
 def test_control_softcap_off_fails(checkpoint_folder: Path, reference: np.ndarray) -> None:
-    checkpoint = read_checkpoint(checkpoint_folder)
-    uncapped = replace(checkpoint, shape=replace(checkpoint.shape, softcap=0.0))
-    assert relative_errors(embed(uncapped, built_cells()), reference).max() > 10 * BOUND
+    def uncap(model: Model) -> Model:
+        return replace(model, shape=replace(model.shape, softcap=0.0))
+
+    ours = embed(read_checkpoint(checkpoint_folder), built_cells(), change=uncap)
+    assert relative_errors(ours, reference).max() > 10 * BOUND
 
 
 def test_control_pooling_by_own_length_fails(checkpoint_folder: Path, reference: np.ndarray) -> None:
@@ -155,8 +165,8 @@ def test_control_pooling_by_own_length_fails(checkpoint_folder: Path, reference:
 def test_control_document_mask_off_fails(
     checkpoint_folder: Path, reference: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = model_module.Model._layer
-    monkeypatch.setattr(
-        model_module.Model, "_layer", lambda self, layer, x, bias, bounds: own(self, layer, x, bias, [0, bounds[-1]])
-    )
+    def unbounded(bias: Tensor, bounds: tuple[int, ...], softcap: float) -> PlainAttention:
+        return PlainAttention(bias, (0, bounds[-1]), softcap)
+
+    monkeypatch.setattr(model_module, "PlainAttention", unbounded)
     assert relative_errors(embed(read_checkpoint(checkpoint_folder), built_cells()), reference).max() > 10 * BOUND

@@ -1,6 +1,7 @@
 """The asset `shard_embeddings`: one partition per release and shard, one run each."""
 
 import time
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -9,6 +10,9 @@ from census_tf_dagster.assets.proved import report_stale
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
+
+if TYPE_CHECKING:
+    from census_tf_dagster.steps.embedding import ShardSummary
 
 OBSERVE_EVERY_SECONDS = 30.0
 
@@ -73,17 +77,33 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
             if summary.megabatches_computed:
                 # Once more: the array may have been proved between the first commit and the last.
                 tell_if_stale()
-        return dg.MaterializeResult(
-            metadata={
-                "cells": summary.cells,
-                "cells_computed": summary.cells_computed,
-                "megabatches": summary.megabatches,
-                "megabatches_computed": summary.megabatches_computed,
-                "tokens_computed": summary.tokens_computed,
-                "cells_per_second": round(summary.cells_per_second(), 2),
-                "plan": summary.plan,
-                **{f"seconds_{stage}": round(seconds, 3) for stage, seconds in summary.seconds.items()},
-            },
-        )
+        return dg.MaterializeResult(metadata=_figures(summary))
 
     return shard_embeddings
+
+
+def _figures(summary: "ShardSummary") -> dict[str, Any]:
+    times = summary.times
+    figures: dict[str, Any] = {
+        "cells": summary.cells,
+        "cells_computed": summary.cells_computed,
+        "megabatches": summary.megabatches,
+        "megabatches_computed": summary.megabatches_computed,
+        "tokens_computed": summary.tokens_computed,
+        "cells_per_second": round(summary.cells_per_second(), 2),
+        "plan": summary.plan,
+        "seconds_load": round(times.load, 3),
+        "seconds_work": round(summary.seconds, 3),
+        "seconds_proof": round(summary.proof_seconds, 3),
+    }
+    if summary.megabatches_computed:
+        figures |= {
+            "devices": ", ".join(str(device["name"]) for device in times.devices),
+            "attention": times.devices[0]["attention"],
+            "row_fill": round(times.fill(), 4),
+            "limited_by": times.limit(),
+        }
+        for name, stage in times.stages.items():
+            figures[f"seconds_busy_{name}"] = round(stage.busy, 3)
+            figures[f"seconds_waiting_{name}"] = round(stage.waiting, 3)
+    return figures

@@ -1,17 +1,14 @@
 """Counts of a megabatch's cells, read from the Census as CSR."""
 
 from dataclasses import dataclass
-from typing import TypeVar
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import scipy.sparse
 
 from census_tf_dagster.census.release import OrganismRelease
 from census_tf_dagster.errors import UserError
-
-_T = TypeVar("_T", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,23 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
             f"{missing[:10].tolist()}: the Census has changed since it was planned."
         )
 
-    rows, columns, values = [], [], []
-    for table in release.counts.read(coords=(coords, slice(None))).tables():
-        rows.append(np.searchsorted(joinids, table["soma_dim_0"].to_numpy()).astype(np.int32))
-        columns.append(table["soma_dim_1"].to_numpy().astype(np.int32))
-        values.append(table["soma_data"].to_numpy().astype(np.float32, copy=False))
-    shape = (len(joinids), release.counts.shape[1])
-    all_rows, all_values = _joined(rows, np.int32), _joined(values, np.float32)
-    # Counted before duplicates are summed: a Census that was copied in part, or written twice, shows here. The
-    # Census builder counts stored values, which may include zeros, so fewer alone is no fault.
-    expressed, stated = np.bincount(all_rows[all_values != 0], minlength=len(joinids)), obs["nnz"].to_numpy()
+    tables = [
+        (
+            table["soma_dim_0"].to_numpy(),
+            table["soma_dim_1"].to_numpy(),
+            table["soma_data"].to_numpy().astype(np.float32, copy=False),
+        )
+        for table in release.counts.read(coords=(coords, slice(None))).tables()
+    ]
+    rows = [
+        (ids - joinids[0] if contiguous else np.searchsorted(joinids, ids)).astype(np.int32) for ids, _, _ in tables
+    ]
+    stored, expressed = np.zeros((2, len(joinids)), np.int64)
+    for row, (_, _, values) in zip(rows, tables, strict=True):
+        _count(row, values, stored, expressed)
+    # A Census that was copied in part, or written twice, shows here. The Census builder counts stored values, which
+    # may include zeros, so fewer alone is no fault.
+    stated = obs["nnz"].to_numpy()
     wrong = np.flatnonzero((expressed > stated) | ((expressed == 0) & (stated > 0)))
     if len(wrong):
         raise UserError(
@@ -85,28 +89,69 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
             f"joinids {joinids[wrong[:10]].tolist()} (the first: {expressed[wrong[0]]}, obs says {stated[wrong[0]]}). "
             "The Census is damaged or was copied only in part."
         )
-    csr = scipy.sparse.coo_array((all_values, (all_rows, _joined(columns, np.int32))), shape=shape).tocsr()
-    csr.sort_indices()
-    _require_raw_counts(csr, joinids, release)
-    return Cells(
-        joinids=joinids,
-        indptr=csr.indptr.astype(np.int64),
-        columns=csr.indices.astype(np.int32, copy=False),
-        values=csr.data,
-        assays=tuple(obs[assay_column].to_pylist()),
-    )
+    indptr = np.concatenate([[0], np.cumsum(stored)])
+    columns, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+    filled = indptr[:-1].copy()
+    for row, (_, genes, values) in zip(rows, tables, strict=True):
+        _scatter(row, genes, values, filled, columns, counts)
+    twice = _sort_rows(indptr, columns, counts)
+    if twice >= 0:
+        raise UserError(
+            f"X/raw of {release.organism} in {release.uri} holds a gene twice for the cell with joinid "
+            f"{joinids[twice]}; expected one value for each cell and gene."
+        )
+    _require_raw_counts(indptr, counts, joinids, release)
+    return Cells(joinids, indptr, columns, counts, tuple(obs[assay_column].to_pylist()))
 
 
-def _joined(parts: list[npt.NDArray[_T]], dtype: type[_T]) -> npt.NDArray[_T]:
-    return np.concatenate(parts) if parts else np.empty(0, dtype)
+@numba.njit(cache=True, nogil=True)
+def _count(rows, values, stored, expressed):  # type: ignore[no-untyped-def]
+    for i in range(len(rows)):
+        stored[rows[i]] += 1
+        expressed[rows[i]] += values[i] != 0
 
 
-def _require_raw_counts(csr: scipy.sparse.csr_array, joinids: npt.NDArray[np.int64], release: OrganismRelease) -> None:
-    wrong = np.flatnonzero(~((csr.data >= 0) & (csr.data == np.rint(csr.data)) & np.isfinite(csr.data)))
+@numba.njit(cache=True, nogil=True)
+def _scatter(rows, genes, values, filled, columns, counts):  # type: ignore[no-untyped-def]
+    for i in range(len(rows)):
+        at = filled[rows[i]]
+        columns[at] = genes[i]
+        counts[at] = values[i]
+        filled[rows[i]] = at + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
+    """Sort each row by column; return a row that has a column twice, or -1."""
+    for row in range(len(indptr) - 1):
+        start, stop = indptr[row], indptr[row + 1]
+        ascending = True
+        for i in range(start + 1, stop):
+            if columns[i] <= columns[i - 1]:
+                ascending = False
+                break
+        if ascending:
+            continue
+        order = np.argsort(columns[start:stop])
+        columns[start:stop] = columns[start:stop][order]
+        counts[start:stop] = counts[start:stop][order]
+        for i in range(start + 1, stop):
+            if columns[i] == columns[i - 1]:
+                return row
+    return -1
+
+
+def _require_raw_counts(
+    indptr: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.float32],
+    joinids: npt.NDArray[np.int64],
+    release: OrganismRelease,
+) -> None:
+    wrong = np.flatnonzero(~((counts >= 0) & (counts == np.rint(counts)) & np.isfinite(counts)))
     if len(wrong):
-        rows = np.unique(np.searchsorted(csr.indptr, wrong, side="right") - 1)
+        rows = np.unique(np.searchsorted(indptr, wrong, side="right") - 1)
         raise UserError(
             f"X/raw of {release.organism} in {release.uri} holds {len(wrong)} values that are no counts, e.g. "
-            f"{csr.data[wrong[0]]!r} in cells with joinids {joinids[rows[:10]].tolist()}; expected "
+            f"{counts[wrong[0]]!r} in cells with joinids {joinids[rows[:10]].tolist()}; expected "
             "non-negative integers."
         )

@@ -12,6 +12,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import h5py
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.shape import ModelShape
 from census_tf_dagster.names import is_local
 from census_tf_dagster.storage import Storage
 
@@ -27,20 +29,6 @@ SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MA
 TENSOR_NAMES = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 """All that a saved state dict's index may name."""
 START, PAD, UNKNOWN = "[START]", "[PAD]", "unknown"
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The numbers of `model.model_config` that the embedding depends on."""
-
-    embed_dim: int
-    num_heads: int
-    num_layers: int
-    model_dim: int
-    seq_len: int
-    softcap: float
-    log_counts_eps: float
-    activation: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +93,7 @@ def fetch(uri: str, storage: Storage, cache: Path) -> Path:
     return target
 
 
-def read_checkpoint(folder: Path, pretrained: Sequence[Path] = ()) -> Checkpoint:
+def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path | None = None) -> Checkpoint:
     """Read and check a checkpoint folder.
 
     Parameters
@@ -114,6 +102,9 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = ()) -> Checkpoint
         Local checkpoint folder.
     pretrained
         ``.h5`` embedding files ("all-embeddings") for a species outside the vocabulary.
+    cache
+        Local folder that remembers the hashes of files, by path, size and time of change: tf_metazoa's weights take
+        seconds to hash.
 
     Raises
     ------
@@ -178,7 +169,7 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = ()) -> Checkpoint
     _require_tensors_only(folder / "model_weights.pt")
     digest = hashlib.sha256(json.dumps([config["model"], aux_vocab, genes], sort_keys=True).encode())
     for path in (folder / "model_weights.pt", *pretrained):
-        digest.update(_file_digest(path))
+        digest.update(_file_digest(path, cache))
     return Checkpoint(
         folder=folder,
         shape=shape,
@@ -246,6 +237,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _file_digest(path: Path) -> bytes:
+def _file_digest(path: Path, cache: Path | None) -> bytes:
+    if cache is None:
+        return _hash_file(path)
+    state = path.stat()
+    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
+    remembered = cache / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    if remembered.exists() and len(digest := remembered.read_bytes()) == hashlib.sha256().digest_size:
+        return digest
+    digest = _hash_file(path)
+    # A cache that cannot be written costs time alone.
+    with suppress(OSError):
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        remembered.write_bytes(digest)
+    return digest
+
+
+def _hash_file(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

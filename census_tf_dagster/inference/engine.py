@@ -1,19 +1,30 @@
-"""Embeds many cells: forms batches, runs the model, refuses values that are not finite."""
+"""Embeds cells on one device: packs rows, keeps the device busy, finds its row length by itself.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+On CUDA rows have a fixed length and two are under way at once: while the device computes one, the next is packed and
+copied. The length comes from free memory and is halved when memory runs out; what is done stays done.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.checkpoint import Checkpoint
+from census_tf_dagster.inference.attention import MASK_BLOCK
 from census_tf_dagster.inference.model import Model
-from census_tf_dagster.inference.tokens import PackedCells, Tokenizer
-from census_tf_dagster.inference.weights import load_model
+from census_tf_dagster.inference.packing import PackedCells, Row, assemble, choose_cells
+from census_tf_dagster.inference.prepared import load_model
 
-TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 65536}
+LONGEST_ROW = {"cpu": 8192, "cuda": 65536}
+"""Tokens: with more, kernels gain nothing."""
+MEMORY_SHARE = 0.5
+"""Of the free memory that a row may take by estimate: allocators round up."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -33,14 +44,14 @@ def choose_device(device: str) -> torch.device:
     Parameters
     ----------
     device
-        ``cuda`` or ``cpu``.
+        ``cuda``, one of many as ``cuda:1``, or ``cpu``.
 
     Raises
     ------
     UserError
         When a GPU is asked for and there is none: a GPU-sized job must not crawl on a CPU unnoticed.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             "this set asks for a GPU (device: cuda) and this machine has none that torch can use. Run it where one "
             "is, or set `device: cpu` in the set's YAML for a small trial."
@@ -48,43 +59,97 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-@dataclass(frozen=True)
-class Engine:
-    """A loaded model, ready to embed.
+@dataclass
+class Counters:
+    """What an engine has done.
 
     Attributes
     ----------
-    model
-        Weights on the device.
-    precision
-        The model's compute precision.
-    device
-        Where it computes.
-    batch_size
-        Cells in a batch at most; None: as many as `TOKENS_PER_BATCH` admits.
+    busy
+        Seconds in which the device computed.
+    tokens, row_tokens
+        Tokens embedded, and what the rows that held them could have held.
+    rows
+        How many rows.
+    halvings
+        How often memory ran out.
     """
 
-    model: Model
-    precision: str
-    device: torch.device
-    batch_size: int | None
+    busy: float = 0.0
+    tokens: int = 0
+    row_tokens: int = 0
+    rows: int = 0
+    halvings: int = 0
+
+
+@dataclass(eq=False)
+class Work:
+    """Cells on their way through an engine.
+
+    Attributes
+    ----------
+    packed
+        Their tokens.
+    embeddings
+        float32 ``(n_cells, embed_dim)``; valid once nothing is left and nothing has failed.
+    left
+        Cells that are not embedded yet.
+    failure
+        Why these cells could not be embedded.
+    """
+
+    packed: PackedCells
+    embeddings: npt.NDArray[np.float32]
+    left: int
+    failure: Exception | None = None
+    waiting: deque[npt.NDArray[np.int64]] = field(default_factory=deque)
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    work: Work
+    row: Row
+    result: Tensor
+    began: "torch.cuda.Event | float"
+    ended: "torch.cuda.Event | float"
+
+
+class Engine:
+    """A loaded model that embeds whatever is added, in order.
+
+    Parameters
+    ----------
+    model, precision
+        What computes, and in which precision it does.
+    batch_size
+        Cells in a row at most; None: as many as fit.
+    row_length
+        Tokens in a row at most; None: by free memory.
+    """
+
+    def __init__(
+        self, model: Model, precision: str, batch_size: int | None = None, row_length: int | None = None
+    ) -> None:
+        self.model = model
+        self.precision = precision
+        self.batch_size = batch_size
+        self.counters = Counters()
+        self._cuda = model.device.type == "cuda"
+        longest_cell = model.shape.seq_len + 1
+        self._shortest_row = -(-longest_cell // MASK_BLOCK) * MASK_BLOCK
+        self.row_length = row_length or self._choose_row_length()
+        self._works: deque[Work] = deque()
+        self._under_way: deque[_UnderWay] = deque()
 
     @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        tokenizer: Tokenizer,
-        *,
-        precision: str,
-        device: str,
-        batch_size: int | None,
-    ) -> "Engine":
-        """Load a checkpoint for one gene axis."""
-        target = choose_device(device)
-        return cls(load_model(checkpoint, tokenizer, precision, target), precision, target, batch_size)
+    def load(cls, prepared: Path, genes: Sequence[str], device: str, batch_size: int | None = None) -> "Engine":
+        """Load a prepared checkpoint for one gene axis, as `load_model` does."""
+        engine = cls(*load_model(prepared, genes, choose_device(device)), batch_size)
+        engine._warm_up()
+        return engine
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
-        """Embed cells.
+        """Embed cells and wait for them.
 
         Returns
         -------
@@ -96,29 +161,145 @@ class Engine:
         NonFiniteError
             Naming the cells whose values are not finite.
         """
-        lengths = cells.lengths()
-        embeddings = np.empty((len(lengths), self.model.shape.embed_dim), np.float32)
-        for first, last in self._batches(lengths):
-            begin, end = cells.offsets[first], cells.offsets[last]
-            result = self.model.embed(
-                torch.from_numpy(cells.tokens[begin:end]).to(self.device),
-                torch.from_numpy(cells.bias[begin:end]).to(self.device),
-                torch.from_numpy(cells.offsets[first : last + 1] - begin),
-            )
-            embeddings[first:last] = result.cpu().numpy()
-        wrong = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-        if len(wrong):
-            raise NonFiniteError(wrong, self.precision)
-        return embeddings
+        self.add(cells)
+        while (done := self.step()) is None:
+            pass
+        if done.failure:
+            raise done.failure
+        return done.embeddings
 
-    def _batches(self, lengths: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """Yield ranges of consecutive cells that exceed neither the token nor the cell limit."""
-        limit = TOKENS_PER_BATCH[self.device.type]
-        first, tokens = 0, 0
-        for cell, length in enumerate(lengths.tolist()):
-            if cell > first and (tokens + length > limit or cell - first == self.batch_size):
-                yield first, cell
-                first, tokens = cell, 0
-            tokens += length
-        if first < len(lengths):
-            yield first, len(lengths)
+    def add(self, cells: PackedCells) -> Work:
+        """Take some cells on; `step` embeds them."""
+        n = len(cells.lengths())
+        work = Work(cells, np.empty((n, self.model.shape.embed_dim), np.float32), n)
+        work.waiting.extend(choose_cells(cells.lengths(), self.row_length, self.batch_size))
+        self._works.append(work)
+        return work
+
+    @property
+    def hungry(self) -> bool:
+        """Whether no row waits: the device will fall idle unless cells are added."""
+        return not any(work.waiting for work in self._works)
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the next step may complete some cells."""
+        work = next((work for work in self._works if work.waiting), None)
+        return work is None or len(work.waiting) == 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was added has been handed out."""
+        return not self._works
+
+    def step(self) -> Work | None:
+        """Go one row further; return cells that are all embedded, or have failed.
+
+        Raises
+        ------
+        torch.AcceleratorError
+            When the device is lost.
+        """
+        work = next((work for work in self._works if work.waiting), None)
+        if work is not None:
+            self._launch(work)
+        if self._under_way and (work is None or len(self._under_way) > 1 or not self._cuda):
+            self._collect(self._under_way.popleft())
+        if self._works and not self._works[0].left and not any(one.work is self._works[0] for one in self._under_way):
+            return self._works.popleft()
+        return None
+
+    def _launch(self, work: Work) -> None:
+        row = assemble(work.packed, work.waiting.popleft())
+        try:
+            began = self._now()
+            result = self.model.embed(row, self.row_length if self._cuda else None)
+            if self._cuda:
+                on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+                result = on_host.copy_(result, non_blocking=True)
+            self._under_way.append(_UnderWay(work, row, result, began, self._now()))
+        except torch.OutOfMemoryError as error:
+            self._halve(work, row, error)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            self._fail(work, error)
+
+    def _collect(self, done: _UnderWay) -> None:
+        if isinstance(done.ended, torch.cuda.Event):
+            done.ended.synchronize()
+        self.counters.busy += _seconds_between(done.began, done.ended)
+        self.counters.tokens += len(done.row.tokens)
+        self.counters.row_tokens += self.row_length
+        self.counters.rows += 1
+        work, result = done.work, done.result.numpy()
+        if work.failure:
+            return
+        wrong = ~np.isfinite(result).all(axis=1)
+        if wrong.any():
+            self._fail(work, NonFiniteError(done.row.cells[wrong], self.precision))
+            return
+        work.embeddings[done.row.cells] = result
+        work.left -= len(result)
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        work.failure = error
+        work.waiting.clear()
+        work.left = 0
+
+    def _halve(self, work: Work, row: Row, error: Exception) -> None:
+        """Pack all that waits, this row first, into rows half as long."""
+        while self._under_way:
+            self._collect(self._under_way.popleft())
+        torch.cuda.empty_cache()
+        if self.row_length <= self._shortest_row:
+            self._fail(work, error)
+            return
+        self.counters.halvings += 1
+        self.row_length = max(self.row_length // 2 // MASK_BLOCK * MASK_BLOCK, self._shortest_row)
+        work.waiting.appendleft(row.cells)
+        for one in self._works:
+            if one.waiting:
+                cells = np.concatenate(list(one.waiting))
+                chosen = choose_cells(one.packed.lengths()[cells], self.row_length, self.batch_size)
+                one.waiting = deque(np.sort(cells[positions]) for positions in chosen)
+
+    def _warm_up(self) -> None:
+        """Compile, and find out whether the row length fits, before there is anything to lose."""
+        if not self._cuda:
+            return
+        length = self.model.shape.seq_len + 1
+        cells = self.row_length // length
+        tokens = np.full(cells * length, self.model.pooled_from, np.int32)
+        self.embed(PackedCells(tokens, np.zeros(len(tokens), np.float32), np.arange(cells + 1) * length))
+        self.counters = Counters(halvings=self.counters.halvings)
+
+    def _now(self) -> "torch.cuda.Event | float":
+        if not self._cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _choose_row_length(self) -> int:
+        length = max(LONGEST_ROW[self.model.device.type], self._shortest_row)
+        if self._cuda:
+            free, _ = torch.cuda.mem_get_info(self.model.device)
+            budget = free * MEMORY_SHARE / bytes_per_token(self.model)
+            while length > budget and length > self._shortest_row:
+                length = max(length // 2 // MASK_BLOCK * MASK_BLOCK, self._shortest_row)
+        return length
+
+
+def bytes_per_token(model: Model) -> int:
+    """Estimate the memory of a row: the largest set of activations that live at once, per token."""
+    dim, hidden = model.shape.embed_dim, model.shape.model_dim
+    activations = 2 * 4 * dim + 3 * dim + 2 * hidden
+    pooling_in_float32 = 2 * (dim + hidden) * 4
+    return activations * model.table[0].element_size() + pooling_in_float32
+
+
+def _seconds_between(began: "torch.cuda.Event | float", ended: "torch.cuda.Event | float") -> float:
+    if isinstance(began, float) or isinstance(ended, float):
+        return float(ended) - float(began)  # type: ignore[arg-type]
+    return float(began.elapsed_time(ended)) / 1000

@@ -1,46 +1,84 @@
 """TranscriptFormer's forward pass, as far as the cell embedding needs it.
 
-Several cells stand in one row, one after the other, without padding: everything but attention works on
-tokens, and attention stays within a cell. Neither head (counts, gene ids) is computed.
+Several cells stand in one row, one after the other: everything but attention works on tokens, and attention
+stays within a cell. Neither head (counts, gene ids) is computed.
 
 Rules of the original (`Transcriptformer.forward`, `FlexAttnTransformerLayer`, `mean_embeddings`):
 
 - a layer replaces its input by its normalised input before the skip connection:
   ``h = norm1(x); h = attention(h) + h; h = norm2(h); x = mlp(h) + h``; nothing is normalised at the end;
-- attention is causal; the score of a key gets ``log1p(count)`` added, then ``softcap * tanh(score / softcap)``;
 - the embedding is the sum over START and the genes, not the assay, **divided by seq_len always**.
+
+There are no positions, so what the first layer's norm and projections make of a token depends on the token alone: a
+table. And the last projection is linear, so tokens are pooled before it, not after. Both are exact.
 """
 
-import itertools
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from census_tf_dagster.inference.checkpoint import ModelShape
+from census_tf_dagster.inference.attention import PackedAttention, PlainAttention, to_device
+from census_tf_dagster.inference.packing import Row
+from census_tf_dagster.inference.shape import ModelShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-QUERY_BLOCK = 128
-"""Queries per block: keys after a block's last query are never multiplied."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Weights of one transformer layer; query, key and value projections as one matrix."""
+class Entry(NamedTuple):
+    """Where a layer begins: its first norm, and query, key and value projections as one matrix."""
 
-    norm1: tuple[Tensor, Tensor]
+    norm_weight: Tensor
+    norm_bias: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
+
+
+class Rest(NamedTuple):
+    """The remainder of a layer."""
+
     out: Tensor
     out_bias: Tensor | None
-    norm2: tuple[Tensor, Tensor]
+    norm_weight: Tensor
+    norm_bias: Tensor
     linear1: Tensor
     linear1_bias: Tensor | None
     linear2: Tensor
     linear2_bias: Tensor | None
+
+
+Attention = PlainAttention | PackedAttention
+Begun = tuple[Tensor, Tensor]
+"""Normalised input and projections of a layer: ``(n, embed_dim)``, ``(n, 3 * embed_dim)``."""
+
+
+def enter(x: Tensor, entry: Entry) -> Begun:
+    """Begin a layer."""
+    h = F.layer_norm(x, x.shape[-1:], entry.norm_weight, entry.norm_bias)
+    return h, F.linear(h, entry.qkv, entry.qkv_bias)
+
+
+def hidden_of(begun: Begun, rest: Rest, attend: Attention, heads: int, activation: Callable[[Tensor], Tensor]) -> Begun:
+    """Go on to the MLP's hidden layer; return the skip connection and it."""
+    h, qkv = begun
+    q, k, v = qkv.view(len(h), 3, heads, -1).unbind(1)
+    attended = attend(q, k, v).reshape(h.shape)
+    h = F.linear(attended, rest.out, rest.out_bias) + h
+    h = F.layer_norm(h, h.shape[-1:], rest.norm_weight, rest.norm_bias)
+    return h, activation(F.linear(h, rest.linear1, rest.linear1_bias))
+
+
+def block(
+    begun: Begun, rest: Rest, following: Entry, attend: Attention, heads: int, activation: Callable[[Tensor], Tensor]
+) -> Begun:
+    """Finish a layer and begin the next."""
+    h, hidden = hidden_of(begun, rest, attend, heads, activation)
+    return enter(F.linear(hidden, rest.linear2, rest.linear2_bias) + h, following)
 
 
 @dataclass(frozen=True)
@@ -52,91 +90,90 @@ class Model:
     shape
         The model's numbers.
     table
-        Embedding of each token after the embedding MLP, ``(n_rows, embed_dim)``.
+        Each token's normalised input and projections at the first layer: ``(n_rows, embed_dim)`` and ``(n_rows,
+        3 * embed_dim)``.
     pooled_from
         First table row that is pooled: assays stand before it.
-    layers
-        The transformer.
+    entries
+        Beginnings of all layers but the first.
+    rests
+        Remainders of all layers.
+    last_linear2
+        The last layer's last projection again, in float32.
     """
 
     shape: ModelShape
-    table: Tensor
+    table: Begun
     pooled_from: int
-    layers: tuple[Layer, ...]
+    entries: tuple[Entry, ...]
+    rests: tuple[Rest, ...]
+    last_linear2: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.last_linear2.device
 
     @torch.inference_mode()
-    def embed(self, tokens: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
-        """Embed the packed cells of one batch.
+    def embed(self, row: Row, row_length: int | None = None) -> Tensor:
+        """Embed the cells of a row.
 
         Parameters
         ----------
-        tokens, bias
-            Table rows (int) and attention biases (float32) of all tokens, ``(n_tokens,)``.
-        offsets
-            Cell boundaries on the CPU, int64 ``(n_cells + 1,)``.
+        row
+            The cells.
+        row_length
+            Pad to this length and attend by FlexAttention, compiled on CUDA; None: no padding, cell by cell.
 
         Returns
         -------
         Tensor
-            float32 ``(n_cells, embed_dim)``.
+            float32 ``(n_cells, embed_dim)``, on the device.
         """
-        bounds = offsets.tolist()
-        x = F.embedding(tokens, self.table)
-        for layer in self.layers:
-            x = self._layer(layer, x, bias, bounds)
-        lengths = offsets.diff().to(x.device)
-        cell_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
-        pooled = (tokens >= self.pooled_from).to(torch.float32)
-        sums = torch.zeros(len(lengths), self.shape.embed_dim, dtype=torch.float32, device=x.device)
-        sums.index_add_(0, cell_of_token, x.float() * pooled[:, None])
-        return sums / self.shape.seq_len
+        used = len(row.tokens)
+        padding = 0 if row_length is None else row_length - used
+        tokens = to_device(np.pad(row.tokens, (0, padding)), self.device)
+        bias = to_device(np.pad(row.bias, (0, padding)), self.device)
+        attend: Attention
+        if row_length is None:
+            attend = PlainAttention(bias, tuple(row.offsets.tolist()), self.shape.softcap)
+        else:
+            attend = PackedAttention(bias, row.offsets, self.shape.softcap)
+        functions: tuple[Callable[..., Begun], Callable[..., Begun]] = block, hidden_of
+        if row_length is not None and self.device.type == "cuda":
+            functions = _compiled(block), _compiled(hidden_of)
+        go_on, go_to_hidden = functions
+        heads, activation = self.shape.num_heads, ACTIVATIONS[self.shape.activation]
+        begun = F.embedding(tokens, self.table[0]), F.embedding(tokens, self.table[1])
+        for rest, following in zip(self.rests[:-1], self.entries, strict=True):
+            begun = go_on(begun, rest, following, attend, heads, activation)
+        last = self.rests[-1]
+        h, hidden = go_to_hidden(begun, last, attend, heads, activation)
 
-    def _layer(self, layer: Layer, x: Tensor, bias: Tensor, bounds: list[int]) -> Tensor:
-        width = (self.shape.embed_dim,)
-        h = F.layer_norm(x, width, *layer.norm1)
-        q, k, v = F.linear(h, layer.qkv, layer.qkv_bias).view(len(h), 3, self.shape.num_heads, -1).unbind(1)
-        attended = torch.empty_like(h)
-        for start, stop in itertools.pairwise(bounds):
-            cell = slice(start, stop)
-            attended[cell] = cell_attention(q[cell], k[cell], v[cell], bias[cell], self.shape.softcap).flatten(1)
-        h = F.linear(attended, layer.out, layer.out_bias) + h
-        h = F.layer_norm(h, width, *layer.norm2)
-        hidden = ACTIVATIONS[self.shape.activation](F.linear(h, layer.linear1, layer.linear1_bias))
-        return F.linear(hidden, layer.linear2, layer.linear2_bias) + h
+        cells = len(row.cells)
+        cell_of_token = np.repeat(np.arange(cells), np.diff(row.offsets))
+        # What is not pooled (assays, padding) is summed into a cell of its own, which is dropped.
+        cell_of_token = np.where(row.tokens < self.pooled_from, cells, cell_of_token)
+        target = to_device(np.pad(cell_of_token, (0, padding), constant_values=cells), self.device)
+        h_sum, hidden_sum = (
+            torch.zeros(cells + 1, part.shape[1], device=self.device).index_add_(0, target, part.float())[:cells]
+            for part in (h, hidden)
+        )
+        summed = F.linear(hidden_sum, self.last_linear2) + h_sum
+        if last.linear2_bias is not None:
+            pooled = np.diff(row.offsets) - (row.tokens[row.offsets[:-1]] < self.pooled_from)
+            summed += to_device(pooled, self.device)[:, None] * last.linear2_bias.float()
+        return summed / self.shape.seq_len
 
 
-def cell_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
-    """Causal attention within one cell, in float32.
+@functools.cache
+def _compiled(function: Callable[..., Begun]) -> Callable[..., Begun]:
+    # Shapes are fixed, so each row length is compiled once, and all layers share one compilation.
+    return torch.compile(function, dynamic=False)
 
-    Parameters
-    ----------
-    q, k, v
-        ``(n_tokens, heads, head_dim)``.
-    bias
-        Added to each key's scores, ``(n_tokens,)``.
-    softcap
-        Scores are capped smoothly at this; 0: not at all.
 
-    Returns
-    -------
-    Tensor
-        ``(n_tokens, heads, head_dim)``, the dtype of `v`.
-    """
-    q, k, v_heads = (part.transpose(0, 1).float() for part in (q, k, v))
-    cap = softcap if softcap > 0 else 1.0
-    # The cap's division is folded into the scores' other factors; the rest works in place on blocks that fit
-    # a cache, 2.5 to 4 times faster than whole-cell expressions.
-    q = q / (math.sqrt(q.shape[-1]) * cap)
-    keys = k.transpose(1, 2).contiguous()
-    bias = (bias / cap).expand(len(q), 1, -1)
-    n = q.shape[1]
-    future = torch.ones(min(n, QUERY_BLOCK), min(n, QUERY_BLOCK), dtype=torch.bool, device=q.device).triu(1)
-    attended = torch.empty_like(q)
-    for start in range(0, n, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n)
-        scores = torch.baddbmm(bias[..., :stop], q[:, start:stop], keys[..., :stop])
-        if softcap > 0:
-            scores.tanh_().mul_(cap)
-        scores[..., start:].masked_fill_(future[: stop - start, : stop - start], -torch.inf)
-        attended[:, start:stop] = scores.softmax(-1) @ v_heads[:, :stop]
-    return attended.transpose(0, 1).to(v.dtype)
+def first_table(embeddings: Tensor, entry: Entry, rows_at_once: int = 4096) -> Begun:
+    """Begin the first layer for every row of the embedding table."""
+    starts = range(0, len(embeddings), rows_at_once)
+    parts = [enter(embeddings[start : start + rows_at_once], entry) for start in starts]
+    return torch.cat([h for h, _ in parts]), torch.cat([qkv for _, qkv in parts])

@@ -22,32 +22,10 @@ import numpy.typing as npt
 
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.inference.checkpoint import UNKNOWN, Checkpoint
+from census_tf_dagster.inference.packing import PackedCells
 
-CLIP_COUNTS = 30.0
+CLIP_COUNTS = 30
 """Upstream's command line default, which wins over the checkpoint's configuration."""
-
-
-@dataclass(frozen=True)
-class PackedCells:
-    """The sequences of some cells, one after the other, without padding.
-
-    Attributes
-    ----------
-    tokens
-        Rows of the embedding table, int32 ``(n_tokens,)``.
-    bias
-        Added to the attention score of each token as a key, float32 ``(n_tokens,)``.
-    offsets
-        Where each cell starts, int64 ``(n_cells + 1,)``.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    bias: npt.NDArray[np.float32]
-    offsets: npt.NDArray[np.int64]
-
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the number of tokens of each cell, int64 ``(n_cells,)``."""
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -98,7 +76,11 @@ class Tokenizer:
     def __call__(self, cells: Cells) -> PackedCells:
         """Tokenize cells whose columns ascend."""
         assay_rows = np.array([self.assay_rows.get(assay, -1) for assay in cells.assays], dtype=np.int32)
-        tokens, counts, offsets = _pack(
+        if len(cells.columns) and cells.columns.max() >= len(self.row_of_column):
+            raise ValueError(f"gene joinid {cells.columns.max()} in X, but var ends at {len(self.row_of_column) - 1}")
+        # Counts are whole numbers, so there are only so many biases.
+        counts = np.arange(CLIP_COUNTS + 1, dtype=np.float32)
+        packed = _pack(
             cells.indptr,
             cells.columns,
             cells.values,
@@ -106,13 +88,15 @@ class Tokenizer:
             assay_rows,
             np.int32(self.start_row),
             self.seq_len - 1,
+            np.log1p(counts + np.float32(self.eps)),
         )
-        bias = np.log1p(np.minimum(counts, np.float32(CLIP_COUNTS)) + np.float32(self.eps))
-        return PackedCells(tokens, bias, offsets)
+        return PackedCells(*packed)
 
 
-@numba.njit(cache=True)
-def _pack(indptr, columns, values, row_of_column, assay_rows, start_row, max_genes):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True, nogil=True)
+def _pack(  # type: ignore[no-untyped-def]
+    indptr, columns, values, row_of_column, assay_rows, start_row, most_genes, bias_of_count
+):
     n_cells = len(indptr) - 1
     offsets = np.zeros(n_cells + 1, np.int64)
     for cell in range(n_cells):
@@ -120,26 +104,27 @@ def _pack(indptr, columns, values, row_of_column, assay_rows, start_row, max_gen
         for i in range(indptr[cell], indptr[cell + 1]):
             if values[i] != 0 and row_of_column[columns[i]] >= 0:
                 genes += 1
-                if genes == max_genes:
+                if genes == most_genes:
                     break
         offsets[cell + 1] = offsets[cell] + genes + 1 + (assay_rows[cell] >= 0)
     tokens = np.empty(offsets[-1], np.int32)
-    counts = np.empty(offsets[-1], np.float32)
+    bias = np.empty(offsets[-1], np.float32)
+    clip = len(bias_of_count) - 1
     for cell in range(n_cells):
         at = offsets[cell]
         if assay_rows[cell] >= 0:
             tokens[at] = assay_rows[cell]
-            counts[at] = 1
+            bias[at] = bias_of_count[1]
             at += 1
         tokens[at] = start_row
-        counts[at] = 1
+        bias[at] = bias_of_count[1]
         at += 1
         i = indptr[cell]
         while at < offsets[cell + 1]:
             row = row_of_column[columns[i]]
             if values[i] != 0 and row >= 0:
                 tokens[at] = row
-                counts[at] = values[i]
+                bias[at] = bias_of_count[clip if values[i] > clip else int(values[i])]
                 at += 1
             i += 1
-    return tokens, counts, offsets
+    return tokens, bias, offsets

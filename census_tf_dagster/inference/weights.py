@@ -1,79 +1,66 @@
-"""From a checkpoint's weights to a `Model`: only what the embedding needs, checked, in the wanted precision."""
+"""From upstream's state dict to what inference reads: checked, fused, cast, and nothing else."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import save_file
 from torch import Tensor
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import START, Checkpoint
-from census_tf_dagster.inference.model import ACTIVATIONS, Layer, Model
-from census_tf_dagster.inference.tokens import Tokenizer
+from census_tf_dagster.inference.model import ACTIVATIONS
+from census_tf_dagster.inference.prepared import DTYPES, join_names
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TABLE_ROWS_AT_ONCE = 4096
 
 
-def load_model(checkpoint: Checkpoint, tokenizer: Tokenizer, precision: str, device: torch.device) -> Model:
-    """Load the model for one gene axis.
+def write_prepared(checkpoint: Checkpoint, precision: str, path: Path) -> None:
+    """Write a checkpoint's prepared file; the embedding MLP is applied in float32, then everything is cast."""
+    metadata = {
+        "precision": precision,
+        "shape": json.dumps(asdict(checkpoint.shape)),
+        "assays": str(len(checkpoint.aux_vocab)),
+    }
+    save_file(_prepared_tensors(checkpoint, DTYPES[precision]), path, metadata)
 
-    The embedding MLP is applied here, once for each gene that can occur, in float32.
 
-    Parameters
-    ----------
-    checkpoint, tokenizer
-        What to load, and which rows of the embedding matrix.
-    precision
-        A key of `DTYPES`: of weights and activations.
-    device
-        Where the model computes.
-
-    Raises
-    ------
-    UserError
-        When a weight is missing or has another shape than the configuration says.
-    """
+def _prepared_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
     state = _State(checkpoint.folder / "model_weights.pt")
     shape = checkpoint.shape
-    dim, hidden, dtype = shape.embed_dim, shape.model_dim, DTYPES[precision]
+    dim, hidden = shape.embed_dim, shape.model_dim
     if shape.activation not in ACTIVATIONS:
         raise UserError(f"{checkpoint.folder}: activation {shape.activation!r}; expected one of {sorted(ACTIVATIONS)}.")
+    tensors: dict[str, Tensor] = {}
 
-    def weight(name: str, *size: int) -> Tensor:
-        return state.get(name, size).to(device=device, dtype=dtype)
+    def add(name: str, parts: Sequence[str], *size: int) -> None:
+        tensors[name] = torch.cat([state.get(part, size) for part in parts]).to(dtype)
 
-    def bias(name: str, size: int) -> Tensor | None:
-        return weight(name, size) if name in state else None
+    def add_bias(name: str, parts: Sequence[str], size: int) -> None:
+        if any(part in state for part in parts):
+            add(name, parts, size)
 
-    layers = []
-    for number in range(shape.num_layers):
-        at = f"transformer_encoder.encoder_layers.{number}"
-        projections = [f"{at}.self_attn.linears.{i}" for i in range(4)]
-        qkv_bias = [part for name in projections[:3] if (part := bias(f"{name}.bias", dim)) is not None]
-        layers.append(
-            Layer(
-                norm1=(weight(f"{at}.norm1.weight", dim), weight(f"{at}.norm1.bias", dim)),
-                qkv=torch.cat([weight(f"{name}.weight", dim, dim) for name in projections[:3]]),
-                qkv_bias=torch.cat(qkv_bias) if qkv_bias else None,
-                out=weight(f"{projections[3]}.weight", dim, dim),
-                out_bias=bias(f"{projections[3]}.bias", dim),
-                norm2=(weight(f"{at}.norm2.weight", dim), weight(f"{at}.norm2.bias", dim)),
-                linear1=weight(f"{at}.linear1.weight", hidden, dim),
-                linear1_bias=bias(f"{at}.linear1.bias", hidden),
-                linear2=weight(f"{at}.linear2.weight", dim, hidden),
-                linear2_bias=bias(f"{at}.linear2.bias", dim),
-            )
-        )
-    return Model(
-        shape=shape,
-        table=_embedding_table(checkpoint, tokenizer, state, device).to(dtype),
-        pooled_from=tokenizer.start_row,
-        layers=tuple(layers),
-    )
+    for i in range(shape.num_layers):
+        at = f"transformer_encoder.encoder_layers.{i}"
+        projections = [f"{at}.self_attn.linears.{k}" for k in range(4)]
+        for norm in ("norm1", "norm2"):
+            add(f"{i}.{norm}.weight", [f"{at}.{norm}.weight"], dim)
+            add(f"{i}.{norm}.bias", [f"{at}.{norm}.bias"], dim)
+        add(f"{i}.qkv", [f"{name}.weight" for name in projections[:3]], dim, dim)
+        add_bias(f"{i}.qkv_bias", [f"{name}.bias" for name in projections[:3]], dim)
+        add(f"{i}.out", [f"{projections[3]}.weight"], dim, dim)
+        add_bias(f"{i}.out_bias", [f"{projections[3]}.bias"], dim)
+        add(f"{i}.linear1", [f"{at}.linear1.weight"], hidden, dim)
+        add_bias(f"{i}.linear1_bias", [f"{at}.linear1.bias"], hidden)
+        add(f"{i}.linear2", [f"{at}.linear2.weight"], dim, hidden)
+        add_bias(f"{i}.linear2_bias", [f"{at}.linear2.bias"], dim)
+    genes, table = _embedding_table(checkpoint, state)
+    return {**tensors, "genes": join_names(genes), "table": table.to(dtype)}
 
 
 class _State:
@@ -102,40 +89,38 @@ class _State:
 
 
 @torch.inference_mode()
-def _embedding_table(checkpoint: Checkpoint, tokenizer: Tokenizer, state: _State, device: torch.device) -> Tensor:
-    dim = checkpoint.shape.embed_dim
+def _embedding_table(checkpoint: Checkpoint, state: _State) -> tuple[list[str], Tensor]:
+    """Return the genes, and the embeddings of assays, START and them, float32."""
+    dim, assays = checkpoint.shape.embed_dim, len(checkpoint.aux_vocab)
     at = "gene_embeddings.mlp.layers"
     matrix = state.get("gene_embeddings.embedding.weight", (len(checkpoint.gene_rows), -1))
     esm_dim = matrix.shape[1]
-
-    def weight(name: str, *size: int) -> Tensor:
-        return state.get(f"{at}.{name}", size).to(device)
-
     # Linear, ReLU, LayerNorm, Dropout, Linear.
-    first = weight("0.weight", dim, esm_dim), weight("0.bias", dim)
-    norm = weight("2.weight", dim), weight("2.bias", dim)
-    second = weight("4.weight", dim, dim), weight("4.bias", dim)
+    first = state.get(f"{at}.0.weight", (dim, esm_dim)), state.get(f"{at}.0.bias", (dim,))
+    norm = state.get(f"{at}.2.weight", (dim,)), state.get(f"{at}.2.bias", (dim,))
+    second = state.get(f"{at}.4.weight", (dim, dim)), state.get(f"{at}.4.bias", (dim,))
 
-    start = matrix[checkpoint.gene_rows[START]][None]
+    start = checkpoint.gene_rows[START]
     if checkpoint.pretrained:
-        source = torch.cat([start, _pretrained_rows(checkpoint, tokenizer.known_genes, esm_dim)])
+        genes = sorted(checkpoint.pretrained_genes)
+        source = torch.cat([matrix[start][None], _pretrained_rows(checkpoint, genes, esm_dim)])
         order = torch.arange(len(source))
     else:
+        # Other special tokens go along as if they were genes: no Census has genes of such names.
+        genes = [token for token in checkpoint.gene_rows if token != START]
         source = matrix
-        order = torch.tensor([checkpoint.gene_rows[gene] for gene in (START, *tokenizer.known_genes)])
+        order = torch.tensor([start, *(checkpoint.gene_rows[gene] for gene in genes)])
 
-    assays = state.get(f"aux_embeddings.{checkpoint.aux_column}.weight", (tokenizer.start_row, dim))
-    table = torch.empty(tokenizer.start_row + len(order), dim, device=device)
-    table[: tokenizer.start_row] = assays.to(device)
+    table = torch.empty(assays + len(order), dim)
+    table[:assays] = state.get(f"aux_embeddings.{checkpoint.aux_column}.weight", (assays, dim))
     for begin in range(0, len(order), TABLE_ROWS_AT_ONCE):
-        rows = source[order[begin : begin + TABLE_ROWS_AT_ONCE]].to(device)
+        rows = source[order[begin : begin + TABLE_ROWS_AT_ONCE]]
         hidden = F.layer_norm(F.relu(F.linear(rows, *first)), (dim,), *norm)
-        row = tokenizer.start_row + begin
-        table[row : row + len(rows)] = F.linear(hidden, *second)
-    return table
+        table[assays + begin : assays + begin + len(rows)] = F.linear(hidden, *second)
+    return genes, table
 
 
-def _pretrained_rows(checkpoint: Checkpoint, genes: tuple[str, ...], esm_dim: int) -> Tensor:
+def _pretrained_rows(checkpoint: Checkpoint, genes: Sequence[str], esm_dim: int) -> Tensor:
     rows = np.empty((len(genes), esm_dim), np.float32)
     position = {gene: row for row, gene in enumerate(genes)}
     for path in checkpoint.pretrained:

@@ -3,6 +3,7 @@
 import subprocess
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import scipy.sparse
 
 from census_tf_dagster.census.cells import Cells, read_cells
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.engine import Engine
+from census_tf_dagster.inference.devices import Device, open_devices
+from census_tf_dagster.inference.prepare import prepare
 from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import survey
@@ -78,23 +80,24 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
     found = survey(job)
     joinids = _spread(job, found.joinids, cells)
     tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint)
-    settings = job.settings
-    load = {"device": settings.device, "batch_size": settings.batch_size}
-    engine = Engine.load(job.checkpoint, tokenizer, precision=settings.compute_precision, **load)  # type: ignore[arg-type]
+    precision = job.settings.compute_precision
     # Warm: compilation and first touches are no part of the rate.
-    engine.embed(tokenizer(read_cells(job.release, joinids[:8], job.checkpoint.aux_column)))
-    started = time.monotonic()
-    read = read_cells(job.release, joinids, job.checkpoint.aux_column)
-    packed = tokenizer(read)
-    ours = engine.embed(packed)
-    seconds = time.monotonic() - started
+    warm = tokenizer(read_cells(job.release, joinids[:8], job.checkpoint.aux_column))
+    with _devices(job, tokenizer, precision) as (device, *_):
+        device.embed(warm)
+        started = time.monotonic()
+        read = read_cells(job.release, joinids, job.checkpoint.aux_column)
+        packed = tokenizer(read)
+        ours = device.embed(packed)
+        seconds = time.monotonic() - started
     if oracle is not None:
         judge, reference = "upstream's own command in float32", _ask_oracle(job, read, oracle)
-    elif settings.compute_precision == "fp32":
+    elif precision == "fp32":
         raise UserError("an fp32 set has no other judge than upstream's own command: name it with --oracle.")
     else:
         judge = "this project's model in fp32 (name upstream's command with --oracle for an independent judge)"
-        reference = Engine.load(job.checkpoint, tokenizer, precision="fp32", **load).embed(packed)  # type: ignore[arg-type]
+        with _devices(job, tokenizer, "fp32") as (device, *_):
+            reference = device.embed(packed)
     norms = np.linalg.norm(reference, axis=1)
     centre = reference.mean(axis=0)
     a, b = ours - centre, reference - centre
@@ -111,6 +114,11 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
         release_cells=len(found.joinids),
         release_hours=found.summary.totals.tokens / (len(packed.tokens) / seconds) / 3600,
     )
+
+
+def _devices(job: Job, tokenizer: Tokenizer, precision: str) -> AbstractContextManager[list[Device]]:
+    prepared = prepare(job.checkpoint, precision, job.cache)
+    return open_devices(prepared, tokenizer.known_genes, job.settings.device, job.settings.batch_size, processes=1)
 
 
 def _spread(job: Job, planned: npt.NDArray[np.int64], cells: int) -> npt.NDArray[np.int64]:

@@ -4,21 +4,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.plan import Megabatch, read_plan
-from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.engine import Engine
-from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.pipeline import TRIES, Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.progress import missing_megabatches
 from census_tf_dagster.store.proof import is_proved, prove_shard
 
-TRIES = 2
 MOST_SET_ASIDE = 8
 """With more, the fault is hardly in the cells: stop spending."""
 
@@ -36,7 +28,11 @@ class ShardSummary:
     tokens_computed
         Tokens that went through the model.
     seconds
-        Time spent per stage: load, read, tokens, model, write, proof.
+        From when all devices had loaded the model to the last commit.
+    times
+        What each stage has done.
+    proof_seconds
+        Time of reading back.
     """
 
     plan: str
@@ -46,12 +42,13 @@ class ShardSummary:
     megabatches_computed: int = 0
     cells_computed: int = 0
     tokens_computed: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    times: Times = field(default_factory=Times)
+    proof_seconds: float = 0.0
 
     def cells_per_second(self) -> float:
         """Return the rate of this run, loading excluded; 0 before anything was computed."""
-        spent = sum(seconds for stage, seconds in self.seconds.items() if stage not in ("load", "proof"))
-        return self.cells_computed / spent if spent else 0.0
+        return self.cells_computed / self.seconds if self.seconds else 0.0
 
     def seconds_left(self) -> float:
         """Return how long the rest will take at this rate; 0 before anything was computed."""
@@ -85,21 +82,6 @@ class SetAsideError(Exception):
             f"the shard {again}.\n" + "\n".join(f"  {one}" for one in failed)
         )
         self.failed = failed
-
-
-class PoisonError(Exception):
-    """These cells cannot be embedded; others may. Carries the reason."""
-
-
-class _Stopwatch:
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
-        self.last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
-        self.last = now
 
 
 def embed_shard(
@@ -137,82 +119,32 @@ def embed_shard(
     todo = list(batches) if recompute else missing_megabatches(array, plan, batches)
     cells = sum(batch.cells for batch in batches)
     summary = ShardSummary(plan.totals.plan, cells, cells - sum(batch.cells for batch in todo), len(batches))
-    watch = _Stopwatch(summary.seconds)
     failed: list[SetAside] = []
     if todo:
-        embedder = _Embedder.load(job, watch)
-        all_ids = plan.read_ids(job.store, todo)
-        watch.lap("load")
-        for number, (batch, joinids) in enumerate(zip(todo, all_ids, strict=True)):
-            try:
-                embeddings, tokens = embedder.embed(joinids)
-            except PoisonError as error:
-                failed.append(SetAside(batch, str(error)))
-                if len(failed) == MOST_SET_ASIDE:
-                    raise SetAsideError(failed, untried=len(todo) - number - 1, recompute=recompute) from error
-                continue
-            array.write(joinids, embeddings)
-            watch.lap("write")
-            summary.megabatches_computed += 1
-            summary.cells_computed += len(joinids)
-            summary.tokens_computed += tokens
-            report(summary)
+        with outcomes(job, todo, plan.read_ids(job.store, todo), summary.times) as leaving:
+            began = time.monotonic()
+            for outcome in leaving:
+                if outcome.embeddings is None:
+                    failed.append(SetAside(outcome.batch, outcome.poison))
+                    if len(failed) == MOST_SET_ASIDE:
+                        untried = len(todo) - summary.megabatches_computed - len(failed)
+                        raise SetAsideError(failed, untried, recompute=recompute)
+                    continue
+                started = time.monotonic()
+                values = outcome.embeddings
+                if job.settings.storage_precision == "bfloat16":
+                    values = round_to_bfloat16(values)
+                array.write(outcome.joinids, values)
+                summary.times.stages["write"].busy += time.monotonic() - started
+                summary.seconds = time.monotonic() - began
+                summary.megabatches_computed += 1
+                summary.cells_computed += len(outcome.joinids)
+                summary.tokens_computed += outcome.tokens
+                report(summary)
     if failed:
-        raise SetAsideError(failed, untried=0, recompute=recompute)
+        raise SetAsideError(sorted(failed, key=lambda one: one.batch.index), untried=0, recompute=recompute)
+    started = time.monotonic()
     if summary.megabatches_computed or not is_proved(array, plan, job.folder, shard):
         prove_shard(array, plan, job.folder, shard)
-    watch.lap("proof")
+    summary.proof_seconds = time.monotonic() - started
     return summary
-
-
-@dataclass(frozen=True)
-class _Embedder:
-    """From joinids to what is stored."""
-
-    job: Job
-    tokenizer: Tokenizer
-    engine: Engine
-    watch: _Stopwatch
-
-    @classmethod
-    def load(cls, job: Job, watch: _Stopwatch) -> "_Embedder":
-        tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint)
-        settings = job.settings
-        engine = Engine.load(
-            job.checkpoint,
-            tokenizer,
-            precision=settings.compute_precision,
-            device=settings.device,
-            batch_size=settings.batch_size,
-        )
-        return cls(job, tokenizer, engine, watch)
-
-    def embed(self, joinids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], int]:
-        """Return embeddings as stored, and the number of tokens; `PoisonError` after `TRIES`."""
-        for attempt in range(1, TRIES + 1):
-            try:
-                return self._try(joinids)
-            except PoisonError:
-                if attempt == TRIES:
-                    raise
-        raise AssertionError
-
-    def _try(self, joinids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], int]:
-        try:
-            # Anything but a UserError here comes from the storage, not from these cells.
-            cells = read_cells(self.job.release, joinids, self.job.checkpoint.aux_column)
-        except UserError as error:
-            raise PoisonError(str(error)) from error
-        self.watch.lap("read")
-        try:
-            packed = self.tokenizer(cells)
-            self.watch.lap("tokens")
-            embeddings = self.engine.embed(packed)
-            self.watch.lap("model")
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            raise PoisonError(f"{type(error).__name__}: {error}") from error
-        if self.job.settings.storage_precision == "bfloat16":
-            embeddings = round_to_bfloat16(embeddings)
-        return embeddings, len(packed.tokens)

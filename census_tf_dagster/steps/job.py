@@ -25,6 +25,7 @@ class Job:
     identity: Identity
     store: Storage
     folder: ReleaseFolder
+    cache: Path
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def open_job(
     store_uri, store
         The store and how it is written; checkpoints on S3 are read with it too.
     cache
-        Local folder for checkpoints from S3.
+        Local folder for checkpoints from S3, and what was prepared of any.
 
     Raises
     ------
@@ -63,6 +64,7 @@ def open_job(
         checkpoint = read_checkpoint(
             fetch(settings.checkpoint, store, cache),
             [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
+            cache,
         )
         if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
             raise UserError(
@@ -83,4 +85,4 @@ def open_job(
             embedding_dim=checkpoint.shape.embed_dim,
         )
         folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
-        yield Job(settings, opened, genes, checkpoint, identity, store, folder)
+        yield Job(settings, opened, genes, checkpoint, identity, store, folder, cache)

@@ -1,0 +1,124 @@
+"""A process that owns one device: takes tokens, gives embeddings. Started by `devices`, never commits anything.
+
+    python -m census_tf_dagster.inference.device_process
+
+Reads messages on standard input and answers on standard output (`wire`): first what to load, then any number of
+megabatches. Three threads: one reads ahead, one keeps the device busy, one sends. It ends as soon as its standard
+input is closed, which also happens when the parent is killed.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.engine import Engine, Work
+from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
+
+TRIES = 2
+
+Message = tuple[Header, list[AnyArray]]
+
+
+def main() -> None:
+    """Serve until standard input is closed."""
+    # The parent decides when this ends, also after Ctrl-C, which the terminal sends to both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source: BinaryIO = os.fdopen(os.dup(0), "rb", buffering=0)
+    target: BinaryIO = os.fdopen(os.dup(1), "wb", buffering=0)
+    # Whatever a library prints must not run into the messages.
+    os.dup2(2, 1)
+    inbox: queue.Queue[Message] = queue.Queue()
+    outbox: queue.Queue[Message] = queue.Queue()
+    committed = threading.Semaphore(0)
+    threading.Thread(target=_read, args=(source, inbox, committed), daemon=True).start()
+    threading.Thread(target=_write, args=(target, outbox), daemon=True).start()
+    header, _ = inbox.get()
+    try:
+        engine = Engine.load(Path(header["prepared"]), header["genes"], header["device"], header["batch_size"])
+    except UserError as error:
+        outbox.put(({"user_error": str(error)}, []))
+        threading.Event().wait()
+        raise AssertionError from error
+    outbox.put((_about(engine), []))
+    _serve(engine, inbox, outbox, committed)
+
+
+def _read(source: BinaryIO, inbox: "queue.Queue[Message]", committed: threading.Semaphore) -> None:
+    while (message := receive(source)) is not None:
+        if "committed" in message[0]:
+            committed.release()
+        else:
+            inbox.put(message)
+    # Not sys.exit: the main thread may be in the middle of anything.
+    os._exit(0)
+
+
+def _write(target: BinaryIO, outbox: "queue.Queue[Message]") -> None:
+    while True:
+        header, arrays = outbox.get()
+        send(target, header, *arrays)
+
+
+def _about(engine: Engine) -> Header:
+    device = engine.model.device
+    cuda = device.type == "cuda"
+    return {
+        "devices": torch.cuda.device_count() if cuda else 1,
+        "name": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "attention": "FlexAttention" if cuda else "cell by cell",
+        "row_length": engine.row_length,
+        "torch": torch.__version__,
+    }
+
+
+def _serve(
+    engine: Engine, inbox: "queue.Queue[Message]", outbox: "queue.Queue[Message]", committed: threading.Semaphore
+) -> None:
+    uncommitted = 0
+    started = 0.0
+    keys: dict[Work, tuple[int, int]] = {}
+    while True:
+        if engine.hungry:
+            try:
+                # Ask for more before the device is done with the rest, but never keep that rest waiting.
+                header, (tokens, bias, offsets) = inbox.get(block=engine.idle)
+                keys[engine.add(PackedCells(tokens, bias, offsets))] = header["key"], 1
+                # Until the first megabatch was read there was nothing to do.
+                started = started or time.monotonic()
+            except queue.Empty:
+                pass
+        if engine.finishing:
+            # Never two megabatches that are computed and not committed: a killed worker pays for one twice.
+            while uncommitted:
+                committed.acquire()
+                uncommitted -= 1
+        done = engine.step()
+        if done is None:
+            continue
+        key, tries = keys.pop(done)
+        if done.failure and tries < TRIES:
+            keys[engine.add(done.packed)] = key, tries + 1
+            continue
+        uncommitted += 1
+        answer: dict[str, Any] = {"key": key, "tokens": len(done.packed.tokens)}
+        answer["counters"] = {
+            **vars(engine.counters),
+            "elapsed": time.monotonic() - started,
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        }
+        if done.failure:
+            outbox.put(({**answer, "poison": f"{type(done.failure).__name__}: {done.failure}"}, []))
+        else:
+            outbox.put((answer, [done.embeddings]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The devices of this machine, each behind a process of its own. Imports no torch.
+
+A process of its own leaves a device alone with its Python: reading, tokens and writing happen elsewhere. The processes
+die with this one: they end when their standard input is closed.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
+
+MOST_UNCOMMITTED = 2
+"""Megabatches with a device or on their way from it: one is computed while another is written."""
+
+
+class DeviceLostError(RuntimeError):
+    """A device's process ended before its work was done."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The answer to a megabatch.
+
+    Attributes
+    ----------
+    key
+        As it was sent.
+    embeddings
+        float32 ``(n_cells, embed_dim)``; None when these cells could not be embedded.
+    poison
+        Why not.
+    tokens
+        How many went through the model.
+    counters
+        What the device has done since it was loaded: `engine.Counters`, seconds since its first megabatch came, peak
+        memory.
+    """
+
+    key: int
+    embeddings: npt.NDArray[np.float32] | None
+    poison: str
+    tokens: int
+    counters: dict[str, float]
+
+
+@dataclass
+class Device:
+    """A device's process that has loaded its model; used by one sending and one receiving thread."""
+
+    process: "subprocess.Popen[bytes]"
+    about: Header
+    slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MOST_UNCOMMITTED))
+    """Taken before `send`, given back by `commit`."""
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+
+    def send(self, key: int, cells: PackedCells) -> None:
+        """Hand over a megabatch."""
+        self._send({"key": key}, cells.tokens, cells.bias, cells.offsets)
+
+    def commit(self) -> None:
+        """Tell that what was received last is committed, or given up: the device may complete the next."""
+        self._send({"committed": True})
+        self.slots.release()
+
+    def _send(self, header: Header, *arrays: AnyArray) -> None:
+        try:
+            with self._sending:
+                send(_pipe(self.process.stdin), header, *arrays)
+        except BrokenPipeError as error:
+            raise self._lost() from error
+
+    def receive(self) -> Embedded:
+        """Wait for the next answer."""
+        message = receive(_pipe(self.process.stdout))
+        if message is None:
+            raise self._lost()
+        header, arrays = message
+        return Embedded(
+            header["key"], arrays[0] if arrays else None, header.get("poison", ""), header["tokens"], header["counters"]
+        )
+
+    def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
+        """Embed some cells and wait for them."""
+        self.send(0, cells)
+        answer = self.receive()
+        self.commit()
+        if answer.embeddings is None:
+            raise ArithmeticError(answer.poison)
+        return answer.embeddings
+
+    def _lost(self) -> DeviceLostError:
+        code = self.process.wait(timeout=10)
+        return DeviceLostError(
+            f"the process of {self.about.get('name', 'a device')} ended with "
+            f"{f'signal {-code}' if code < 0 else f'exit code {code}'}; its output above says why (signal 9: usually "
+            "the machine ran out of memory). What is committed stays; run the shard again."
+        )
+
+
+@contextmanager
+def open_devices(
+    prepared: Path, genes: Sequence[str], device: str, batch_size: int | None, processes: int | None = None
+) -> Iterator[list[Device]]:
+    """Start a process for each device and load the model in all of them at once.
+
+    Parameters
+    ----------
+    prepared, genes
+        As `Engine.load` takes them.
+    device
+        ``cuda``: all GPUs that are visible; ``cpu``: one process.
+    batch_size
+        Cells in a row at most.
+    processes
+        Start so many whatever there is.
+
+    Raises
+    ------
+    UserError
+        When there is no such device.
+    DeviceLostError
+        When a process ends.
+    """
+    with ExitStack() as stack:
+
+        def start(number: int) -> "subprocess.Popen[bytes]":
+            process = stack.enter_context(_process())
+            target = f"cuda:{number}" if device == "cuda" else device
+            order = {"prepared": str(prepared), "genes": list(genes), "device": target, "batch_size": batch_size}
+            send(_pipe(process.stdin), order)
+            return process
+
+        first = _loaded(start(0))
+        rest = [start(number) for number in range(1, processes or first.about["devices"])]
+        yield [first, *(_loaded(process) for process in rest)]
+
+
+@contextmanager
+def _process() -> "Iterator[subprocess.Popen[bytes]]":
+    command = [sys.executable, "-m", "census_tf_dagster.inference.device_process"]
+    process = subprocess.Popen(  # noqa: S603
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    try:
+        yield process
+    finally:
+        # It holds nothing that could be lost.
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            _pipe(pipe).close()
+
+
+def _loaded(process: "subprocess.Popen[bytes]") -> Device:
+    device = Device(process, {})
+    message = receive(_pipe(process.stdout))
+    if message is None:
+        raise device._lost()
+    if "user_error" in message[0]:
+        raise UserError(message[0]["user_error"])
+    device.about = message[0]
+    return device
+
+
+def _pipe(pipe: object) -> BinaryIO:
+    if pipe is None:
+        raise ValueError("the process has no such pipe")
+    return pipe  # type: ignore[return-value]

@@ -1,0 +1,263 @@
+"""All stages of a shard at once: read, tokens, devices; what they give is written by whoever asks for it.
+
+Each stage is a thread (a device: one that sends and one that receives) between bounded queues, so that the slowest
+stage sets the pace and the others wait for it. The first failure stops all of them. The time each stage is busy
+and the time it waits are counted: a user sees which one limits.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from census_tf_dagster.census.cells import Cells, read_cells
+from census_tf_dagster.census.plan import Megabatch
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.devices import Device, open_devices
+from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.inference.prepare import prepare
+from census_tf_dagster.inference.tokens import Tokenizer
+from census_tf_dagster.steps.job import Job
+
+TRIES = 2
+POLL_SECONDS = 0.1
+JOIN_SECONDS = 120.0
+"""A read of a megabatch that was under way when the shard stopped may take this long to end."""
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass
+class StageTime:
+    """Seconds that a stage worked, and that it waited for others."""
+
+    busy: float = 0.0
+    waiting: float = 0.0
+
+
+@dataclass
+class Times:
+    """What is known of a running pipeline.
+
+    Attributes
+    ----------
+    load
+        Seconds until all devices had loaded the model.
+    stages
+        By name: read, tokens, compute (mean of the devices), write.
+    devices
+        What each device's process says of itself.
+    counters
+        What each has done, by device.
+    """
+
+    load: float = 0.0
+    stages: dict[str, StageTime] = field(
+        default_factory=lambda: {name: StageTime() for name in ("read", "tokens", "compute", "write")}
+    )
+    devices: list[dict[str, Any]] = field(default_factory=list)
+    counters: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def count(self, device: int, counters: dict[str, float]) -> None:
+        """Take over a device's counters."""
+        self.counters[device] = counters
+        busy = [one["busy"] for one in self.counters.values()]
+        elapsed = [one["elapsed"] for one in self.counters.values()]
+        self.stages["compute"].busy = sum(busy) / len(busy)
+        self.stages["compute"].waiting = max(sum(elapsed) / len(elapsed) - self.stages["compute"].busy, 0.0)
+
+    def fill(self) -> float:
+        """Return the share of the rows that held tokens."""
+        room = sum(one["row_tokens"] for one in self.counters.values())
+        return sum(one["tokens"] for one in self.counters.values()) / room if room else 0.0
+
+    def limit(self) -> str:
+        """Name the stage that waited least for its share of the time."""
+        return max(self.stages, key=lambda name: self.stages[name].busy)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A megabatch that left the pipeline.
+
+    Attributes
+    ----------
+    batch, joinids
+        What it was.
+    embeddings
+        float32 ``(n, embed_dim)``; None when it could not be embedded.
+    poison
+        Why not.
+    tokens
+        How many went through the model.
+    """
+
+    batch: Megabatch
+    joinids: Ids
+    embeddings: npt.NDArray[np.float32] | None
+    poison: str
+    tokens: int
+
+
+class _Stopped(Exception):  # noqa: N818
+    """Another stage has failed, or nobody wants the results any more."""
+
+
+class _Line:
+    """Threads that stop together."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self.failure: BaseException | None = None
+        self.threads: list[threading.Thread] = []
+
+    def start(self, target: Callable[..., None], *arguments: object) -> None:
+        def run() -> None:
+            try:
+                target(*arguments)
+            except _Stopped:
+                pass
+            except BaseException as error:
+                if not self.stopped.is_set():
+                    self.failure = error
+                    self.stopped.set()
+
+        thread = threading.Thread(target=run, name=target.__name__)
+        self.threads.append(thread)
+        thread.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(JOIN_SECONDS)
+
+    def wait(self, attempt: Callable[[], Any], time_of: StageTime | None = None) -> Any:
+        """Repeat what raises Full or Empty until it does not."""
+        began = time.monotonic()
+        while True:
+            if self.stopped.is_set():
+                if self.failure is not None and threading.current_thread() not in self.threads:
+                    raise self.failure
+                raise _Stopped
+            try:
+                found = attempt()
+            except (queue.Full, queue.Empty):
+                continue
+            if time_of is not None:
+                time_of.waiting += time.monotonic() - began
+            return found
+
+
+@contextmanager
+def outcomes(
+    job: Job, todo: Sequence[Megabatch], ids: Sequence[Ids], times: Times, processes: int | None = None
+) -> Iterator[Iterator[Outcome]]:
+    """Run all stages for some megabatches; give what leaves them, in any order, each megabatch once.
+
+    Parameters
+    ----------
+    job
+        The opened set and release.
+    todo, ids
+        Megabatches, and the joinids of each.
+    times
+        Filled while it runs.
+    processes
+        How many device processes; None: one for each device.
+
+    Raises
+    ------
+    UserError
+        When there is no such device.
+    DeviceLostError, Exception
+        At once, when a stage fails on other grounds than the cells.
+    """
+    line = _Line()
+    read: queue.Queue[tuple[int, Cells]] = queue.Queue(maxsize=1)
+    tokenized: queue.Queue[tuple[int, PackedCells]] = queue.Queue(maxsize=1)
+    results: queue.Queue[tuple[Outcome, Device | None]] = queue.Queue(maxsize=1)
+    tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint)
+
+    def put(target: "queue.Queue[Any]", item: object, time_of: StageTime | None = None) -> None:
+        line.wait(lambda: target.put(item, timeout=POLL_SECONDS), time_of)
+
+    def set_aside(key: int, error: Exception | str) -> None:
+        put(results, (Outcome(todo[key], ids[key], None, str(error), 0), None))
+
+    def read_all() -> None:
+        for key, joinids in enumerate(ids):
+            for attempt in range(1, TRIES + 1):
+                began = time.monotonic()
+                try:
+                    # Anything but a UserError here comes from the storage, not from these cells.
+                    cells = read_cells(job.release, joinids, job.checkpoint.aux_column)
+                except UserError as error:
+                    if attempt == TRIES:
+                        set_aside(key, error)
+                    continue
+                finally:
+                    times.stages["read"].busy += time.monotonic() - began
+                put(read, (key, cells), times.stages["read"])
+                break
+
+    def tokenize_all() -> None:
+        while True:
+            key, cells = line.wait(lambda: read.get(timeout=POLL_SECONDS), times.stages["tokens"])
+            began = time.monotonic()
+            try:
+                packed = tokenizer(cells)
+            except Exception as error:
+                set_aside(key, f"{type(error).__name__}: {error}")
+                continue
+            times.stages["tokens"].busy += time.monotonic() - began
+            put(tokenized, (key, packed), times.stages["tokens"])
+
+    def feed(device: Device) -> None:
+        while True:
+            line.wait(lambda: _acquire(device.slots))
+            device.send(*line.wait(lambda: tokenized.get(timeout=POLL_SECONDS)))
+
+    def collect(number: int, device: Device) -> None:
+        while True:
+            answer = device.receive()
+            times.count(number, answer.counters)
+            batch, joinids = todo[answer.key], ids[answer.key]
+            put(results, (Outcome(batch, joinids, answer.embeddings, answer.poison, answer.tokens), device))
+
+    def leave() -> Iterator[Outcome]:
+        for _ in todo:
+            outcome, device = line.wait(lambda: results.get(timeout=POLL_SECONDS), times.stages["write"])
+            yield outcome
+            # Whoever asks for the next has committed this one.
+            if device is not None:
+                device.commit()
+
+    settings = job.settings
+    with ExitStack() as stack:
+        # Threads end last: those that talk to a device do when its process is gone.
+        stack.callback(line.stop)
+        line.start(read_all)
+        line.start(tokenize_all)
+        began = time.monotonic()
+        prepared = prepare(job.checkpoint, settings.compute_precision, job.cache)
+        devices = stack.enter_context(
+            open_devices(prepared, tokenizer.known_genes, settings.device, settings.batch_size, processes)
+        )
+        stack.callback(line.stopped.set)
+        times.load = time.monotonic() - began
+        times.devices = [device.about for device in devices]
+        for number, device in enumerate(devices):
+            line.start(feed, device)
+            line.start(collect, number, device)
+        yield leave()
+
+
+def _acquire(slots: threading.Semaphore) -> None:
+    if not slots.acquire(timeout=POLL_SECONDS):
+        raise queue.Full
