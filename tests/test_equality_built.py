@@ -13,7 +13,7 @@ from torch import Tensor
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.demo.checkpoint import build_checkpoint, build_pretrained_embeddings
 from census_tf_dagster.inference import model as model_module
-from census_tf_dagster.inference.attention import PlainAttention
+from census_tf_dagster.inference.attention import plain_attention
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.tokens import Tokenizer
@@ -165,8 +165,8 @@ def test_control_pooling_by_own_length_fails(checkpoint_folder: Path, reference:
 def test_control_document_mask_off_fails(
     checkpoint_folder: Path, reference: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unbounded(bias: Tensor, bounds: tuple[int, ...], softcap: float) -> PlainAttention:
-        return PlainAttention(bias, (0, bounds[-1]), softcap)
+    def unbounded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, bounds: tuple[int, ...], softcap: float) -> Tensor:
+        return plain_attention(q, k, v, bias, (0, bounds[-1]), softcap)
 
-    monkeypatch.setattr(model_module, "PlainAttention", unbounded)
+    monkeypatch.setattr(model_module, "plain_attention", unbounded)
     assert relative_errors(embed(read_checkpoint(checkpoint_folder), built_cells()), reference).max() > 10 * BOUND

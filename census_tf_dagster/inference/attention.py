@@ -7,7 +7,7 @@ on the CPU a plain loop over cells. Rules of the original: a key's score gets it
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 QUERY_BLOCK = 128
 """Queries per block on the CPU: keys after a block's last query are never multiplied."""
 MASK_BLOCK = 128
@@ -29,35 +30,34 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-@dataclass(frozen=True)
-class PlainAttention:
-    """Attention cell by cell, in float32.
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, bounds: tuple[int, ...], softcap: float) -> Tensor:
+    """Attend cell by cell, in float32.
 
-    Attributes
+    Parameters
     ----------
+    q, k, v
+        ``(n_tokens, heads, head_dim)``.
     bias
         Added to each key's scores, float32 ``(n_tokens,)``.
     bounds
         Where each cell starts, and the end of the last.
     softcap
         Scores are capped smoothly at this; 0: not at all.
+
+    Returns
+    -------
+    Tensor
+        ``(n_tokens, heads, head_dim)``, the dtype of `v`.
     """
-
-    bias: Tensor
-    bounds: tuple[int, ...]
-    softcap: float
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend; all ``(n_tokens, heads, head_dim)``."""
-        attended = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for start, stop in itertools.pairwise(self.bounds):
-            cell = slice(start, stop)
-            attended[cell] = cell_attention(q[cell], k[cell], v[cell], self.bias[cell], self.softcap)
-        return attended
+    attended = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for start, stop in itertools.pairwise(bounds):
+        cell = slice(start, stop)
+        attended[cell] = cell_attention(q[cell], k[cell], v[cell], bias[cell], softcap)
+    return attended
 
 
 def cell_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
-    """Causal attention within one cell; see `PlainAttention`."""
+    """Causal attention within one cell; see `plain_attention`."""
     q, k, v_heads = (part.transpose(0, 1).float() for part in (q, k, v))
     cap = softcap if softcap > 0 else 1.0
     # The cap's division is folded into the scores' other factors; the rest works in place on blocks that fit
@@ -78,46 +78,43 @@ def cell_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float
     return attended.transpose(0, 1).to(v.dtype)
 
 
-class PackedAttention:
-    """FlexAttention over a row of fixed length that holds several cells and, at its end, padding.
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod, mask: BlockMask) -> Tensor:
+    """Attend within the cells of a row whose end may be padding; all ``(row_length, heads, head_dim)``."""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask)[0].transpose(0, 1)
+
+
+def packed_terms(bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -> tuple[ScoreMod, BlockMask]:
+    """Make what `packed_attention` needs for one row.
 
     Parameters
     ----------
     bias
-        Added to each key's scores, float32 ``(row_length,)``.
+        Added to each key's scores, float32 ``(row_length,)``; its length is a multiple of `MASK_BLOCK`.
     offsets
         Where each cell starts, int64 ``(n_cells + 1,)``; padding follows the last.
     softcap
-        As in `PlainAttention`.
+        As in `plain_attention`.
     """
+    length, device = len(bias), bias.device
+    cell_of_token = to_device(_cells_of_tokens(offsets, length), device)
 
-    def __init__(self, bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -> None:
-        length, device = len(bias), bias.device
-        cell_of_token = to_device(_cells_of_tokens(offsets, length), device)
+    def same_cell(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        cell = cell_of_token[query]
+        return (cell == cell_of_token[key]) & (query >= key) & (cell >= 0)
 
-        def same_cell(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            del batch, head
-            cell = cell_of_token[query]
-            return (cell == cell_of_token[key]) & (query >= key) & (cell >= 0)
+    def with_counts(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head, query
+        score = score + bias[key]
+        return softcap * torch.tanh(score / softcap) if softcap > 0 else score
 
-        def with_counts(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            del batch, head, query
-            score = score + bias[key]
-            return softcap * torch.tanh(score / softcap) if softcap > 0 else score
-
-        partly, partly_index, whole, whole_index = (
-            to_device(part[None, None], device) for part in mask_blocks(offsets, length)
-        )
-        self.score_mod = with_counts
-        # Built from the offsets: `create_block_mask` would evaluate the mask at every pair of the row.
-        self.mask = BlockMask.from_kv_blocks(
-            partly, partly_index, whole, whole_index, BLOCK_SIZE=MASK_BLOCK, mask_mod=same_cell
-        )
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend; all ``(row_length, heads, head_dim)``."""
-        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        return flex_attention(q, k, v, score_mod=self.score_mod, block_mask=self.mask)[0].transpose(0, 1)
+    partly, partly_index, whole, whole_index = (
+        to_device(part[None, None], device) for part in mask_blocks(offsets, length)
+    )
+    # Built from the offsets: `create_block_mask` would evaluate the mask at every pair of the row.
+    mask = BlockMask.from_kv_blocks(partly, partly_index, whole, whole_index, BLOCK_SIZE=MASK_BLOCK, mask_mod=same_cell)
+    return with_counts, mask
 
 
 def _cells_of_tokens(offsets: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:

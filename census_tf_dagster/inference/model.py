@@ -16,14 +16,14 @@ table. And the last projection is linear, so tokens are pooled before it, not af
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from census_tf_dagster.inference.attention import PackedAttention, PlainAttention, to_device
+from census_tf_dagster.inference.attention import packed_attention, packed_terms, plain_attention, to_device
 from census_tf_dagster.inference.packing import Row
 from census_tf_dagster.inference.shape import ModelShape
 
@@ -52,7 +52,8 @@ class Rest(NamedTuple):
     linear2_bias: Tensor | None
 
 
-Attention = PlainAttention | PackedAttention
+Attention = tuple[Callable[..., Tensor], tuple[Any, ...]]
+"""A function of query, key, value and further arguments, and these."""
 Begun = tuple[Tensor, Tensor]
 """Normalised input and projections of a layer: ``(n, embed_dim)``, ``(n, 3 * embed_dim)``."""
 
@@ -67,7 +68,8 @@ def hidden_of(begun: Begun, rest: Rest, attend: Attention, heads: int, activatio
     """Go on to the MLP's hidden layer; return the skip connection and it."""
     h, qkv = begun
     q, k, v = qkv.view(len(h), 3, heads, -1).unbind(1)
-    attended = attend(q, k, v).reshape(h.shape)
+    attention, terms = attend
+    attended = attention(q, k, v, *terms).reshape(h.shape)
     h = F.linear(attended, rest.out, rest.out_bias) + h
     h = F.layer_norm(h, h.shape[-1:], rest.norm_weight, rest.norm_bias)
     return h, activation(F.linear(h, rest.linear1, rest.linear1_bias))
@@ -136,9 +138,9 @@ class Model:
         bias = to_device(np.pad(row.bias, (0, padding)), self.device)
         attend: Attention
         if row_length is None:
-            attend = PlainAttention(bias, tuple(row.offsets.tolist()), self.shape.softcap)
+            attend = plain_attention, (bias, tuple(row.offsets.tolist()), self.shape.softcap)
         else:
-            attend = PackedAttention(bias, row.offsets, self.shape.softcap)
+            attend = packed_attention, packed_terms(bias, row.offsets, self.shape.softcap)
         functions: tuple[Callable[..., Begun], Callable[..., Begun]] = block, hidden_of
         if row_length is not None and self.device.type == "cuda":
             functions = _compiled(block), _compiled(hidden_of)
