@@ -17,6 +17,7 @@ from census_tf_dagster.steps.finishing import finish_array
 from census_tf_dagster.steps.planning import make_plan
 from tests.builders import tiny
 from tests.support import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
+from tests.test_devices import children, gone_within
 
 CELLS = 400
 
@@ -61,11 +62,17 @@ def kill_at_random_moments(project: Project, kills: int, seed: int) -> None:
             with start(project, name, pause=0.02) as worker:
                 assert worker.stdout is not None
                 assert worker.stdout.readline() == "started\n"
+                output = ""
                 if delivered + killed < kills:
+                    # One in four while the device process starts, the others while all stages work.
+                    if rng.random() > 0.25:
+                        output = worker.stdout.readline()
                     time.sleep(rng.uniform(0, 1.5))
                     killed += worker.poll() is None
+                    devices = children(worker.pid)
                     worker.send_signal(signal.SIGKILL)
-                output = worker.stdout.read()
+                    assert gone_within(devices, 5), "a device process outlived its parent"
+                output += worker.stdout.read()
             computed += output.count("computed")
             done = "done" in output
         assert computed - megabatches <= killed

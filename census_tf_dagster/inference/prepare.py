@@ -40,15 +40,16 @@ def prepare(checkpoint: Checkpoint, precision: str, cache: Path) -> Path:
     partial = path.with_name(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_prepared(checkpoint, precision, partial)
-        partial.replace(path)
+        try:
+            write_prepared(checkpoint, precision, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the prepared checkpoint cannot be written below {cache} ({error}): free space there, or set `cache` "
             "of the store resource to another local folder."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

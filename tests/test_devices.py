@@ -1,0 +1,119 @@
+"""Device processes: the same values from several, and none that outlives its parent or hides its end."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.demo.checkpoint import build_checkpoint
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.devices import DeviceLostError, open_devices
+from census_tf_dagster.inference.prepare import prepare
+from census_tf_dagster.steps.pipeline import Times, outcomes
+from census_tf_dagster.steps.planning import make_plan
+from tests.builders import tiny
+from tests.support import Project, load_engine, relative_errors
+from tests.test_engine import ASSAYS, GENES, cells
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("devices")
+    build_checkpoint(folder / "checkpoint", {"o": GENES}, ASSAYS, embed_dim=16, seq_len=127, block_len=128)
+    return prepare(read_checkpoint(folder / "checkpoint"), "fp32", folder / "cache")
+
+
+def test_a_device_is_the_engine(prepared: Path) -> None:
+    folder = prepared.parent.parent.parent
+    expected = load_engine(read_checkpoint(folder / "checkpoint"), GENES).embed(cells(30, seed=0))
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        assert np.array_equal(device.embed(cells(30, seed=0)), expected)
+        assert device.about["name"] == "CPU"
+        pid = device.process.pid
+    assert not alive(pid)
+
+
+def test_a_gpu_that_is_not_there(prepared: Path) -> None:
+    with pytest.raises(UserError, match="asks for a GPU"), open_devices(prepared, GENES, "cuda", None):
+        pass
+
+
+def test_a_device_process_that_dies(prepared: Path) -> None:
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        device.process.send_signal(signal.SIGKILL)
+        device.process.wait()
+        with pytest.raises(DeviceLostError, match=r"the process of CPU ended with signal 9; .* run the shard again"):
+            device.embed(cells(30, seed=0))
+
+
+def test_several_devices_give_each_megabatch_once_with_the_same_values(project: Project) -> None:
+    tiny(project, megabatch_size=8, shards=1)
+    found: dict[int, dict[int, np.ndarray]] = {}
+    with project.job("tiny") as job:
+        make_plan(job)
+        plan = read_plan(job.store, job.folder.plan)
+        ids = plan.read_ids(job.store, plan.megabatches)
+        for processes in (1, 3):
+            times = Times()
+            with outcomes(job, plan.megabatches, ids, times, processes) as leaving:
+                done = list(leaving)
+            assert sorted(one.batch.index for one in done) == list(range(len(plan.megabatches)))
+            assert len(times.devices) == processes
+            assert all(one["tokens"] for one in times.counters.values()), "every device had its share"
+            assert sum(one["tokens"] for one in times.counters.values()) == sum(one.tokens for one in done)
+            found[processes] = {one.batch.index: one.embeddings for one in done if one.embeddings is not None}
+    for index, values in found[1].items():
+        assert relative_errors(found[3][index], values).max() <= 1e-6
+
+
+def test_a_device_that_dies_in_the_middle_stops_the_shard_at_once(project: Project) -> None:
+    tiny(project, megabatch_size=4, shards=1)
+    with project.job("tiny") as job:
+        make_plan(job)
+        plan = read_plan(job.store, job.folder.plan)
+        ids = plan.read_ids(job.store, plan.megabatches)
+        done = []
+        with pytest.raises(DeviceLostError), outcomes(job, plan.megabatches, ids, Times(), 2) as leaving:  # noqa: PT012
+            for outcome in leaving:
+                done.append(outcome)
+                if len(done) == 3:
+                    os.kill(children(os.getpid())[0], signal.SIGKILL)
+    assert 3 <= len(done) < len(plan.megabatches)
+    assert not children(os.getpid())
+
+
+def children(parent: int) -> list[int]:
+    """Processes that Linux says are children of one, and have not ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and alive(int(entry.name)):
+            try:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(state[1]) == parent:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def gone_within(pids: list[int], seconds: float) -> bool:
+    """Wait until none of these runs."""
+    deadline = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,137 @@
+"""The engine: rows of any kind give the same values, memory that runs out loses nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from census_tf_dagster.demo.checkpoint import build_checkpoint
+from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.engine import Engine, NonFiniteError
+from census_tf_dagster.inference.model import Model
+from census_tf_dagster.inference.packing import PackedCells, Row, assemble
+from tests.support import BOUND, load_engine, relative_errors
+
+GENES = [f"ENSG{i:011d}" for i in range(60)]
+ASSAYS = ["a", "b"]
+SEQ_LEN = 127
+START = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine") / "checkpoint"
+    build_checkpoint(folder, {"o": GENES}, ASSAYS, embed_dim=16, seq_len=SEQ_LEN, block_len=128)
+    return folder
+
+
+@pytest.fixture
+def engine(folder: Path) -> Engine:
+    return load_engine(read_checkpoint(folder), GENES)
+
+
+def cells(n: int, seed: int) -> PackedCells:
+    """Cells of all lengths, every second one with an assay token."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for number in range(n):
+        genes = rng.integers(START + 1, START + 1 + len(GENES), rng.integers(0, SEQ_LEN))
+        parts.append(np.concatenate([[1] if number % 2 else [], [START], genes]))
+    tokens = np.concatenate(parts).astype(np.int32)
+    return PackedCells(tokens, rng.random(len(tokens), np.float32), np.cumsum([0, *map(len, parts)]))
+
+
+def one_by_one(engine: Engine, packed: PackedCells) -> np.ndarray:
+    rows = [assemble(packed, np.array([cell])) for cell in range(len(packed.lengths()))]
+    return np.concatenate([engine.model.embed(row).numpy() for row in rows])
+
+
+def test_rows_of_any_kind_give_the_same(engine: Engine) -> None:
+    packed = cells(30, seed=0)
+    expected = one_by_one(engine, packed)
+    assert relative_errors(engine.embed(packed), expected).max() <= BOUND / 10
+    engine.batch_size = 7
+    assert relative_errors(engine.embed(packed), expected).max() <= BOUND / 10
+    assert engine.idle
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_padded_rows_give_the_same(engine: Engine) -> None:
+    packed = cells(10, seed=1)
+    row = assemble(packed, np.arange(10)[::-1].copy())
+    length = -(-len(row.tokens) // 128) * 128 + 256
+    padded = engine.model.embed(row, length).numpy()
+    assert relative_errors(padded[::-1], one_by_one(engine, packed)).max() <= BOUND / 10
+
+
+def test_several_are_handed_out_in_order(engine: Engine) -> None:
+    added = [engine.add(cells(20, seed)) for seed in range(3)]
+    assert not engine.hungry
+    done = []
+    while not engine.idle:
+        if (work := engine.step()) is not None:
+            done.append(work)
+    assert done == added
+    for seed, work in enumerate(done):
+        assert relative_errors(work.embeddings, one_by_one(engine, cells(20, seed))).max() <= BOUND / 10
+
+
+def fail_when(monkeypatch: pytest.MonkeyPatch, condition: Callable[[Row], bool], error: Exception) -> None:
+    embed = Model.embed
+
+    def faulty(self: Model, row: Row, row_length: int | None = None) -> Tensor:
+        if condition(row):
+            raise error
+        return embed(self, row, row_length)
+
+    monkeypatch.setattr(Model, "embed", faulty)
+
+
+def test_memory_that_runs_out_halves_the_row_and_loses_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = [cells(60, seed) for seed in range(2)]
+    expected = [one_by_one(engine, one) for one in packed]
+    fail_when(monkeypatch, lambda row: len(row.tokens) > 600, torch.OutOfMemoryError("CUDA out of memory"))
+    engine.row_length = 2048
+    works = [engine.add(one) for one in packed]
+    while not engine.idle:
+        engine.step()
+    assert engine.row_length == 512
+    assert engine.counters.halvings == 2
+    assert engine.counters.tokens == sum(len(one.tokens) for one in packed), "no cell is computed twice"
+    for work, values in zip(works, expected, strict=True):
+        assert work.failure is None
+        assert relative_errors(work.embeddings, values).max() <= BOUND / 10
+
+
+def test_memory_that_does_not_suffice_for_one_cell(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_when(monkeypatch, lambda row: True, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.embed(cells(20, seed=0))
+    assert engine.row_length == 128
+    assert engine.idle
+
+
+def test_one_failure_leaves_the_others_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = cells(20, seed=0), cells(20, seed=1)
+    expected = one_by_one(engine, good)
+    fail_when(monkeypatch, lambda row: np.isin(bad.bias[:50], row.bias).any(), ValueError("these cells"))
+    works = [engine.add(bad), engine.add(good)]
+    while not engine.idle:
+        engine.step()
+    assert str(works[0].failure) == "these cells"
+    assert works[1].failure is None
+    assert relative_errors(works[1].embeddings, expected).max() <= BOUND / 10
+
+
+def test_values_that_are_not_finite(engine: Engine) -> None:
+    table = engine.model.table
+    poisoned = table[0].clone()
+    poisoned[START + 1] = torch.nan
+    engine.model = replace(engine.model, table=(poisoned, table[1]))
+    tokens = np.array([START, START + 2, START, START + 1], np.int32)
+    with pytest.raises(NonFiniteError, match=r"1 cells have .* not finite in fp32, positions \[1\]"):
+        engine.embed(PackedCells(tokens, np.zeros(4, np.float32), np.array([0, 2, 4])))
