@@ -57,6 +57,10 @@ READ_BUFFER_BYTES = 128 * 2**20
 """Per-column read buffer. The library's default of 1 GiB a column lets memory grow to several GB."""
 
 
+UNCHECKED_WRITES = dict.fromkeys(("sm.check_coord_dups", "sm.check_coord_oob", "sm.check_global_order"), "false")
+"""TileDB's own checks of each coordinate cost a third of a write; `EmbeddingsArray.write` checks beforehand."""
+
+
 class Storage:
     """Access to one place with one set of S3 settings.
 
@@ -73,7 +77,7 @@ class Storage:
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.
         self.soma_context = tiledbsoma.SOMATileDBContext(
-            tiledb_config={**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES)}
+            tiledb_config={**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES), **UNCHECKED_WRITES}
         )
         self._vfs = tiledb.VFS(ctx=self.tiledb_ctx)
 

@@ -28,6 +28,9 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 RELEASE = "2025-11-08"
 
+DEVICE = os.environ.get("CENSUS_TF_TEST_DEVICE", "cpu")
+"""Where models of tests compute: `benchmarks/gpu.sh` runs the equality tests on a GPU."""
+
 BOUND = 3e-5
 """Per cell ||d|| / ||ref|| between our fp32 and upstream's fp32: upstream itself moves by 1.1e-5 between torch
 2.5.1 and 2.13 on a CPU."""
@@ -74,9 +77,9 @@ def as_upstream_input(counts: Any, gene_ids: list[str], assays: list[str]) -> an
 
 
 def load_engine(checkpoint: Checkpoint, genes: Sequence[str], precision: str = "fp32", **options: Any) -> Engine:
-    """Prepare a checkpoint beside its folder and load it on the CPU."""
+    """Prepare a checkpoint beside its folder and load it."""
     prepared = prepare(checkpoint, precision, checkpoint.folder.parent / "cache")
-    return Engine.load(prepared, genes, **{"device": "cpu", **options})
+    return Engine.load(prepared, genes, **{"device": DEVICE, **options})
 
 
 READER = """

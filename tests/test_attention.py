@@ -19,7 +19,7 @@ from census_tf_dagster.inference.attention import (
     packed_terms,
     plain_attention,
 )
-from tests.support import relative_errors
+from tests.support import DEVICE, relative_errors
 
 HEADS, HEAD_DIM, SOFTCAP = 2, 16, 10.0
 ROWS = {
@@ -60,11 +60,12 @@ def test_blocks_are_those_of_the_rule(lengths: list[int]) -> None:
         assert whole == np.flatnonzero(every[block]).tolist()
 
 
-def inputs(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     # The width of real scores: the softcap must bend them.
     q, k, v = (torch.randn(LENGTH, HEADS, HEAD_DIM, generator=generator) * 3 for _ in range(3))
-    return q.to(dtype), k.to(dtype), v.to(dtype), torch.rand(LENGTH, generator=generator) * 3
+    bias = torch.rand(LENGTH, generator=generator) * 3
+    return q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), bias.to(DEVICE)
 
 
 def compare(lengths: list[int], attend: Callable[..., Tensor], seed: int = 0) -> None:
@@ -73,7 +74,7 @@ def compare(lengths: list[int], attend: Callable[..., Tensor], seed: int = 0) ->
     used = offsets[-1]
     expected = plain_attention(q[:used], k[:used], v[:used], bias[:used], tuple(offsets.tolist()), SOFTCAP)
     found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP))
-    assert relative_errors(found[:used].flatten(1).numpy(), expected.flatten(1).numpy()).max() < 3e-6
+    assert relative_errors(found[:used].flatten(1).cpu().numpy(), expected.flatten(1).cpu().numpy()).max() < 3e-6
     assert (found[used:] == 0).all(), "padding sees no key and gets 0"
 
 
@@ -103,10 +104,10 @@ def test_without_softcap() -> None:
     q, k, v, bias = inputs()
     plain = plain_attention(q, k, v, bias, (0, 500, LENGTH), 0.0)
     packed = packed_attention(q, k, v, *packed_terms(bias, np.array([0, 500, LENGTH]), 0.0))
-    assert relative_errors(packed.flatten(1).numpy(), plain.flatten(1).numpy()).max() < 3e-6
+    assert relative_errors(packed.flatten(1).cpu().numpy(), plain.flatten(1).cpu().numpy()).max() < 3e-6
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_once_for_all_rows() -> None:
     """The blocks of the mask count only when compiled; every row has a mask of its own, and one compilation."""

@@ -47,7 +47,7 @@ def cells(n: int, seed: int) -> PackedCells:
 
 def one_by_one(engine: Engine, packed: PackedCells) -> np.ndarray:
     rows = [assemble(packed, np.array([cell])) for cell in range(len(packed.lengths()))]
-    return np.concatenate([engine.model.embed(row).numpy() for row in rows])
+    return np.concatenate([engine.model.embed(row).cpu().numpy() for row in rows])
 
 
 def test_rows_of_any_kind_give_the_same(engine: Engine) -> None:
@@ -64,7 +64,7 @@ def test_padded_rows_give_the_same(engine: Engine) -> None:
     packed = cells(10, seed=1)
     row = assemble(packed, np.arange(10)[::-1].copy())
     length = -(-len(row.tokens) // 128) * 128 + 256
-    padded = engine.model.embed(row, length).numpy()
+    padded = engine.model.embed(row, length).cpu().numpy()
     assert relative_errors(padded[::-1], one_by_one(engine, packed)).max() <= BOUND / 10
 
 

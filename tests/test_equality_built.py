@@ -16,6 +16,7 @@ from census_tf_dagster.inference import model as model_module
 from census_tf_dagster.inference.attention import plain_attention
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.model import Model
+from census_tf_dagster.inference.packing import assemble, choose_cells
 from census_tf_dagster.inference.tokens import Tokenizer
 from tests.support import BOUND, Oracle, as_upstream_input, load_engine, relative_errors
 
@@ -106,6 +107,21 @@ def test_every_length_and_assay(checkpoint_folder: Path, reference: np.ndarray) 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batches_do_not_matter(checkpoint_folder: Path, reference: np.ndarray, batch_size: int) -> None:
     ours = embed(read_checkpoint(checkpoint_folder), built_cells(), batch_size=batch_size)
+    assert relative_errors(ours, reference).max() <= BOUND
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_packed_rows(checkpoint_folder: Path, reference: np.ndarray) -> None:
+    """The path of the GPU: several cells in a padded row."""
+    checkpoint = read_checkpoint(checkpoint_folder)
+    tokenizer = Tokenizer.build(GENES, checkpoint)
+    packed = tokenizer(built_cells())
+    model = load_engine(checkpoint, tokenizer.known_genes).model
+    ours = np.empty_like(reference)
+    rows = choose_cells(packed.lengths(), 4096)
+    assert max(map(len, rows)) > 1
+    for cells in rows:
+        ours[cells] = model.embed(assemble(packed, cells), 4096).cpu().numpy()
     assert relative_errors(ours, reference).max() <= BOUND
 
 

@@ -232,3 +232,15 @@ def test_a_damaged_proof_proves_nothing_and_is_made_anew(project: Project) -> No
             finish_array(job)
         assert embed_shard(job, 1).megabatches_computed == 0
         finish_array(job)
+
+
+@pytest.mark.parametrize("joinids", [[3, 2], [3, 3], [-1, 3], [3, 200], []])
+def test_a_write_takes_only_ascending_joinids_of_the_census(project: Project, joinids: list[int]) -> None:
+    """TileDB's own checks are off: they cost a third of a write."""
+    tiny(project)
+    with project.job("tiny") as job:
+        make_plan(job)
+        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        with pytest.raises(ValueError, match="joinids must be strictly ascending in 0 to 199"):
+            array.write(np.array(joinids, np.int64), np.ones((len(joinids), 16), np.float32))
+        assert array.fragments() == []

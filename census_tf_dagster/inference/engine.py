@@ -144,7 +144,11 @@ class Engine:
     @classmethod
     def load(cls, prepared: Path, genes: Sequence[str], device: str, batch_size: int | None = None) -> "Engine":
         """Load a prepared checkpoint for one gene axis, as `load_model` does."""
-        engine = cls(*load_model(prepared, genes, choose_device(device)), batch_size)
+        target = choose_device(device)
+        if target.type == "cuda":
+            # Events, streams and pinned memory belong to the current device.
+            torch.cuda.set_device(target)
+        engine = cls(*load_model(prepared, genes, target), batch_size)
         engine._warm_up()
         return engine
 

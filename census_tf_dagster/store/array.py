@@ -157,6 +157,9 @@ class EmbeddingsArray:
         n = len(joinids)
         if embeddings.shape != (n, self.n_features):
             raise ValueError(f"embeddings are {embeddings.shape}; expected ({n}, {self.n_features})")
+        # TileDB does not look again (`storage.UNCHECKED_WRITES`).
+        if not n or joinids[0] < 0 or joinids[-1] >= self.rows or (np.diff(joinids) <= 0).any():
+            raise ValueError(f"joinids must be strictly ascending in 0 to {self.rows - 1}")
         table = pa.table(
             {
                 "soma_dim_0": np.repeat(joinids, self.n_features),
@@ -165,7 +168,7 @@ class EmbeddingsArray:
             }
         )
         # Opened for each write: all writes through one handle would carry the time of its opening, and
-        # the later of two values for a cell wins by that time. Not sorted again: global order, or it raises.
+        # the later of two values for a cell wins by that time. Not sorted again: it is in global order.
         with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
             array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
 

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The GPU's share of the tests and benchmarks, on a bare CUDA machine: Python 3.12 with torch and numba, no network.
+#
+#   bash benchmarks/gpu.sh [sapiens|exemplar|metazoa] [OUTPUT_FOLDER]
+#
+# Packages that the machine lacks are taken as wheels from .wheels/ (`make wheels` where there is a network). Runs the
+# equality tests on the GPU, then the engine at the true shape of the model (tf_exemplar by default) beside upstream's,
+# then, for the exemplar, the whole loop on 1,024 cells. Everything printed also goes to OUTPUT_FOLDER.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+model=${1:-exemplar}
+output=${2:-benchmarks/results}
+mkdir -p "$output"
+exec > >(tee "$output/gpu-$model.txt") 2>&1
+
+site=${SITE:-$(mktemp -d)}
+if compgen -G ".wheels/*.whl" >/dev/null; then
+    python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" .wheels/*.whl
+fi
+export PYTHONPATH="$site:$PWD" HYDRA_FULL_ERROR=1
+# Upstream's command, run by the same python: its pins do not matter where both use one torch.
+printf '#!/bin/sh\nexec python3 -c "from transcriptformer.cli import main; main()" "$@"\n' >"$site/transcriptformer"
+printf '#!/bin/sh\nexec python3 "$@"\n' >"$site/python"
+chmod +x "$site/transcriptformer" "$site/python"
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+python3 -c "import sys, torch; print('python', sys.version.split()[0], 'torch', torch.__version__)"
+if [ "$model" = exemplar ]; then
+    CENSUS_TF_TEST_DEVICE=cuda python3 -m pytest -q -p no:cacheprovider --oracle="$site/transcriptformer" \
+        tests/test_attention.py tests/test_engine.py tests/test_packing.py tests/test_equality_built.py
+fi
+python3 -m benchmarks.engine --device cuda --models "$model" --oracle "$site/transcriptformer" --json
+if [ "$model" = exemplar ]; then
+    python3 -m benchmarks.end_to_end --device cuda --oracle "$site/transcriptformer" --json
+fi
