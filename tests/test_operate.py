@@ -10,17 +10,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_going, start
 from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.launch import LaunchRequest, launch
 from census_tf_dagster.operate.runs import Materialization, Run, seconds_left
 from census_tf_dagster.operate.shards import compact, parse_shards
 from census_tf_dagster.operate.status import duration
@@ -32,6 +36,9 @@ OTHER_RELEASES = ("2025-01-30", "2024-07-01")
 PATIENCE = 600.0
 """Seconds that any one wait may take on a machine with other work."""
 
+BACKFILLS = """{ partitionBackfillsOrError {
+  ... on PartitionBackfills { results { id status tags { key value } } }
+} }"""
 RUNS = "{ runsOrError(limit: 1000) { ... on Runs { results { assetSelection { path } tags { key value } } } } }"
 
 
@@ -214,8 +221,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         again.says("launched backfill")
         other_work = operator.command("launch", "tiny", RELEASE, "--shards", "1-2")
         cancelled.says("shards 0/1 done")
-        cancel = "mutation Cancel($id: String!) { cancelPartitionBackfill(backfillId: $id) { __typename } }"
-        Deployment.at(operator.url).ask(cancel, id=without_waiting.stdout.split()[2])
+        cancel(Deployment.at(operator.url), without_waiting.stdout.split()[2])
         operator.stop("dagster-webserver")
         again.says("cannot look, trying again: no answer from the webserver")
         operator.serve("dagster-webserver")
@@ -327,6 +333,50 @@ def test_status_as_text(story: Story) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "  shards  4: 4 done (0-3)\n" in done.stdout
     assert f"  cells   {CELLS} of {CELLS}\n" in done.stdout
+
+
+def launches(operator: Operator, name: str) -> dict[str, str]:
+    """Status by id of all backfills that were launched for a set."""
+    results = Deployment.at(operator.url).ask(BACKFILLS)["partitionBackfillsOrError"]["results"]
+    tag = {"key": LAUNCH_TAG, "value": f"{name}/{RELEASE}"}
+    return {one["id"]: one["status"] for one in results if tag in one["tags"]}
+
+
+def test_of_two_launches_at_the_same_moment_one_goes_on(
+    story: Story, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = launches(story.operator, "broken")
+    both_have_looked = Barrier(2, timeout=PATIENCE)
+
+    def start_together(*arguments: Any) -> str:
+        both_have_looked.wait()
+        return start(*arguments)
+
+    monkeypatch.setattr("census_tf_dagster.operate.launch.start", start_together)
+    request = LaunchRequest("broken", RELEASE, shards="0", recompute=False, wait=False)
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda _: launch(story.operator.url, request), range(2)))
+    assert codes == [0, 0]
+    new = {key: status for key, status in launches(story.operator, "broken").items() if key not in before}
+    ((going, _),) = [one for one in new.items() if one[1] == "REQUESTED"]
+    ((other, status),) = [one for one in new.items() if one[0] != going]
+    assert status in ("CANCELING", "CANCELED")
+    said = capsys.readouterr().out
+    assert f"launched backfill {going} " in said
+    assert f"attached to backfill {going} " in said
+    assert other not in said
+
+    # The same with other work: the second has looked before the first was there.
+    looks = mock.Mock(wraps=find_going, side_effect=[None, mock.DEFAULT])
+    monkeypatch.setattr("census_tf_dagster.operate.launch.find_going", looks)
+    monkeypatch.setattr("census_tf_dagster.operate.launch.start", start)
+    with pytest.raises(UserError, match=f"backfill {going} of broken {RELEASE} goes on with shards 0, the array"):
+        launch(story.operator.url, replace(request, recompute=True))
+    assert looks.call_count == 2
+    new = {key: status for key, status in launches(story.operator, "broken").items() if key not in before}
+    assert len(new) == 3
+    assert [key for key, status in new.items() if status == "REQUESTED"] == [going]
+    cancel(Deployment.at(story.operator.url), going)
 
 
 @pytest.fixture(scope="module")
