@@ -25,16 +25,36 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_going, start
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.launch import LaunchRequest, launch
-from census_tf_dagster.operate.runs import Materialization, Run, seconds_left
+from census_tf_dagster.operate.runs import Materialization, Run, fetch_runs, seconds_left
+from census_tf_dagster.operate.sets import RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact, parse_shards
 from census_tf_dagster.operate.status import duration
+from census_tf_dagster.steps.embedding import embed_shard
+from census_tf_dagster.steps.finishing import finish_array
+from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
-from tests.support import RELEASE, Project, read_array
+from tests.support import BOUND, RELEASE, Project, read_array, relative_errors
 
-CELLS = 60
+CELLS = 120
 OTHER_RELEASES = ("2025-01-30", "2024-07-01")
 PATIENCE = 600.0
 """Seconds that any one wait may take on a machine with other work."""
+
+# As the web interface sends them for one partition.
+MATERIALIZE = """mutation LaunchPipelineExecution($executionParams: ExecutionParams!) {
+  launchPipelineExecution(executionParams: $executionParams) {
+    __typename
+    ... on Error { message }
+    ... on LaunchRunSuccess { run { runId } }
+  }
+}"""
+TERMINATE = """mutation Terminate($runIds: [String!]!, $terminatePolicy: TerminateRunPolicy) {
+  terminateRuns(runIds: $runIds, terminatePolicy: $terminatePolicy) {
+    __typename
+    ... on TerminateRunsResult { terminateRunResults { __typename } }
+  }
+}"""
 
 BACKFILLS = """{ partitionBackfillsOrError {
   ... on PartitionBackfills { results { id status tags { key value } } }
@@ -195,10 +215,11 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    project = tiny(Project(tmp_path_factory.mktemp("operate")), cells=CELLS)
+    project = tiny(Project(tmp_path_factory.mktemp("operate")), cells=CELLS, megabatch_size=CELLS)
     other = project.folder / "other_checkpoint"
     subprocess.run(["cp", "-r", str(project.checkpoint), str(other)], check=True)
     project.add_set("broken", organism="homo_sapiens", shards=1, checkpoint=str(other))
+    project.add_set("long", organism="homo_sapiens", shards=1, megabatch_size=1)
     assert project.command("release", "add", RELEASE).returncode == 0
     with running(project, daemon=True) as operator:
         before = operator.status("tiny")
@@ -333,6 +354,57 @@ def test_status_as_text(story: Story) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "  shards  4: 4 done (0-3)\n" in done.stdout
     assert f"  cells   {CELLS} of {CELLS}\n" in done.stdout
+
+
+def materialize(deployment: Deployment, of: RemoteSet, shard: int) -> str:
+    """Launch one shard as a click on Materialize does; return the run's id."""
+    key = of.shard_keys[shard]
+    tags = {"dagster/partition": of.partition(RELEASE, shard)}
+    tags |= {"dagster/partition/release": RELEASE, "dagster/partition/shard": key}
+    params = {
+        "selector": {
+            "repositoryLocationName": of.location,
+            "repositoryName": "__repository__",
+            "pipelineName": "__ASSET_JOB",
+            "assetSelection": [of.key("shard_embeddings")],
+            "assetCheckSelection": [],
+        },
+        "mode": "default",
+        "runConfigData": "{}",
+        "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
+    }
+    answer = deployment.ask(MATERIALIZE, executionParams=params)["launchPipelineExecution"]
+    return str(expect(answer, "LaunchRunSuccess", "materialize")["run"]["runId"])
+
+
+def test_terminate_commits_nothing_partial_and_the_rest_follows(story: Story, tmp_path: Path) -> None:
+    operator = story.operator
+    deployment = Deployment.at(operator.url)
+    of = find_set(deployment, "long")
+    with operator.project.job("long") as job:
+        make_plan(job)
+    run = materialize(deployment, of, 0)
+    commits = operator.project.array("long") / "__commits"
+    until(lambda: any(commits.iterdir()), f"a commit of run {run}")
+    answer = deployment.ask(TERMINATE, runIds=[run], terminatePolicy="SAFE_TERMINATE")["terminateRuns"]
+    assert answer["terminateRunResults"] == [{"__typename": "TerminateRunSuccess"}]
+    asked = time.monotonic()
+    until(lambda: fetch_runs(deployment, of, {"runIds": [run]})[0].ended is not None, f"the end of run {run}")
+    assert time.monotonic() - asked < 15
+    assert fetch_runs(deployment, of, {"runIds": [run]})[0].status == "CANCELED"
+    shards = operator.status("long")["shard_counts"]
+    assert (shards["done"], shards["running"], shards["queued"]) == (0, 0, 0)
+    with operator.project.job("long") as job:
+        fragments = EmbeddingsArray.open(job.folder.array, job.store, job.identity).fragments()
+        assert {fragment.values for fragment in fragments} == {16}
+        assert 0 < len(fragments) < CELLS
+        rest = embed_shard(job, 0)
+        assert (rest.cells_before, rest.cells_computed) == (len(fragments), CELLS - len(fragments))
+        assert finish_array(job).excess_fragments == 0
+    array, same_cells = (read_array(operator.project.array(name), tmp_path) for name in ("long", "tiny"))
+    assert array.ids.tolist() == list(range(CELLS))
+    assert array.stored_values == CELLS * 16
+    assert relative_errors(array.values, same_cells.values).max() <= BOUND
 
 
 def launches(operator: Operator, name: str) -> dict[str, str]:
