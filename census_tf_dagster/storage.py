@@ -5,6 +5,7 @@ Knows nothing of arrays' contents.
 """
 
 import io
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,12 @@ class Storage:
         """Tell whether a folder (or a prefix with objects below it) stands at `uri`."""
         return bool(self._vfs.is_dir(uri))
 
+    def holds_files(self, uri: str) -> bool:
+        """Tell whether a file stands at any depth below `uri`; on S3 there are no folders without one."""
+        if not is_local(uri):
+            return self.is_folder(uri)
+        return any(files for _, _, files in os.walk(_path(uri)))
+
     def list(self, uri: str) -> list[str]:
         """Return the URIs of the entries directly below the folder `uri`, sorted."""
         return sorted(self._vfs.ls(uri)) if self.is_folder(uri) else []
@@ -100,6 +107,18 @@ class Storage:
     def remove_folder(self, uri: str) -> None:
         """Delete the folder `uri` and all below it."""
         self._vfs.remove_dir(uri)
+
+    def remove_empty_folders(self, uri: str) -> None:
+        """Delete the local folder `uri` and all below it, each only while nothing is in it.
+
+        Raises
+        ------
+        OSError
+            When something is in one of them.
+        """
+        if is_local(uri):
+            for folder, _, _ in os.walk(_path(uri), topdown=False):
+                Path(folder).rmdir()
 
     def read(self, uri: str) -> bytes:
         """Return the whole content of a file.
@@ -121,7 +140,7 @@ class Storage:
     def write(self, uri: str, content: bytes) -> None:
         """Replace the file at `uri` as a whole: a reader sees the old or the new one, never a part."""
         if is_local(uri):
-            path = Path(uri.removeprefix("file://"))
+            path = _path(uri)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             try:
@@ -146,3 +165,7 @@ class Storage:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _path(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))

@@ -115,6 +115,19 @@ def test_recompute_marks_the_array_unproved_until_it_is_checked_again(deployment
     assert deployment.proved()
 
 
+def test_another_plan_marks_the_array_unproved(deployment: Deployment, project: Project) -> None:
+    everything(deployment)
+    assert deployment.run("obs_id_plan", RELEASE).success
+    assert deployment.proved()
+    yaml = project.folder / "sets" / "tiny" / "defs.yaml"
+    yaml.write_text(yaml.read_text().replace("megabatch_size: 32", "megabatch_size: 16"))
+    changed = Deployment(project, deployment.instance)
+    assert changed.run("obs_id_plan", RELEASE).success
+    assert not changed.proved()
+    everything(changed)
+    assert changed.proved()
+
+
 def test_set_aside_megabatches_are_listed(deployment: Deployment, project: Project) -> None:
     assert deployment.run("obs_id_plan", RELEASE).success
     set_counts(project, [5], 0.5)

@@ -21,6 +21,7 @@ from census_tf_dagster.resources import CensusResource
 from census_tf_dagster.steps.embedding import embed_shard
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
 from tests.support import RELEASE, Project
 
@@ -196,6 +197,44 @@ def test_a_creation_that_was_cut_short_is_taken_up(project: Project) -> None:
             del array.metadata["census_tf_identity"]
         assert make_plan(job).totals.cells == 200
         read_plan(job.store, job.folder.plan)
+
+
+ARRAY_FOLDERS = (
+    "__schema",
+    "__schema/__enumerations",
+    "__commits",
+    "__fragments",
+    "__meta",
+    "__fragment_meta",
+    "__labels",
+)
+"""What TileDB makes within an array's folder, in this order, before it writes the schema."""
+
+
+@pytest.mark.parametrize("made", range(len(ARRAY_FOLDERS) + 1))
+def test_a_creation_that_was_killed_before_the_schema_is_taken_up(project: Project, made: int) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        for folder in ("", *ARRAY_FOLDERS[:made]):
+            (Path(job.folder.array) / folder).mkdir(parents=True)
+        with pytest.raises(UserError, match=r"there is no array at .*: materialize obs_id_plan"):
+            EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        make_plan(job)
+        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        array.write(np.array([7]), np.ones((1, 16), np.float32))
+        assert array.joinids_between(0, 199).tolist() == [7]
+
+
+def test_a_folder_with_a_file_is_refused_and_left_alone(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        there = Path(job.folder.array)
+        for folder in ARRAY_FOLDERS:
+            (there / folder).mkdir(parents=True)
+        (there / "__labels" / "empty").touch()
+        before = sorted(there.rglob("*"))
+    plan_is_refused(project, r"embeddings holds something that is no SparseNDArray; move it away")
+    assert sorted(there.rglob("*")) == before
 
 
 def test_a_store_that_cannot_be_written(project: Project) -> None:

@@ -10,28 +10,55 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_going, start
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.runs import Materialization, Run, seconds_left
+from census_tf_dagster.operate.launch import LaunchRequest, launch
+from census_tf_dagster.operate.runs import Materialization, Run, fetch_runs, seconds_left
+from census_tf_dagster.operate.sets import RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact, parse_shards
 from census_tf_dagster.operate.status import duration
+from census_tf_dagster.steps.embedding import embed_shard
+from census_tf_dagster.steps.finishing import finish_array
+from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
-from tests.support import RELEASE, Project, read_array
+from tests.support import BOUND, RELEASE, Project, read_array, relative_errors
 
-CELLS = 60
+CELLS = 120
 OTHER_RELEASES = ("2025-01-30", "2024-07-01")
 PATIENCE = 600.0
 """Seconds that any one wait may take on a machine with other work."""
 
+# As the web interface sends them for one partition.
+MATERIALIZE = """mutation LaunchPipelineExecution($executionParams: ExecutionParams!) {
+  launchPipelineExecution(executionParams: $executionParams) {
+    __typename
+    ... on Error { message }
+    ... on LaunchRunSuccess { run { runId } }
+  }
+}"""
+TERMINATE = """mutation Terminate($runIds: [String!]!, $terminatePolicy: TerminateRunPolicy) {
+  terminateRuns(runIds: $runIds, terminatePolicy: $terminatePolicy) {
+    __typename
+    ... on TerminateRunsResult { terminateRunResults { __typename } }
+  }
+}"""
+
+BACKFILLS = """{ partitionBackfillsOrError {
+  ... on PartitionBackfills { results { id status tags { key value } } }
+} }"""
 RUNS = "{ runsOrError(limit: 1000) { ... on Runs { results { assetSelection { path } tags { key value } } } } }"
 
 
@@ -188,10 +215,11 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    project = tiny(Project(tmp_path_factory.mktemp("operate")), cells=CELLS)
+    project = tiny(Project(tmp_path_factory.mktemp("operate")), cells=CELLS, megabatch_size=CELLS)
     other = project.folder / "other_checkpoint"
     subprocess.run(["cp", "-r", str(project.checkpoint), str(other)], check=True)
     project.add_set("broken", organism="homo_sapiens", shards=1, checkpoint=str(other))
+    project.add_set("long", organism="homo_sapiens", shards=1, megabatch_size=1)
     assert project.command("release", "add", RELEASE).returncode == 0
     with running(project, daemon=True) as operator:
         before = operator.status("tiny")
@@ -214,8 +242,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         again.says("launched backfill")
         other_work = operator.command("launch", "tiny", RELEASE, "--shards", "1-2")
         cancelled.says("shards 0/1 done")
-        cancel = "mutation Cancel($id: String!) { cancelPartitionBackfill(backfillId: $id) { __typename } }"
-        Deployment.at(operator.url).ask(cancel, id=without_waiting.stdout.split()[2])
+        cancel(Deployment.at(operator.url), without_waiting.stdout.split()[2])
         operator.stop("dagster-webserver")
         again.says("cannot look, trying again: no answer from the webserver")
         operator.serve("dagster-webserver")
@@ -327,6 +354,101 @@ def test_status_as_text(story: Story) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "  shards  4: 4 done (0-3)\n" in done.stdout
     assert f"  cells   {CELLS} of {CELLS}\n" in done.stdout
+
+
+def materialize(deployment: Deployment, of: RemoteSet, shard: int) -> str:
+    """Launch one shard as a click on Materialize does; return the run's id."""
+    key = of.shard_keys[shard]
+    tags = {"dagster/partition": of.partition(RELEASE, shard)}
+    tags |= {"dagster/partition/release": RELEASE, "dagster/partition/shard": key}
+    params = {
+        "selector": {
+            "repositoryLocationName": of.location,
+            "repositoryName": "__repository__",
+            "pipelineName": "__ASSET_JOB",
+            "assetSelection": [of.key("shard_embeddings")],
+            "assetCheckSelection": [],
+        },
+        "mode": "default",
+        "runConfigData": "{}",
+        "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
+    }
+    answer = deployment.ask(MATERIALIZE, executionParams=params)["launchPipelineExecution"]
+    return str(expect(answer, "LaunchRunSuccess", "materialize")["run"]["runId"])
+
+
+def test_terminate_commits_nothing_partial_and_the_rest_follows(story: Story, tmp_path: Path) -> None:
+    operator = story.operator
+    deployment = Deployment.at(operator.url)
+    of = find_set(deployment, "long")
+    with operator.project.job("long") as job:
+        make_plan(job)
+    run = materialize(deployment, of, 0)
+    commits = operator.project.array("long") / "__commits"
+    until(lambda: any(commits.iterdir()), f"a commit of run {run}")
+    answer = deployment.ask(TERMINATE, runIds=[run], terminatePolicy="SAFE_TERMINATE")["terminateRuns"]
+    assert answer["terminateRunResults"] == [{"__typename": "TerminateRunSuccess"}]
+    asked = time.monotonic()
+    until(lambda: fetch_runs(deployment, of, {"runIds": [run]})[0].ended is not None, f"the end of run {run}")
+    assert time.monotonic() - asked < 15
+    assert fetch_runs(deployment, of, {"runIds": [run]})[0].status == "CANCELED"
+    shards = operator.status("long")["shard_counts"]
+    assert (shards["done"], shards["running"], shards["queued"]) == (0, 0, 0)
+    with operator.project.job("long") as job:
+        fragments = EmbeddingsArray.open(job.folder.array, job.store, job.identity).fragments()
+        assert {fragment.values for fragment in fragments} == {16}
+        assert 0 < len(fragments) < CELLS
+        rest = embed_shard(job, 0)
+        assert (rest.cells_before, rest.cells_computed) == (len(fragments), CELLS - len(fragments))
+        assert finish_array(job).excess_fragments == 0
+    array, same_cells = (read_array(operator.project.array(name), tmp_path) for name in ("long", "tiny"))
+    assert array.ids.tolist() == list(range(CELLS))
+    assert array.stored_values == CELLS * 16
+    assert relative_errors(array.values, same_cells.values).max() <= BOUND
+
+
+def launches(operator: Operator, name: str) -> dict[str, str]:
+    """Status by id of all backfills that were launched for a set."""
+    results = Deployment.at(operator.url).ask(BACKFILLS)["partitionBackfillsOrError"]["results"]
+    tag = {"key": LAUNCH_TAG, "value": f"{name}/{RELEASE}"}
+    return {one["id"]: one["status"] for one in results if tag in one["tags"]}
+
+
+def test_of_two_launches_at_the_same_moment_one_goes_on(
+    story: Story, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = launches(story.operator, "broken")
+    both_have_looked = Barrier(2, timeout=PATIENCE)
+
+    def start_together(*arguments: Any) -> str:
+        both_have_looked.wait()
+        return start(*arguments)
+
+    monkeypatch.setattr("census_tf_dagster.operate.launch.start", start_together)
+    request = LaunchRequest("broken", RELEASE, shards="0", recompute=False, wait=False)
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda _: launch(story.operator.url, request), range(2)))
+    assert codes == [0, 0]
+    new = {key: status for key, status in launches(story.operator, "broken").items() if key not in before}
+    ((going, _),) = [one for one in new.items() if one[1] == "REQUESTED"]
+    ((other, status),) = [one for one in new.items() if one[0] != going]
+    assert status in ("CANCELING", "CANCELED")
+    said = capsys.readouterr().out
+    assert f"launched backfill {going} " in said
+    assert f"attached to backfill {going} " in said
+    assert other not in said
+
+    # The same with other work: the second has looked before the first was there.
+    looks = mock.Mock(wraps=find_going, side_effect=[None, mock.DEFAULT])
+    monkeypatch.setattr("census_tf_dagster.operate.launch.find_going", looks)
+    monkeypatch.setattr("census_tf_dagster.operate.launch.start", start)
+    with pytest.raises(UserError, match=f"backfill {going} of broken {RELEASE} goes on with shards 0, the array"):
+        launch(story.operator.url, replace(request, recompute=True))
+    assert looks.call_count == 2
+    new = {key: status for key, status in launches(story.operator, "broken").items() if key not in before}
+    assert len(new) == 3
+    assert [key for key, status in new.items() if status == "REQUESTED"] == [going]
+    cancel(Deployment.at(story.operator.url), going)
 
 
 @pytest.fixture(scope="module")

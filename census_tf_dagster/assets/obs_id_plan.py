@@ -3,6 +3,7 @@
 import dagster as dg
 
 from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.proved import report_stale
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -24,10 +25,13 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
     def obs_id_plan(
         context: dg.AssetExecutionContext, census: CensusResource, store: StoreResource
     ) -> dg.MaterializeResult[None]:
+        from census_tf_dagster.steps.finishing import array_state
         from census_tf_dagster.steps.planning import make_plan
 
         with partition_job(settings, context.partition_key, census, store) as job:
             summary = make_plan(job)
+            if array_state(job) == "stale":
+                report_stale(context, settings, context.partition_key)
         totals = summary.totals
         context.log.info(
             f"planned {totals.cells:,} cells ({totals.tokens:,} tokens) in {totals.shards} shards and "

@@ -1,7 +1,8 @@
 """The check `proved` of `embeddings_array`: whether the last proof still covers plan and commits.
 
 Dagster leaves out its own staleness edge at 100 and more upstream partitions, so this check says it: it runs
-after each materialization and on demand, and a shard that commits after the proof reports it as failed.
+after each materialization and on demand, and whatever makes the proof stale reports it as failed: a shard that
+commits, another plan.
 """
 
 import warnings
@@ -47,7 +48,7 @@ def build_proved_check(settings: SetSettings) -> dg.AssetChecksDefinition:
 
 
 def report_stale(context: dg.AssetExecutionContext, settings: SetSettings, release: str) -> None:
-    """Mark a release's array as no longer proved, from within a shard's run."""
+    """Mark a release's array as no longer proved, from within the run that made it so."""
     # An event of the run: Dagster stores one evaluation a run, and a second without any run is an error.
     context.log_event(
         dg.AssetCheckEvaluation(

@@ -19,7 +19,7 @@ GOING = """query Going($statuses: [BulkActionStatus!]) {
   partitionBackfillsOrError(filters: {statuses: $statuses}) {
     __typename
     ... on Error { message }
-    ... on PartitionBackfills { results { id timestamp tags { key value } } }
+    ... on PartitionBackfills { results { id status tags { key value } } }
   }
 }"""
 
@@ -42,6 +42,13 @@ LAUNCH = """mutation Launch($params: LaunchBackfillParams!) {
     __typename
     ... on Error { message }
     ... on LaunchBackfillSuccess { backfillId }
+  }
+}"""
+
+CANCEL = """mutation Cancel($id: String!) {
+  cancelPartitionBackfill(backfillId: $id) {
+    __typename
+    ... on Error { message }
   }
 }"""
 
@@ -114,8 +121,17 @@ def start(deployment: Deployment, of: RemoteSet, release: str, work: Work) -> st
     return str(expect(answer, "LaunchBackfillSuccess", f"launch of {of.name} {release}")["backfillId"])
 
 
+def cancel(deployment: Deployment, backfill_id: str) -> None:
+    """Ask Dagster to end a backfill and its runs; the daemon does so at its next look."""
+    answer = deployment.ask(CANCEL, id=backfill_id)["cancelPartitionBackfill"]
+    expect(answer, "CancelBackfillSuccess", f"cancelling backfill {backfill_id}")
+
+
 def find_going(deployment: Deployment, of: RemoteSet, release: str) -> Backfill | None:
-    """Return the newest backfill that was launched for a release and has not ended."""
+    """Return the first backfill that was launched for a release and has not ended.
+
+    One that is being cancelled or fails is returned only when no other goes on.
+    """
     answer = deployment.ask(GOING, statuses=GOING_ON)["partitionBackfillsOrError"]
     mine = [
         one
@@ -124,7 +140,9 @@ def find_going(deployment: Deployment, of: RemoteSet, release: str) -> Backfill 
     ]
     if not mine:
         return None
-    return fetch(deployment, of, release, max(mine, key=lambda one: float(one["timestamp"]))["id"])
+    # Dagster answers the last stored first. Timestamps are taken well before storing, so they tell no order.
+    first = min(reversed(mine), key=lambda one: one["status"] != "REQUESTED")
+    return fetch(deployment, of, release, first["id"])
 
 
 def fetch(deployment: Deployment, of: RemoteSet, release: str, backfill_id: str) -> Backfill:

@@ -48,7 +48,7 @@ def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> Dry
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]
     todo = batches
-    if job.store.is_folder(job.folder.array):
+    if job.store.holds_files(job.folder.array):
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         if not recompute:
             todo = missing_megabatches(array, plan, batches)

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.operate.backfills import Backfill, Work, fetch, find_going, start
+from census_tf_dagster.operate.backfills import Backfill, Work, cancel, fetch, find_going, start
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.runs import materializations
@@ -43,7 +43,8 @@ def launch(url: str, request: LaunchRequest) -> int:
     ------
     UserError
         Before anything is launched: when the webserver does not answer, no daemon runs, set, release or shards are
-        unknown, the plan that shards need is missing, or a launch of the same release goes on that does other work.
+        unknown, the plan that shards need is missing, or a launch of the same release goes on that does other work
+        (where that came first by a moment, what was launched is cancelled).
     """
     try:
         deployment = Deployment.at(url)
@@ -84,19 +85,18 @@ def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> W
 def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work) -> Backfill:
     """Find the backfill that goes on, or start one."""
     if going := find_going(deployment, found, release):
-        if not going.work.covers(work):
-            raise UserError(
-                f"backfill {going.id} of {found.name} {release} goes on with {going.work}; asked for: {work}. Follow "
-                f"it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{going.id}"
-            )
-        print(f"attached to backfill {going.id} of {found.name} {release}, which goes on: {going.work}", flush=True)
-        return going
+        return _attach(deployment, found, release, going, work)
     if not deployment.ask(DAEMON)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]:
         raise UserError(
             f"the deployment at {deployment.url} has no dagster-daemon: nothing would start. Run `dagster-daemon run "
             "-w workspace.yaml` with the same DAGSTER_HOME, then launch again."
         )
     backfill = fetch(deployment, found, release, start(deployment, found, release, work))
+    # Another launch may have looked before this one had started; all but the first give way.
+    first = find_going(deployment, found, release)
+    if first and first.id != backfill.id:
+        cancel(deployment, backfill.id)
+        return _attach(deployment, found, release, first, work)
     print(f"launched backfill {backfill.id} of {found.name} {release} ({found.location}): {work}", flush=True)
     if work.plan and not materializations(deployment, found, PLAN, list(found.releases)):
         print(
@@ -107,6 +107,16 @@ def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work
     if not work.array:
         print("without the array: it needs the other shards, which have not all been done", flush=True)
     return backfill
+
+
+def _attach(deployment: Deployment, found: RemoteSet, release: str, going: Backfill, work: Work) -> Backfill:
+    if not going.work.covers(work):
+        raise UserError(
+            f"backfill {going.id} of {found.name} {release} goes on with {going.work}; asked for: {work}. Follow "
+            f"it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{going.id}"
+        )
+    print(f"attached to backfill {going.id} of {found.name} {release}, which goes on: {going.work}", flush=True)
+    return going
 
 
 def _how_to_follow(deployment: Deployment, name: str, release: str) -> str:

@@ -79,6 +79,8 @@ class EmbeddingsArray:
     def create(cls, uri: str, storage: Storage, identity: Identity, rows: int) -> "EmbeddingsArray":
         """Create the array, or open it when it is there already.
 
+        A folder without any file counts as absent: a creation that was cut short leaves it.
+
         Parameters
         ----------
         uri, storage
@@ -94,8 +96,10 @@ class EmbeddingsArray:
             When something else stands there.
         """
         # Asked first: TileDB would create an array inside a group that stands there.
-        if not storage.is_folder(uri):
+        if not storage.holds_files(uri):
             try:
+                # TileDB creates nothing where its own folders stand.
+                storage.remove_empty_folders(uri)
                 tiledbsoma.SparseNDArray.create(
                     uri,
                     type=pa.float32(),
@@ -138,7 +142,7 @@ class EmbeddingsArray:
             with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context) as array:
                 return cls(uri, storage, *map(int, array.shape)), array.metadata.get(IDENTITY_KEY)
         except tiledbsoma.DoesNotExistError as error:
-            if storage.is_folder(uri):
+            if storage.holds_files(uri):
                 raise UserError(f"{uri} holds something that is no SparseNDArray; move it away.") from error
             raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
         except TypeError as error:
