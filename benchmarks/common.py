@@ -29,8 +29,9 @@ ORACLE = ".venv-oracle/bin/transcriptformer"
 class Shape:
     """Sizes of one of the three published models, or of a narrower and shallower one.
 
-    The vocabulary shrinks with width and depth, so that the gene-id head keeps its proportion to the layers. Heads (16)
-    and the window (2,047) stay; attention therefore weighs more in a narrow model.
+    The vocabulary shrinks with the width, and the gene-id head's hidden width with the depth too, so that this head
+    keeps its proportion to the layers. 16 attention heads and the window of 2,047 stay; attention therefore weighs
+    more in a narrow model.
     """
 
     name: str
@@ -39,8 +40,13 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Of tokens, of the feed-forward part and of the gene-id head."""
+        """Of tokens and of the feed-forward part."""
         return 2048 // self.scale
+
+    @property
+    def head(self) -> int:
+        """Hidden width of the gene-id head."""
+        return self.width * self.layers // 12
 
     @property
     def esm(self) -> int:
@@ -50,7 +56,7 @@ class Shape:
     @property
     def vocabulary(self) -> int:
         """Genes."""
-        return VOCABULARIES[self.name] * self.layers // (12 * self.scale)
+        return VOCABULARIES[self.name] // self.scale
 
     def genes(self) -> list[str]:
         """Return the ids of the vocabulary."""
@@ -64,7 +70,7 @@ class Shape:
             KNOWN_ASSAYS,
             embed_dim=self.width,
             model_dim=self.width,
-            gene_head_dim=self.width,
+            gene_head_dim=self.head,
             esm_dim=self.esm,
             num_heads=16,
             num_layers=self.layers,
@@ -89,7 +95,7 @@ class Shape:
             "attention": self.useful_flops(padded) - layers,
             # Of the shifted and of the unshifted genes.
             "embedding MLP": 2.0 * genes * 2 * (self.esm * d + d * d),
-            "heads": genes * (2.0 * d**2 + 2 * d * d + 2 * d * self.vocabulary),
+            "heads": genes * 2.0 * (d * d + d * self.head + self.head * self.vocabulary),
         }
 
 

@@ -97,7 +97,7 @@ class Server:
         put_timers(_wait_for_gpu)
         for owner, name in ((inference, "load_vocabs_and_embeddings"), (torch, "load")):
             setattr(owner, name, _kept(getattr(owner, name)))
-        model.Transcriptformer = _kept(model.Transcriptformer)
+        model.Transcriptformer = _kept_model(model.Transcriptformer)
 
     def hello(self, threads: int) -> dict[str, Any]:
         """Set the number of threads; say what runs here."""
@@ -212,6 +212,18 @@ def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
         if not found:
             found.append(function(*arguments, **named))
         return found[0]
+
+    return wrapper
+
+
+def _kept_model(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Construct once; later calls only exchange the configuration of inference, which holds the batch size."""
+    construct = _kept(kind)
+
+    def wrapper(**named: Any) -> Any:
+        model = construct(**named)
+        model.inference_config = named["inference_config"]
+        return model
 
     return wrapper
 
