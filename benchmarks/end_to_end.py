@@ -12,7 +12,7 @@ reads and writes while it infers), so their sum may exceed the total.
 
 start-up   from starting a process to its first cell: imports, plan, array, vocabulary, weights
 read       counts out of the Census; the forerunner's h5ad file too
-tokens     tokenizing; upstream's reading of the h5ad file too
+tokens     tokenizing; upstream's reading of the h5ad file too; with few cells, ours is the loading of compiled code
 compute    the model
 write      into the array; the forerunner's h5ad file of embeddings too
 other      reading back all that was written (ours), the trainer around the model (upstream), the ends of processes

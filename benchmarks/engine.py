@@ -4,7 +4,9 @@
 
 Random weights in the shapes of the three models: as they are on a GPU; on a CPU an eighth as wide. Three length mixes.
 Ours and upstream take turns; cells are tokenized beforehand, upstream's seconds are those of its `predict_step` on its
-own batches (its padding, its heads), and both are warm and have the same number of threads.
+own batches (its padding, its heads), and both are warm and have the same number of threads. On a CPU upstream's
+attention is not compiled: it makes every score, masked or not, in many passes over memory. So its share of the seconds
+is shown, beside the ratio that FLOPs predict (which counts half of attention on both sides).
 
 Useful FLOPs of a cell of n tokens are layers x (12 n d^2 + 2 n^2 d): the embedding alone, no padding, half of
 attention. They are given as a share of the device's rate at large matrix products, measured in the same run and the
@@ -68,12 +70,16 @@ class Way:
 
     name: str
     precision: str
-    run: Callable[[], tuple[float, float]]
-    """Embeds all cells; returns compute seconds and peak GPU memory in GiB."""
+    run: Callable[[], dict[str, float]]
+    """Embeds all cells; returns seconds of `compute` (and of `attention` in it, where that is known), and `gpu_gib`."""
     embeddings: Callable[[], np.ndarray]
     fill: float
-    seconds: list[float] = field(default_factory=list)
-    gpu_gib: float = 0.0
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Return the compute seconds of each round."""
+        return [one["compute"] for one in self.rounds]
 
 
 def our_way(checkpoint: Path, genes: list[str], cells: Sample, precision: str, device: str) -> Way:
@@ -84,14 +90,15 @@ def our_way(checkpoint: Path, genes: list[str], cells: Sample, precision: str, d
     packed = tokenizer(cells.cells)
     last: list[np.ndarray] = []
 
-    def run() -> tuple[float, float]:
+    def run() -> dict[str, float]:
         others = gpu_bytes(device) - weights
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.monotonic()
         last[:] = [engine.embed(packed)]
         seconds = time.monotonic() - started
-        return seconds, (torch.cuda.max_memory_allocated() - others) / 2**30 if device == "cuda" else 0.0
+        peak = torch.cuda.max_memory_allocated() - others if device == "cuda" else 0
+        return {"compute": seconds, "gpu_gib": peak / 2**30}
 
     run()
     return Way(f"ours, {precision}", precision, run, lambda: last[0], packing_fill(engine, packed))
@@ -101,9 +108,8 @@ def upstream_way(upstream: Upstream, request: dict[str, Any], tokens: int, cells
     """Make upstream a way of the same kind; `exact`: the reference, full float32."""
     precision = "32" if exact or request["device"] == "cpu" else "16-mixed"
 
-    def run() -> tuple[float, float]:
-        found = upstream.ask("embed", **request, precision=precision, exact=exact)
-        return found["compute"], found["gpu_gib"]
+    def run() -> dict[str, float]:
+        return upstream.ask("embed", **request, precision=precision, exact=exact)
 
     # The last batch is filled up with empty cells.
     computed = -(-cells // request["batch_size"]) * request["batch_size"] * 2048
@@ -143,9 +149,7 @@ def measure(
             ways[-1].run()
     for _ in range(arguments.rounds):
         for way in ways:
-            seconds, gpu_gib = way.run()
-            way.seconds.append(seconds)
-            way.gpu_gib = max(way.gpu_gib, gpu_gib)
+            way.rounds.append(way.run())
     if upstream and reference is None:
         reference = ways[-1].embeddings()
     useful = shape.useful_flops(lengths)
@@ -154,6 +158,7 @@ def measure(
         rates = [count / seconds for seconds in way.seconds]
         flops = useful / float(np.median(way.seconds))
         share = flops / matmul_rate(device, way.precision)
+        gpu_gib = max(one["gpu_gib"] for one in way.rounds)
         known = None if reference is None else errors(way.embeddings(), reference)
         shown = ["", ""] if known is None else [f"{known[0]:.1e}", f"{known[1]:.6f}"]
         rows.append(
@@ -164,18 +169,21 @@ def measure(
                 f"{way.fill:.2f}",
                 f"{flops / 1e12:,.3f}",
                 f"{share:.2f}",
-                f"{way.gpu_gib:.1f}",
+                f"{gpu_gib:.1f}",
                 *(shown if known is None or known[0] > 0 else ["reference", ""]),
             ]
         )
         figures[way.name] = {"cells_per_second": rates, "useful_flops_per_second": flops, "matmul_share": share}
-        figures[way.name] |= {"fill": way.fill, "gpu_gib": way.gpu_gib, "error": known}
+        figures[way.name] |= {"fill": way.fill, "gpu_gib": gpu_gib, "error": known, "rounds": way.rounds}
     predicted = sum(shape.upstream_flops().values()) * count / useful
     answer = {"model": shape.name, "median": median, "tokens": int(lengths.sum()), "ways": figures}
     answer |= {"ours": float(np.median([count / s for s in ways[0].seconds])), "predicted_ratio": predicted}
     if upstream:
         ratio = ratios(ways[-1].seconds, ways[0].seconds)
         rows.append([f"  ratio; by FLOPs {predicted:.1f}", spread(ratio), *[""] * 7])
+        if device == "cpu":
+            parts = [one["attention"] / one["compute"] for one in ways[-1].rounds]
+            rows.append(["  attention's share of upstream's seconds", spread(parts, 2), *[""] * 7])
         answer |= {"reference": float(np.median([count / s for s in ways[-1].seconds]))}
         answer |= {"ratio": float(np.median(ratio)), "ratios": ratio}
     return rows, answer
