@@ -15,10 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import scipy.sparse
-import tiledbsoma
 
+from benchmarks.forerunner import create_array, write_coo
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
@@ -27,13 +25,9 @@ FEATURES = 2048
 
 
 def forerunner(uri: str, joinids: np.ndarray, values: np.ndarray) -> None:
-    """Write as put_embeddings.py does."""
-    if not Path(uri).exists():
-        shape = (2**31 - 2, FEATURES)
-        tiledbsoma.SparseNDArray.create(uri, type=pa.float32(), shape=shape).close()
-    coordinates = (np.repeat(joinids, FEATURES), np.tile(np.arange(FEATURES), len(joinids)))
-    with tiledbsoma.SparseNDArray.open(uri, "w") as array:
-        array.write(pa.SparseCOOTensor.from_scipy(scipy.sparse.coo_matrix((values.ravel(), coordinates))))
+    """Create and write an array as the forerunner does."""
+    create_array(uri, FEATURES)
+    write_coo(uri, joinids, values)
 
 
 def folder_bytes(folder: str) -> int:

@@ -18,7 +18,6 @@ from census_tf_dagster.errors import UserError
 SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
 UNKNOWN_ASSAY = "unknown"
 
-_GENE_HEAD_HIDDEN_DIM = 32
 # Attention scores then have a standard deviation near 4: far from uniform, and the softcap of 10 bends them.
 _QUERY_KEY_GAIN = 2.0
 
@@ -35,6 +34,7 @@ def build_checkpoint(
     esm_dim: int = 96,
     seq_len: int = 2047,
     block_len: int = 128,
+    gene_head_dim: int = 32,
     seed: int = 0,
 ) -> None:
     """Write ``config.json``, ``model_weights.pt`` and ``vocabs/``.
@@ -53,6 +53,8 @@ def build_checkpoint(
         embeddings. The real models have 2048, 16, 12, 2048 and 2560.
     seq_len, block_len
         Gene positions, and the attention block that has to divide ``seq_len + 1``.
+    gene_head_dim
+        Hidden width of the gene-id head, which no embedding needs; 2048 in the real models.
     seed
         Equal arguments give equal weights.
 
@@ -97,7 +99,7 @@ def build_checkpoint(
         "seq_len": seq_len,
         "aux_len": 1,
         "block_len": block_len,
-        "gene_head_hidden_dim": _GENE_HEAD_HIDDEN_DIM,
+        "gene_head_hidden_dim": gene_head_dim,
         "use_aux": True,
         "compile_block_mask": True,
     }
@@ -115,7 +117,9 @@ def build_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
     generator = torch.Generator().manual_seed(seed)
-    weights = _weights(np.concatenate(tables), len(assay_vocab), embed_dim, model_dim, num_layers, generator)
+    weights = _weights(
+        np.concatenate(tables), len(assay_vocab), embed_dim, model_dim, num_layers, gene_head_dim, generator
+    )
     torch.save(weights, folder / "model_weights.pt")
 
 
@@ -174,6 +178,7 @@ def _weights(
     embed_dim: int,
     model_dim: int,
     num_layers: int,
+    gene_head_dim: int,
     generator: torch.Generator,
 ) -> dict[str, torch.Tensor]:
     n_genes, esm_dim = embeddings.shape
@@ -211,7 +216,7 @@ def _weights(
     # The count and gene-id heads: no embedding needs them, but the state dict is strict.
     state["mu.gene_embedding.weight"] = normal(n_genes, 1)
     mlp("mu.mlp", 2 * embed_dim, embed_dim // 2, 1)
-    mlp("gene_id_head", embed_dim, _GENE_HEAD_HIDDEN_DIM, n_genes)
+    mlp("gene_id_head", embed_dim, gene_head_dim, n_genes)
     return state
 
 

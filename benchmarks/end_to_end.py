@@ -1,0 +1,180 @@
+"""From a Census to an array: one of our shard runs against the forerunner's loop as its users run it.
+
+    python -m benchmarks.end_to_end [--quick] [--json] [--oracle COMMAND] [--device cuda]
+
+The same cells of a synthetic Census of 60,000 genes, median 1,800 expressed; the vocabulary of tf_exemplar's shape
+holds the genes that are expressed most. Random weights: exemplar's shape on a GPU, an eighth as wide on a CPU. Each
+way is a process of its own, timed from its start to its end, and all its processes may use all cores.
+
+Stages are reported apart, as a total alone would flatter us on a small model: a new process for each megabatch and
+slow tokens cost the forerunner the same whatever the model. They are busy seconds and may overlap (the forerunner
+reads and writes while it infers), so their sum may exceed the total.
+
+start-up   from starting a process to its first cell: imports, plan, array, vocabulary, weights
+read       counts out of the Census; the forerunner's h5ad file too
+tokens     tokenizing; upstream's reading of the h5ad file too; with few cells, ours is the loading of compiled code
+compute    the model
+write      into the array; the forerunner's h5ad file of embeddings too
+other      reading back all that was written (ours), the trainer around the model (upstream), the ends of processes
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiledbsoma
+import torch
+
+from benchmarks.common import Shape, arguments_parser, oracle_python, ratios, spread, table, thread_environment
+from benchmarks.forerunner import STAGES
+from census_tf_dagster.demo.census import build_census
+from census_tf_dagster.demo.synthetic import synthetic_organism
+from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION
+
+ORGANISM, LABEL, RELEASE = "homo_sapiens", "Homo sapiens", "2025-11-08"
+GENES, MEDIAN = 60_000, 1800
+OUR_STAGES = {"read": "read", "tokens": "tokens", "model": "compute", "write": "write", "proof": "other"}
+"""What our stages are here; all others are start-up."""
+
+
+def build(folder: Path, cells: int, shape: Shape) -> None:
+    """Build Census and checkpoint."""
+    drawn = synthetic_organism(ORGANISM, LABEL, cells, GENES, "ENSG", seed=1, median_genes=MEDIAN)
+    build_census(str(folder / "census" / RELEASE), RELEASE, [drawn])
+    expressed = np.argsort(-drawn.counts.getnnz(axis=0), kind="stable")[: min(shape.vocabulary, GENES)]
+    known = [drawn.genes["feature_id"].iloc[gene] for gene in expressed]
+    # Genes of other species, which no cell of this one has.
+    shape.build(folder / "checkpoint", known + [f"OTHER{i}" for i in range(shape.vocabulary - len(known))])
+
+
+def ours(request: dict[str, Any]) -> dict[str, Any]:
+    """Plan and embed the only shard in this process; return busy seconds of each stage."""
+    from census_tf_dagster.assets.common import release_job
+    from census_tf_dagster.embedding_set import EmbeddingSet
+    from census_tf_dagster.resources import CensusResource, StoreResource
+    from census_tf_dagster.steps.embedding import embed_shard
+    from census_tf_dagster.steps.planning import make_plan
+
+    folder = Path(request["folder"])
+    declared = EmbeddingSet(
+        name="benchmark",
+        organism=ORGANISM,
+        checkpoint=request["checkpoint"],
+        shards=1,
+        megabatch_size=request["megabatch_size"],
+        compute_precision="fp32" if request["device"] == "cpu" else DEFAULT_COMPUTE_PRECISION,
+        device=request["device"],
+    )
+    census = CensusResource(location=str(Path(request["census"]).parent / "{release}"))
+    store = StoreResource(location=str(folder / "store"), cache=str(folder / "cache"))
+    with release_job(declared.settings(), RELEASE, census, store) as job:
+        make_plan(job)
+        seconds = {"start-up": time.monotonic() - request["started"]}
+        summary = embed_shard(job, 0)
+        for stage, spent in summary.seconds.items():
+            kind = OUR_STAGES.get(stage, "start-up")
+            seconds[kind] = seconds.get(kind, 0.0) + spent
+        found = {**seconds, "cells": summary.cells, "token_count": summary.tokens_computed, "array": job.folder.array}
+    return {**found, "ended": time.monotonic()}
+
+
+def timed_run(command: list[str], request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run one way as a process on a request; return what it says, and its wall time."""
+    folder.mkdir()
+    path = folder / "request.json"
+    started = time.monotonic()
+    path.write_text(json.dumps({**request, "folder": str(folder), "started": started}))
+    environment = thread_environment(len(os.sched_getaffinity(0)))
+    with (folder / "errors").open("w+") as errors:
+        done = subprocess.run([*command, str(path)], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        total = time.monotonic() - started
+        if done.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{command} failed:\n{errors.read()[-3000:]}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    # The end of a process takes time, too.
+    said["other"] += started + total - said.pop("ended")
+    return {**said, "total": total}
+
+
+def read(uri: str, features: int) -> np.ndarray:
+    """Read all embeddings, by joinid; NaN where a value is missing."""
+    with tiledbsoma.open(uri) as array:
+        found = array.read().tables().concat()
+    rows = found["soma_dim_0"].to_numpy()
+    values = np.full((rows.max() + 1, features), np.nan, np.float32)
+    values[rows, found["soma_dim_1"].to_numpy()] = found["soma_data"].to_numpy()
+    return values
+
+
+def main() -> None:
+    """Build, run both in turn, print a table."""
+    parser = arguments_parser(__doc__, quick="on a CPU 8 cells in 2 megabatches, 1 of 12 layers")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cells", type=int, help="default 8,192 on a GPU, else 64")
+    parser.add_argument("--megabatches", type=int, default=2)
+    parser.add_argument("--layers", type=int, help="default 12")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, help="upstream's; default 48 on a GPU as the forerunner's, else 4")
+    parser.add_argument("--step", help="(internal) request: run ours")
+    arguments = parser.parse_args()
+    if arguments.step:
+        print(json.dumps(ours(json.loads(Path(arguments.step).read_text()))))
+        return
+    on_gpu = arguments.device == "cuda"
+    small = arguments.quick and not on_gpu
+    cells = arguments.cells or (8 if small else 8192 if on_gpu else 64)
+    shape = Shape("exemplar", 1 if on_gpu else 8, arguments.layers or (1 if small else 12))
+    oracle = oracle_python(arguments.oracle)
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "forerunner": []}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        build(folder, cells, shape)
+        request = {"census": str(folder / "census" / RELEASE), "checkpoint": str(folder / "checkpoint")}
+        settings: dict[str, Any] = {**request, "device": arguments.device, "organism": ORGANISM, "label": LABEL}
+        settings |= {"megabatches": arguments.megabatches, "megabatch_size": -(-cells // arguments.megabatches)}
+        settings |= {"batch_size": arguments.batch_size or (48 if on_gpu else 4), "features": shape.width}
+        for number in range(arguments.rounds):
+            command = [sys.executable, "-m", "benchmarks.end_to_end", "--step"]
+            found["ours"].append(timed_run(command, settings, folder / f"ours-{number}"))
+            if oracle:
+                settings["array"] = str(folder / f"array-{number}")
+                command = [str(oracle), str(Path(__file__).with_name("forerunner.py")), "loop"]
+                found["forerunner"].append(timed_run(command, settings, folder / f"forerunner-{number}"))
+        difference = None
+        if oracle:
+            mine, other = read(found["ours"][-1]["array"], shape.width), read(settings["array"], shape.width)
+            difference = float(np.linalg.norm(mine - other) / np.linalg.norm(other))
+            assert difference < 0.02, f"the arrays differ by {difference}: not the same cells"
+    ways = {way: rounds for way, rounds in found.items() if rounds}
+    tokens = found["ours"][-1]["token_count"]
+    print(
+        f"{cells} cells, {tokens / cells:,.0f} tokens a cell, {GENES:,} genes, {arguments.megabatches} megabatches, "
+        f"{arguments.rounds} rounds; exemplar {shape.width} wide, {shape.layers} layers, {arguments.device}"
+    )
+    rows = []
+    for stage in (*STAGES, "total"):
+        columns = [[one.get(stage, 0.0) for one in rounds] for rounds in ways.values()]
+        if oracle:
+            columns.append(ratios(columns[1], columns[0]))
+        rows.append([stage, *(spread(values, 2) for values in columns)])
+    table(["seconds", *ways, *(["ratio"] if oracle else [])], rows)
+    if difference is not None:
+        print(f"the two arrays hold the same cells; relative RMS of the difference {difference:.1e} (ours is rounded)")
+    if arguments.json:
+        medians = {way: float(np.median([one["total"] for one in rounds])) for way, rounds in ways.items()}
+        answer: dict[str, Any] = {"ours": medians["ours"], "unit": "s", "cells": cells, "rounds": found}
+        if oracle:
+            ratio = ratios(*([one["total"] for one in found[way]] for way in ("forerunner", "ours")))
+            answer |= {"reference": medians["forerunner"], "ratio": float(np.median(ratio))}
+        print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

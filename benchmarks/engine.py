@@ -1,0 +1,249 @@
+"""Compute alone: this project's engine against upstream's `run_inference`, on the same cells and checkpoint.
+
+    python -m benchmarks.engine [--quick] [--json] [--oracle COMMAND] [--device cuda]
+
+Random weights in the shapes of the three models: as they are on a GPU; on a CPU an eighth as wide. Three length mixes.
+Ours and upstream take turns; cells are tokenized beforehand, upstream's seconds are those of its `predict_step` on its
+own batches (its padding, its heads), and both are warm and have the same number of threads. On a CPU upstream's
+attention is not compiled: it makes every score, masked or not, in many passes over memory. So its share of the seconds
+is shown, beside the ratio that FLOPs predict (which counts half of attention on both sides).
+
+Useful FLOPs of a cell of n tokens are layers x (12 n d^2 + 2 n^2 d): the embedding alone, no padding, half of
+attention. They are given as a share of the device's rate at large matrix products, measured in the same run and the
+same precision. Errors are against upstream in full float32: RMS of the difference over RMS of the reference, and the
+cosine of each cell after the cells' mean was taken away (the smallest).
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import (
+    VOCABULARIES,
+    Sample,
+    Shape,
+    Upstream,
+    arguments_parser,
+    oracle_python,
+    ratios,
+    sample,
+    spread,
+    table,
+)
+from benchmarks.upstream import matmul_rate
+from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.engine import Engine
+from census_tf_dagster.inference.tokens import PackedCells, Tokenizer
+
+MEDIANS = (90, 1800, 3500)
+
+
+def load_engine(checkpoint: Path, genes: list[str], precision: str, device: str) -> tuple[Tokenizer, Engine]:
+    """Load this project's engine."""
+    opened = read_checkpoint(checkpoint)
+    tokenizer = Tokenizer.build(genes, opened)
+    return tokenizer, Engine.load(opened, tokenizer, precision=precision, device=device, batch_size=None)
+
+
+def packing_fill(_engine: Engine, _packed: PackedCells) -> float:
+    """Return which share of the positions that the engine computes are tokens: all, for cells are not padded."""
+    return 1.0
+
+
+def gpu_bytes(device: str) -> int:
+    """Return what is allocated on the GPU now."""
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+@dataclass
+class Way:
+    """One way to embed, and what its rounds gave."""
+
+    name: str
+    precision: str
+    run: Callable[[], dict[str, float]]
+    """Embeds all cells; returns seconds of `compute` (and of `attention` in it, where that is known), and `gpu_gib`."""
+    embeddings: Callable[[], np.ndarray]
+    fill: float
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Return the compute seconds of each round."""
+        return [one["compute"] for one in self.rounds]
+
+
+def our_way(checkpoint: Path, genes: list[str], cells: Sample, precision: str, device: str) -> Way:
+    """Load and warm our engine."""
+    before = gpu_bytes(device)
+    tokenizer, engine = load_engine(checkpoint, genes, precision, device)
+    weights = gpu_bytes(device) - before
+    packed = tokenizer(cells.cells)
+    last: list[np.ndarray] = []
+
+    def run() -> dict[str, float]:
+        others = gpu_bytes(device) - weights
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.monotonic()
+        last[:] = [engine.embed(packed)]
+        seconds = time.monotonic() - started
+        peak = torch.cuda.max_memory_allocated() - others if device == "cuda" else 0
+        return {"compute": seconds, "gpu_gib": peak / 2**30}
+
+    run()
+    return Way(f"ours, {precision}", precision, run, lambda: last[0], packing_fill(engine, packed))
+
+
+def upstream_way(upstream: Upstream, request: dict[str, Any], tokens: int, cells: int, *, exact: bool = False) -> Way:
+    """Make upstream a way of the same kind; `exact`: the reference, full float32."""
+    precision = "32" if exact or request["device"] == "cpu" else "16-mixed"
+
+    def run() -> dict[str, float]:
+        return upstream.ask("embed", **request, precision=precision, exact=exact)
+
+    # The last batch is filled up with empty cells.
+    computed = -(-cells // request["batch_size"]) * request["batch_size"] * 2048
+    way = "fp32" if precision == "32" else "fp16"
+    return Way(f"upstream, {precision}", way, run, lambda: np.load(request["save"]), tokens / computed)
+
+
+def errors(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Return the relative RMS and the smallest centred cosine."""
+    mean = reference.mean(axis=0)
+    a, b = found - mean, reference - mean
+    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference)), float(cosine.min())
+
+
+def measure(
+    shape: Shape, folder: Path, median: int, upstream: Upstream | None, arguments: Any
+) -> tuple[list[list[str]], dict[str, Any]]:
+    """Measure one length mix; return table rows and all figures."""
+    device, count = arguments.device, arguments.cells
+    cells = sample(count, shape.vocabulary, median)
+    lengths = Tokenizer.build(shape.genes(), read_checkpoint(folder / "checkpoint"))(cells.cells).lengths()
+    precisions = ["fp32"] if device == "cpu" else ["fp16", "bf16", "fp32"]
+    ways = [our_way(folder / "checkpoint", shape.genes(), cells, precision, device) for precision in precisions]
+    reference: np.ndarray | None = None
+    if upstream:
+        cells.adata.write_h5ad(folder / "cells.h5ad")
+        request: dict[str, Any] = {"checkpoint": str(folder / "checkpoint"), "cells": str(folder / "cells.h5ad")}
+        request |= {"save": str(folder / "upstream.npy"), "device": device, "batch_size": arguments.batch_size}
+        if device == "cuda":
+            # A small batch: upstream's logits in float32 are 0.9 GB a cell, of tf_metazoa 2 GB.
+            full = upstream_way(upstream, {**request, "batch_size": 8}, int(lengths.sum()), count, exact=True)
+            full.run()
+            reference = full.embeddings()
+        ways.append(upstream_way(upstream, request, int(lengths.sum()), count))
+        if device == "cuda":
+            ways[-1].run()
+    for _ in range(arguments.rounds):
+        for way in ways:
+            way.rounds.append(way.run())
+    if upstream and reference is None:
+        reference = ways[-1].embeddings()
+    useful = shape.useful_flops(lengths)
+    rows, figures = [], {}
+    for way in ways:
+        rates = [count / seconds for seconds in way.seconds]
+        flops = useful / float(np.median(way.seconds))
+        share = flops / matmul_rate(device, way.precision)
+        gpu_gib = max(one["gpu_gib"] for one in way.rounds)
+        known = None if reference is None else errors(way.embeddings(), reference)
+        shown = ["", ""] if known is None else [f"{known[0]:.1e}", f"{known[1]:.6f}"]
+        rows.append(
+            [
+                f"{shape.name}, median {median:,}: {way.name}",
+                spread(rates, 2 if device == "cpu" else 1),
+                f"{lengths.sum() / np.median(way.seconds):,.0f}",
+                f"{way.fill:.2f}",
+                f"{flops / 1e12:,.3f}",
+                f"{share:.2f}",
+                f"{gpu_gib:.1f}",
+                *(shown if known is None or known[0] > 0 else ["reference", ""]),
+            ]
+        )
+        figures[way.name] = {"cells_per_second": rates, "useful_flops_per_second": flops, "matmul_share": share}
+        figures[way.name] |= {"fill": way.fill, "gpu_gib": gpu_gib, "error": known, "rounds": way.rounds}
+    predicted = sum(shape.upstream_flops().values()) * count / useful
+    answer = {"model": shape.name, "median": median, "tokens": int(lengths.sum()), "ways": figures}
+    answer |= {"ours": float(np.median([count / s for s in ways[0].seconds])), "predicted_ratio": predicted}
+    if upstream:
+        ratio = ratios(ways[-1].seconds, ways[0].seconds)
+        rows.append([f"  ratio; by FLOPs {predicted:.1f}", spread(ratio), *[""] * 7])
+        if device == "cpu":
+            parts = [one["attention"] / one["compute"] for one in ways[-1].rounds]
+            rows.append(["  attention's share of upstream's seconds", spread(parts, 2), *[""] * 7])
+        answer |= {"reference": float(np.median([count / s for s in ways[-1].seconds]))}
+        answer |= {"ratio": float(np.median(ratio)), "ratios": ratio}
+    return rows, answer
+
+
+def main() -> None:
+    """Build each model, measure each mix in turn, print a table."""
+    parser = arguments_parser(__doc__, quick="exemplar alone, one round; on a CPU 3 cells and 2 of 12 layers")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", choices=list(VOCABULARIES), help="default: all three")
+    parser.add_argument("--medians", nargs="+", type=int, default=MEDIANS, help="expressed genes of a cell")
+    parser.add_argument("--scale", type=int, help="the models' width is divided by this; default 1 on a GPU, else 8")
+    parser.add_argument("--cells", type=int, help="in a round; default 480 on a GPU, else 4")
+    parser.add_argument("--rounds", type=int, help="default 3, or 1 if --quick")
+    parser.add_argument("--batch-size", type=int, help="upstream's; default 48 on a GPU as the forerunner's, else 4")
+    arguments = parser.parse_args()
+    on_gpu = arguments.device == "cuda"
+    arguments.scale = arguments.scale or (1 if on_gpu else 8)
+    small = arguments.quick and not on_gpu
+    arguments.cells = arguments.cells or (480 if on_gpu else 3 if small else 4)
+    arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
+    arguments.batch_size = arguments.batch_size or (48 if on_gpu else min(4, arguments.cells))
+    models = arguments.models or (["exemplar"] if arguments.quick else list(VOCABULARIES))
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    oracle = oracle_python(arguments.oracle)
+    print(
+        f"{arguments.cells} cells, {arguments.rounds} rounds, interleaved; upstream's batch {arguments.batch_size}; "
+        f"{torch.cuda.get_device_name() if on_gpu else f'CPU, {threads} threads for both'}; torch {torch.__version__}"
+    )
+    head = ["", "cells/s", "tokens/s", "fill", "useful TFLOP/s", "of matmul", "GPU GiB", "rel. RMS", "centred cos"]
+    rows: list[list[str]] = []
+    answers = []
+    for name in models:
+        shape = Shape(name, arguments.scale, layers=2 if small else 12)
+        parts = shape.upstream_flops()
+        print(
+            f"{name}: width {shape.width}, {shape.layers} layers, {shape.vocabulary:,} genes; upstream computes "
+            f"{sum(parts.values()) / 1e9:,.0f} GFLOP a cell: "
+            + ", ".join(f"{part} {flops / sum(parts.values()):.0%}" for part, flops in parts.items())
+        )
+        sys.stdout.flush()
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            shape.build(folder / "checkpoint")
+            upstream = Upstream(oracle, threads) if oracle else None
+            try:
+                for median in arguments.medians:
+                    more, answer = measure(shape, folder, median, upstream, arguments)
+                    rows += more
+                    answers.append(answer)
+            finally:
+                if upstream:
+                    upstream.close()
+    table(head, rows)
+    if arguments.json:
+        main_answer = next((a for a in answers if (a["model"], a["median"]) == ("exemplar", 1800)), answers[0])
+        kept = {key: main_answer.get(key) for key in ("ours", "reference", "ratio", "predicted_ratio")}
+        print(json.dumps({**kept, "unit": "cells/s", "rows": answers}))
+
+
+if __name__ == "__main__":
+    main()
