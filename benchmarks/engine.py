@@ -42,7 +42,8 @@ from benchmarks.common import (
 from benchmarks.upstream import matmul_rate
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.engine import Engine
-from census_tf_dagster.inference.tokens import PackedCells, Tokenizer
+from census_tf_dagster.inference.prepare import prepare
+from census_tf_dagster.inference.tokens import Tokenizer
 
 MEDIANS = (90, 1800, 3500)
 
@@ -51,12 +52,8 @@ def load_engine(checkpoint: Path, genes: list[str], precision: str, device: str)
     """Load this project's engine."""
     opened = read_checkpoint(checkpoint)
     tokenizer = Tokenizer.build(genes, opened)
-    return tokenizer, Engine.load(opened, tokenizer, precision=precision, device=device, batch_size=None)
-
-
-def packing_fill(_engine: Engine, _packed: PackedCells) -> float:
-    """Return which share of the positions that the engine computes are tokens: all, for cells are not padded."""
-    return 1.0
+    prepared = prepare(opened, precision, checkpoint.with_name("cache"))
+    return tokenizer, Engine.load(prepared, tokenizer.known_genes, device)
 
 
 def gpu_bytes(device: str) -> int:
@@ -101,7 +98,9 @@ def our_way(checkpoint: Path, genes: list[str], cells: Sample, precision: str, d
         return {"compute": seconds, "gpu_gib": peak / 2**30}
 
     run()
-    return Way(f"ours, {precision}", precision, run, lambda: last[0], packing_fill(engine, packed))
+    return Way(
+        f"ours, {precision}", precision, run, lambda: last[0], engine.counters.tokens / engine.counters.row_tokens
+    )
 
 
 def upstream_way(upstream: Upstream, request: dict[str, Any], tokens: int, cells: int, *, exact: bool = False) -> Way:

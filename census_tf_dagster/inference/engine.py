@@ -68,7 +68,7 @@ class Counters:
     busy
         Seconds in which the device computed.
     tokens, row_tokens
-        Tokens embedded, and what the rows that held them could have held.
+        Tokens embedded, and what was computed for them: whole rows on CUDA.
     rows
         How many rows.
     halvings
@@ -234,7 +234,7 @@ class Engine:
             done.ended.synchronize()
         self.counters.busy += _seconds_between(done.began, done.ended)
         self.counters.tokens += len(done.row.tokens)
-        self.counters.row_tokens += self.row_length
+        self.counters.row_tokens += self.row_length if self._cuda else len(done.row.tokens)
         self.counters.rows += 1
         work, result = done.work, done.result.numpy()
         if work.failure:
