@@ -1,6 +1,7 @@
 """What the benchmark programs share: models, cells, upstream as a process, and how figures are shown."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -203,10 +204,20 @@ def oracle_python(command: str) -> Path | None:
     return None
 
 
-def peak_gib() -> float:
-    """Return this process's peak memory; `getrusage` would count its parent's from before the start of the program."""
-    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def peak_gib(process: int | str = "self") -> float:
+    """Return a process's peak memory; `getrusage` would count its parent's from before the start of the program."""
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     return int(kilobytes) / 2**20
+
+
+def children_peak_gib() -> float:
+    """Return the sum of the peaks of the processes that this one has started and that still run."""
+    total = 0.0
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if int(re.findall(r"PPid:\s+(\d+)", (entry / "status").read_text())[0]) == os.getpid():
+                total += peak_gib(entry.name)
+    return total
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -160,9 +160,21 @@ class Server:
         return {"cpu_seconds": cpu, "seconds": wall, "peak_gib_before": before, "peak_gib": _peak_gib()}
 
     def embed(
-        self, checkpoint: str, cells: str, save: str, device: str, precision: str, batch_size: int, exact: bool = False
+        self,
+        checkpoint: str,
+        cells: str,
+        save: str,
+        device: str,
+        precision: str,
+        batch_size: int,
+        exact: bool = False,
+        autocast: bool = False,
     ) -> dict[str, Any]:
-        """Run `run_inference`; seconds by stage. `exact`: full float32 products, as a reference on a GPU."""
+        """Run `run_inference`; seconds by stage.
+
+        `exact`: full float32 products, as a reference on a GPU. `autocast`: fp16 autocast around a run in ``32``, which
+        is what ``16-mixed`` does; the trainer refuses that on a CPU.
+        """
         import numpy as np
 
         arguments = ["--checkpoint-path", checkpoint, "--data-file", cells, "--batch-size", str(batch_size)]
@@ -176,7 +188,8 @@ class Server:
             self.torch.cuda.reset_peak_memory_stats()
         SECONDS.clear()
         try:
-            found = self.inference.run_inference(cfg, data_files=[cells])
+            with self.torch.autocast(device, dtype=self.torch.float16, enabled=autocast):
+                found = self.inference.run_inference(cfg, data_files=[cells])
         finally:
             self.torch.set_float32_matmul_precision(usual)
         np.save(save, np.asarray(found.obsm["embeddings"], np.float32))

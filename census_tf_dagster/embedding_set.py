@@ -39,7 +39,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         default=16384, ge=1, le=131072, description="Cells read, embedded and committed together."
     )
     batch_size: int | None = Field(
-        default=None, ge=1, description="Cells in a model batch; left out: chosen by length of the cells."
+        default=None, ge=1, description="Cells in a row of the model at most; left out: as many as free memory holds."
     )
     compute_precision: Literal["fp32", "fp16", "bf16"] = Field(
         default=DEFAULT_COMPUTE_PRECISION, description="Precision of weights and activations."
