@@ -204,6 +204,15 @@ def oracle_python(command: str) -> Path | None:
     return None
 
 
+def errors(found: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Compare embeddings, ``(n_cells, features)``: relative RMS, and cosines after the cells' mean was taken away."""
+    mean = reference.mean(axis=0)
+    a, b = found - mean, reference - mean
+    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    rms = float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+    return {"relative_rms": rms, "cosine": float(cosine.mean()), "least_cosine": float(cosine.min())}
+
+
 def peak_gib(process: int | str = "self") -> float:
     """Return a process's peak memory; `getrusage` would count its parent's from before the start of the program."""
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())

@@ -33,6 +33,7 @@ from benchmarks.common import (
     Shape,
     Upstream,
     arguments_parser,
+    errors,
     oracle_python,
     ratios,
     sample,
@@ -116,14 +117,6 @@ def upstream_way(upstream: Upstream, request: dict[str, Any], tokens: int, cells
     return Way(f"upstream, {precision}", way, run, lambda: np.load(request["save"]), tokens / computed)
 
 
-def errors(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Return the relative RMS and the smallest centred cosine."""
-    mean = reference.mean(axis=0)
-    a, b = found - mean, reference - mean
-    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference)), float(cosine.min())
-
-
 def measure(
     shape: Shape, folder: Path, median: int, upstream: Upstream | None, arguments: Any
 ) -> tuple[list[list[str]], dict[str, Any]]:
@@ -159,7 +152,7 @@ def measure(
         share = flops / matmul_rate(device, way.precision)
         gpu_gib = max(one["gpu_gib"] for one in way.rounds)
         known = None if reference is None else errors(way.embeddings(), reference)
-        shown = ["", ""] if known is None else [f"{known[0]:.1e}", f"{known[1]:.6f}"]
+        shown = ["", ""] if known is None else [f"{known['relative_rms']:.1e}", f"{known['least_cosine']:.6f}"]
         rows.append(
             [
                 f"{shape.name}, median {median:,}: {way.name}",
@@ -169,7 +162,7 @@ def measure(
                 f"{flops / 1e12:,.3f}",
                 f"{share:.2f}",
                 f"{gpu_gib:.1f}",
-                *(shown if known is None or known[0] > 0 else ["reference", ""]),
+                *(shown if known is None or known["relative_rms"] > 0 else ["reference", ""]),
             ]
         )
         figures[way.name] = {"cells_per_second": rates, "useful_flops_per_second": flops, "matmul_share": share}

@@ -9,12 +9,13 @@ model is not what could grow).
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.common import children_peak_gib, peak_gib
 
 GENES = 60_000
 MEGABATCH = 1024
@@ -62,16 +63,14 @@ def run(folder: Path, cells: int) -> dict[str, float]:
     with release_job(settings, RELEASE, census, store) as job:
         make_plan(job)
         started = time.monotonic()
-        summary = embed_shard(job, 0)
-    own, device = (
-        resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+        device: list[float] = []
+        summary = embed_shard(job, 0, report=lambda _: device.append(children_peak_gib()))
     return {
         "cells": summary.cells,
         "seconds": time.monotonic() - started,
-        "shard_gib": own,
-        "device_gib": device,
-        "peak_gib": own + device,
+        "shard_gib": peak_gib(),
+        "device_gib": device[-1],
+        "peak_gib": peak_gib() + device[-1],
     }
 
 

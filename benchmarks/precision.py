@@ -16,19 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Shape, Upstream, arguments_parser, oracle_python, sample, table
+from benchmarks.common import Shape, Upstream, arguments_parser, errors, oracle_python, sample, table
 from benchmarks.engine import load_engine
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-
-
-def errors(found: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Compare embeddings, ``(n_cells, features)``."""
-    mean = reference.mean(axis=0)
-    a, b = found - mean, reference - mean
-    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    rms = float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
-    return {"relative_rms": rms, "cosine": float(cosine.mean()), "least_cosine": float(cosine.min())}
 
 
 def measure(shape: Shape, median: int, arguments: Any, oracle: Path, threads: int) -> dict[str, dict[str, float]]:

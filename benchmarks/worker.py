@@ -10,7 +10,6 @@ in earnest, but for the rows on the device. Run twice: the first prepares the ch
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import VOCABULARIES, Shape, table
+from benchmarks.common import VOCABULARIES, Shape, children_peak_gib, peak_gib, table
 
 GENES, KNOWN, RELEASE = 60_000, 3, "2025-11-08"
 
@@ -63,18 +62,18 @@ def run(folder: Path, started: float, megabatch: int, device: str) -> dict[str, 
     def first(summary: ShardSummary) -> None:
         (counters,) = summary.times.counters.values()
         found.setdefault("computing_after", time.monotonic() - summary.times.stages["write"].busy - counters["elapsed"])
+        found["device_gib"] = children_peak_gib()
 
     with release_job(declared.settings(), RELEASE, census, store) as job:
         planning.make_plan(job)
         planned = time.monotonic()
         summary = embed_shard(job, 0, report=first)
-    own, other = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
         "planned_after": planned - started,
         "load": summary.times.load,
         "computing_after": found["computing_after"] - planned,
-        "shard_gib": own,
-        "device_gib": other,
+        "shard_gib": peak_gib(),
+        "device_gib": found["device_gib"],
         **{f"busy_{name}": stage.busy for name, stage in summary.times.stages.items()},
     }
 
