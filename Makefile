@@ -5,7 +5,7 @@ ORACLE := .venv-oracle
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo ui test soak lint clean
+.PHONY: demo ui test soak lint wheels clean
 
 demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dagster
 	$(BIN)/python -m census_tf_dagster demo
@@ -24,8 +24,15 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+wheels:  ## what benchmarks/gpu.sh needs on a machine without a network, into .wheels/ (about 80 MB)
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	    $(addprefix --platform manylinux,_2_28_x86_64 _2_24_x86_64 _2_17_x86_64 2014_x86_64) \
+	    -c constraints.txt -r benchmarks/gpu-packages.txt -d .wheels
+	# Upstream's hydra needs this version, which has no wheel of its own.
+	$(PYTHON) -m pip wheel --quiet --no-deps -w .wheels antlr4-python3-runtime==4.9.3
+
 clean:
-	rm -rf $(VENV) $(ORACLE) demo-data
+	rm -rf $(VENV) $(ORACLE) .wheels demo-data
 
 $(VENV)/.worker: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, about 2.5 GB."

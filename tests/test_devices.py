@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.devices import DeviceLostError, open_devices
 from census_tf_dagster.inference.prepare import prepare
+from census_tf_dagster.steps.embedding import embed_shard
 from census_tf_dagster.steps.pipeline import Times, outcomes
 from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
 from tests.support import Project, load_engine, relative_errors
 from tests.test_engine import ASSAYS, GENES, cells
@@ -85,6 +88,42 @@ def test_a_device_that_dies_in_the_middle_stops_the_shard_at_once(project: Proje
                     os.kill(children(os.getpid())[0], signal.SIGKILL)
     assert 3 <= len(done) < len(plan.megabatches)
     assert not children(os.getpid())
+
+
+def test_a_write_that_fails_stops_all_stages_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(project, megabatch_size=4, shards=1)
+    own = EmbeddingsArray.write
+
+    def full(self: EmbeddingsArray, joinids: np.ndarray, embeddings: np.ndarray) -> None:
+        if joinids[0] > 50:
+            raise OSError(28, "No space left on device")
+        own(self, joinids, embeddings)
+
+    monkeypatch.setattr(EmbeddingsArray, "write", full)
+    with project.job("tiny") as job:
+        make_plan(job)
+        threads = threading.active_count()
+        with pytest.raises(OSError, match="No space left on device"):
+            embed_shard(job, 0)
+        assert not children(os.getpid())
+        assert threading.active_count() == threads
+        monkeypatch.undo()
+        rest = embed_shard(job, 0)
+    assert 0 < rest.cells_before < rest.cells
+
+
+def test_stages_are_counted(project: Project) -> None:
+    tiny(project, megabatch_size=8, shards=1)
+    with project.job("tiny") as job:
+        make_plan(job)
+        summary = embed_shard(job, 0)
+    stages = summary.times.stages
+    assert list(stages) == ["read", "tokens", "packing", "compute", "write"]
+    assert all(0 < stage.busy < 60 and 0 <= stage.waiting < 60 for stage in stages.values())
+    assert summary.times.limit() in stages
+    assert summary.times.fill() == 1.0
+    (counters,) = summary.times.counters.values()
+    assert counters["tokens"] == summary.tokens_computed
 
 
 def children(parent: int) -> list[int]:

@@ -66,7 +66,9 @@ class Counters:
     Attributes
     ----------
     busy
-        Seconds in which the device computed.
+        Seconds in which the device computed or copied.
+    packing
+        Seconds spent on choosing and assembling rows, while the device computes others.
     tokens, row_tokens
         Tokens embedded, and what was computed for them: whole rows on CUDA.
     rows
@@ -76,6 +78,7 @@ class Counters:
     """
 
     busy: float = 0.0
+    packing: float = 0.0
     tokens: int = 0
     row_tokens: int = 0
     rows: int = 0
@@ -176,7 +179,9 @@ class Engine:
         """Take some cells on; `step` embeds them."""
         n = len(cells.lengths())
         work = Work(cells, np.empty((n, self.model.shape.embed_dim), np.float32), n)
+        began = time.monotonic()
         work.waiting.extend(choose_cells(cells.lengths(), self.row_length, self.batch_size))
+        self.counters.packing += time.monotonic() - began
         self._works.append(work)
         return work
 
@@ -214,7 +219,9 @@ class Engine:
         return None
 
     def _launch(self, work: Work) -> None:
+        began_packing = time.monotonic()
         row = assemble(work.packed, work.waiting.popleft())
+        self.counters.packing += time.monotonic() - began_packing
         try:
             began = self._now()
             result = self.model.embed(row, self.row_length if self._cuda else None)

@@ -50,7 +50,7 @@ class Times:
     load
         Seconds until all devices had loaded the model.
     stages
-        By name: read, tokens, compute (mean of the devices), write.
+        By name: read, tokens, packing and compute (means of the devices), write.
     devices
         What each device's process says of itself.
     counters
@@ -59,7 +59,7 @@ class Times:
 
     load: float = 0.0
     stages: dict[str, StageTime] = field(
-        default_factory=lambda: {name: StageTime() for name in ("read", "tokens", "compute", "write")}
+        default_factory=lambda: {name: StageTime() for name in ("read", "tokens", "packing", "compute", "write")}
     )
     devices: list[dict[str, Any]] = field(default_factory=list)
     counters: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -67,10 +67,10 @@ class Times:
     def count(self, device: int, counters: dict[str, float]) -> None:
         """Take over a device's counters."""
         self.counters[device] = counters
-        busy = [one["busy"] for one in self.counters.values()]
-        elapsed = [one["elapsed"] for one in self.counters.values()]
-        self.stages["compute"].busy = sum(busy) / len(busy)
-        self.stages["compute"].waiting = max(sum(elapsed) / len(elapsed) - self.stages["compute"].busy, 0.0)
+        elapsed = sum(one["elapsed"] for one in self.counters.values()) / len(self.counters)
+        for name, counter in (("packing", "packing"), ("compute", "busy")):
+            busy = sum(one[counter] for one in self.counters.values()) / len(self.counters)
+            self.stages[name] = StageTime(busy, max(elapsed - busy, 0.0))
 
     def fill(self) -> float:
         """Return the share of the rows that held tokens."""
