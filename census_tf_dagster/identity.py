@@ -7,7 +7,7 @@ from typing import Any
 
 from census_tf_dagster.errors import UserError
 
-NUMERIC_VERSION = 1
+NUMERIC_VERSION = 2
 """Raised by hand when the code of this project may produce other values than before."""
 
 
