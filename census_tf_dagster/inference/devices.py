@@ -150,8 +150,7 @@ def open_devices(
 @contextmanager
 def _process() -> "Iterator[subprocess.Popen[bytes]]":
     command = [sys.executable, "-m", "census_tf_dagster.inference.device_process"]
-    # Reading and writing share the cores: threads that spin while they wait for each other cost a CPU run up to
-    # five times its time.
+    # Reading and writing share the cores: threads that spin while they wait for each other cost several times the time.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)  # noqa: S603
     try:
