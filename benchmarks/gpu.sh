@@ -25,11 +25,15 @@ chmod +x "$site/transcriptformer" "$site/python"
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python3 -c "import sys, torch; print('python', sys.version.split()[0], 'torch', torch.__version__)"
+failed=0
 if [ "$model" = exemplar ]; then
+    # A red test costs the run its success, not its measurements. Torch warns that TF32 is off: it is meant to be.
     CENSUS_TF_TEST_DEVICE=cuda python3 -m pytest -q -p no:cacheprovider --oracle="$site/transcriptformer" \
-        tests/test_attention.py tests/test_engine.py tests/test_packing.py tests/test_equality_built.py
+        -W "ignore:TensorFloat32" -W ignore::DeprecationWarning \
+        tests/test_attention.py tests/test_engine.py tests/test_packing.py tests/test_equality_built.py || failed=1
 fi
 python3 -m benchmarks.engine --device cuda --models "$model" --oracle "$site/transcriptformer" --json
 if [ "$model" = exemplar ]; then
     python3 -m benchmarks.end_to_end --device cuda --oracle "$site/transcriptformer" --json
 fi
+exit "$failed"

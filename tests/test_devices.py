@@ -1,6 +1,7 @@
 """Device processes: the same values from several, and none that outlives its parent or hides its end."""
 
 import os
+import select
 import signal
 import threading
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.demo.checkpoint import build_checkpoint
@@ -27,7 +29,7 @@ from tests.test_engine import ASSAYS, GENES, cells
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("devices")
-    build_checkpoint(folder / "checkpoint", {"o": GENES}, ASSAYS, embed_dim=16, seq_len=127, block_len=128)
+    build_checkpoint(folder / "checkpoint", {"o": GENES}, ASSAYS, embed_dim=32, num_heads=2, seq_len=127, block_len=128)
     return prepare(read_checkpoint(folder / "checkpoint"), "fp32", folder / "cache")
 
 
@@ -41,6 +43,18 @@ def test_a_device_is_the_engine(prepared: Path) -> None:
     assert not alive(pid)
 
 
+def test_a_second_answer_waits_until_the_first_is_committed(prepared: Path) -> None:
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        device.send(0, cells(30, seed=0))
+        device.send(1, cells(30, seed=1))
+        assert device.receive().key == 0
+        assert device.process.stdout is not None
+        assert select.select([device.process.stdout], [], [], 1.0)[0] == []
+        device.commit()
+        assert device.receive().key == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(prepared: Path) -> None:
     with pytest.raises(UserError, match="asks for a GPU"), open_devices(prepared, GENES, "cuda", None):
         pass

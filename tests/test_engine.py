@@ -1,5 +1,6 @@
 """The engine: rows of any kind give the same values, memory that runs out loses nothing."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from census_tf_dagster.demo.checkpoint import build_checkpoint
+from census_tf_dagster.inference import model as model_module
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.engine import Engine, NonFiniteError
 from census_tf_dagster.inference.model import Model
@@ -25,7 +28,9 @@ START = 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engine") / "checkpoint"
-    build_checkpoint(folder, {"o": GENES}, ASSAYS, embed_dim=16, seq_len=SEQ_LEN, block_len=128)
+    build_checkpoint(
+        folder, {"o": GENES}, ASSAYS, embed_dim=32, num_heads=2, num_layers=3, seq_len=SEQ_LEN, block_len=128
+    )
     return folder
 
 
@@ -66,6 +71,23 @@ def test_padded_rows_give_the_same(engine: Engine) -> None:
     length = -(-len(row.tokens) // 128) * 128 + 256
     padded = engine.model.embed(row, length).cpu().numpy()
     assert relative_errors(padded[::-1], one_by_one(engine, packed)).max() <= BOUND / 10
+
+
+def test_all_layers_and_rows_share_one_compilation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two graphs: a layer that is followed by another, and the last."""
+    engine = load_engine(read_checkpoint(folder), GENES)
+    torch._dynamo.reset()
+    counters.clear()
+    for name in ("block", "hidden_of"):
+        function = torch.compile(getattr(model_module, name), dynamic=False, backend="eager")
+        monkeypatch.setattr(model_module, name, function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(3):
+            packed = cells(6, seed)
+            embedded = engine.model.embed(assemble(packed, np.arange(6)), 1024).cpu().numpy()
+            assert np.isfinite(embedded).all()
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_several_are_handed_out_in_order(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.packing import assemble, choose_cells
 from census_tf_dagster.inference.tokens import Tokenizer
-from tests.support import BOUND, Oracle, as_upstream_input, load_engine, relative_errors
+from tests.support import BOUND, DEVICE, Oracle, as_upstream_input, load_engine, relative_errors
 
 LENGTHS = (0, 1, 2, 127, 128, 2045, 2046, 2047, 2048, 5000)
 N_GENES = 5600
@@ -85,6 +85,19 @@ def embed(
     return engine.embed(tokenizer(cells))
 
 
+def embed_packed(checkpoint: Checkpoint) -> np.ndarray:
+    """Embed the built cells on the path of the GPU, wherever the model is."""
+    tokenizer = Tokenizer.build(GENES, checkpoint)
+    packed = tokenizer(built_cells())
+    model = load_engine(checkpoint, tokenizer.known_genes).model
+    ours = np.empty((len(packed.lengths()), model.shape.embed_dim), np.float32)
+    rows = choose_cells(packed.lengths(), 4096)
+    assert max(map(len, rows)) > 1
+    for cells in rows:
+        ours[cells] = model.embed(assemble(packed, cells), 4096).cpu().numpy()
+    return ours
+
+
 @pytest.fixture(scope="module")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -113,16 +126,18 @@ def test_batches_do_not_matter(checkpoint_folder: Path, reference: np.ndarray, b
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_packed_rows(checkpoint_folder: Path, reference: np.ndarray) -> None:
     """The path of the GPU: several cells in a padded row."""
-    checkpoint = read_checkpoint(checkpoint_folder)
-    tokenizer = Tokenizer.build(GENES, checkpoint)
-    packed = tokenizer(built_cells())
-    model = load_engine(checkpoint, tokenizer.known_genes).model
-    ours = np.empty_like(reference)
-    rows = choose_cells(packed.lengths(), 4096)
-    assert max(map(len, rows)) > 1
-    for cells in rows:
-        ours[cells] = model.embed(assemble(packed, cells), 4096).cpu().numpy()
-    assert relative_errors(ours, reference).max() <= BOUND
+    assert relative_errors(embed_packed(read_checkpoint(checkpoint_folder)), reference).max() <= BOUND
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_control_packed_mask_off_fails(
+    checkpoint_folder: Path, reference: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = model_module.packed_terms
+    monkeypatch.setattr(
+        model_module, "packed_terms", lambda bias, offsets, softcap: own(bias, offsets[[0, -1]], softcap)
+    )
+    assert relative_errors(embed_packed(read_checkpoint(checkpoint_folder)), reference).max() > 10 * BOUND
 
 
 def test_unsorted_genes_of_upstream_are_ours_in_var_order(checkpoint_folder: Path, reference: np.ndarray) -> None:
@@ -178,6 +193,7 @@ def test_control_pooling_by_own_length_fails(checkpoint_folder: Path, reference:
     assert (errors > 10 * BOUND).sum() == (own_length < 2047).sum()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the path of the CPU")
 def test_control_document_mask_off_fails(
     checkpoint_folder: Path, reference: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,9 @@ from tests.test_engine import ASSAYS, GENES
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    build_checkpoint(tmp_path / "checkpoint", {"o": GENES}, ASSAYS, embed_dim=16, seq_len=127, block_len=128)
+    build_checkpoint(
+        tmp_path / "checkpoint", {"o": GENES}, ASSAYS, embed_dim=32, num_heads=2, seq_len=127, block_len=128
+    )
     return read_checkpoint(tmp_path / "checkpoint")
 
 
@@ -58,6 +60,8 @@ def test_files_are_hashed_once_until_they_change(
     found = {read_checkpoint(checkpoint.folder, cache=tmp_path / "cache").fingerprint for _ in range(2)}
     assert found == {checkpoint.fingerprint}
     assert hashed == ["model_weights.pt"]
-    build_checkpoint(tmp_path / "other", {"o": GENES}, ASSAYS, embed_dim=16, seq_len=127, block_len=128, seed=5)
+    build_checkpoint(
+        tmp_path / "other", {"o": GENES}, ASSAYS, embed_dim=32, num_heads=2, seq_len=127, block_len=128, seed=5
+    )
     (tmp_path / "other" / "model_weights.pt").replace(checkpoint.folder / "model_weights.pt")
     assert read_checkpoint(checkpoint.folder, cache=tmp_path / "cache").fingerprint not in found

@@ -10,8 +10,10 @@ input is closed, which also happens when the parent is killed.
 import os
 import queue
 import signal
+import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +43,7 @@ def main() -> None:
     threading.Thread(target=_read, args=(source, inbox, committed), daemon=True).start()
     threading.Thread(target=_write, args=(target, outbox), daemon=True).start()
     header, _ = inbox.get()
+    outbox.put(({"devices": torch.cuda.device_count() if header["device"] != "cpu" else 1}, []))
     try:
         engine = Engine.load(Path(header["prepared"]), header["genes"], header["device"], header["batch_size"])
     except UserError as error:
@@ -71,7 +74,6 @@ def _about(engine: Engine) -> Header:
     device = engine.model.device
     cuda = device.type == "cuda"
     return {
-        "devices": torch.cuda.device_count() if cuda else 1,
         "name": torch.cuda.get_device_name(device) if cuda else "CPU",
         "attention": "FlexAttention" if cuda else "cell by cell",
         "row_length": engine.row_length,
@@ -121,4 +123,10 @@ def _serve(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # The usual way out tidies up on a device that may hang.
+        os._exit(1)

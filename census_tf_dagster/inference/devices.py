@@ -79,13 +79,13 @@ class Device:
             with self._sending:
                 send(_pipe(self.process.stdin), header, *arrays)
         except BrokenPipeError as error:
-            raise self._lost() from error
+            raise _lost(self.process, self.about["name"]) from error
 
     def receive(self) -> Embedded:
         """Wait for the next answer."""
         message = receive(_pipe(self.process.stdout))
         if message is None:
-            raise self._lost()
+            raise _lost(self.process, self.about["name"])
         header, arrays = message
         return Embedded(
             header["key"], arrays[0] if arrays else None, header.get("poison", ""), header["tokens"], header["counters"]
@@ -99,14 +99,6 @@ class Device:
         if answer.embeddings is None:
             raise ArithmeticError(answer.poison)
         return answer.embeddings
-
-    def _lost(self) -> DeviceLostError:
-        code = self.process.wait(timeout=10)
-        return DeviceLostError(
-            f"the process of {self.about.get('name', 'a device')} ended with "
-            f"{f'signal {-code}' if code < 0 else f'exit code {code}'}; its output above says why (signal 9: usually "
-            "the machine ran out of memory). What is committed stays; run the shard again."
-        )
 
 
 @contextmanager
@@ -142,9 +134,12 @@ def open_devices(
             send(_pipe(process.stdin), order)
             return process
 
-        first = _loaded(start(0))
-        rest = [start(number) for number in range(1, processes or first.about["devices"])]
-        yield [first, *(_loaded(process) for process in rest)]
+        first = start(0)
+        found = _message(first)["devices"]
+        started = [first, *(start(number) for number in range(1, processes or found))]
+        for process in started[1:]:
+            _message(process)
+        yield [Device(process, _message(process)) for process in started]
 
 
 @contextmanager
@@ -163,15 +158,26 @@ def _process() -> "Iterator[subprocess.Popen[bytes]]":
             _pipe(pipe).close()
 
 
-def _loaded(process: "subprocess.Popen[bytes]") -> Device:
-    device = Device(process, {})
+def _message(process: "subprocess.Popen[bytes]") -> Header:
+    """Wait for what a process says of itself."""
     message = receive(_pipe(process.stdout))
     if message is None:
-        raise device._lost()
+        raise _lost(process, "a device")
     if "user_error" in message[0]:
         raise UserError(message[0]["user_error"])
-    device.about = message[0]
-    return device
+    return message[0]
+
+
+def _lost(process: "subprocess.Popen[bytes]", name: str) -> DeviceLostError:
+    try:
+        code = process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    return DeviceLostError(
+        f"the process of {name} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}; its output above "
+        "says why (signal 9: usually the machine ran out of memory). What is committed stays; run the shard again."
+    )
 
 
 def _pipe(pipe: object) -> BinaryIO:

@@ -4,6 +4,8 @@ On CUDA rows have a fixed length and two are under way at once: while the device
 copied. The length comes from free memory and is halved when memory runs out; what is done stays done.
 """
 
+import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,6 +27,12 @@ LONGEST_ROW = {"cpu": 8192, "cuda": 65536}
 """Tokens: with more, kernels gain nothing."""
 MEMORY_SHARE = 0.5
 """Of the free memory that a row may take by estimate: allocators round up."""
+
+
+DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+"""What torch raises when the device cannot go on; 2.5 has no error of its own for it."""
+LEAST_HEAD_DIM = 16
+"""Narrower heads FlexAttention refuses on CUDA."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,6 +65,14 @@ def choose_device(device: str) -> torch.device:
             "is, or set `device: cpu` in the set's YAML for a small trial."
         )
     return torch.device(device)
+
+
+def require_compiler() -> None:
+    """Raise `UserError` where kernels cannot be built: Triton compiles its launchers with the system's C compiler."""
+    if not os.environ.get("CC") and not any(shutil.which(name) for name in ("gcc", "cc", "clang")):
+        raise UserError(
+            "no C compiler (gcc, clang or $CC) is here; Triton needs one for the GPU's kernels: install gcc."
+        )
 
 
 @dataclass
@@ -138,6 +154,8 @@ class Engine:
         self.batch_size = batch_size
         self.counters = Counters()
         self._cuda = model.device.type == "cuda"
+        if self._cuda and (width := model.shape.embed_dim // model.shape.num_heads) < LEAST_HEAD_DIM:
+            raise UserError(f"attention heads are {width} wide; on a GPU {LEAST_HEAD_DIM} or more are expected.")
         longest_cell = model.shape.seq_len + 1
         self._shortest_row = -(-longest_cell // MASK_BLOCK) * MASK_BLOCK
         self.row_length = row_length or self._choose_row_length()
@@ -151,6 +169,7 @@ class Engine:
         if target.type == "cuda":
             # Events, streams and pinned memory belong to the current device.
             torch.cuda.set_device(target)
+            require_compiler()
         engine = cls(*load_model(prepared, genes, target), batch_size)
         engine._warm_up()
         return engine
@@ -231,7 +250,7 @@ class Engine:
             self._under_way.append(_UnderWay(work, row, result, began, self._now()))
         except torch.OutOfMemoryError as error:
             self._halve(work, row, error)
-        except torch.AcceleratorError:
+        except DEVICE_LOST:
             raise
         except Exception as error:
             self._fail(work, error)
@@ -254,7 +273,8 @@ class Engine:
         work.left -= len(result)
 
     def _fail(self, work: Work, error: Exception) -> None:
-        work.failure = error
+        # Its traceback would keep the row's activations alive.
+        work.failure = error.with_traceback(None)
         work.waiting.clear()
         work.left = 0
 
@@ -288,12 +308,16 @@ class Engine:
     def _now(self) -> "torch.cuda.Event | float":
         if not self._cuda:
             return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        # Blocking: to spin would take a core from reading and writing.
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def _choose_row_length(self) -> int:
-        length = max(LONGEST_ROW[self.model.device.type], self._shortest_row)
+        length = LONGEST_ROW[self.model.device.type]
+        if self.batch_size:
+            length = min(length, self.batch_size * self._shortest_row)
+        length = max(length, self._shortest_row)
         if self._cuda:
             free, _ = torch.cuda.mem_get_info(self.model.device)
             budget = free * MEMORY_SHARE / bytes_per_token(self.model)

@@ -63,10 +63,16 @@ class Times:
     )
     devices: list[dict[str, Any]] = field(default_factory=list)
     counters: dict[int, dict[str, float]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, device: int, counters: dict[str, float]) -> None:
         """Take over a device's counters."""
-        self.counters[device] = counters
+        # Several devices may answer at once.
+        with self._lock:
+            self.counters[device] = counters
+            self._sum_up()
+
+    def _sum_up(self) -> None:
         elapsed = sum(one["elapsed"] for one in self.counters.values()) / len(self.counters)
         for name, counter in (("packing", "packing"), ("compute", "busy")):
             busy = sum(one[counter] for one in self.counters.values()) / len(self.counters)
