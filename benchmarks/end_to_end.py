@@ -152,6 +152,8 @@ def main() -> None:
             assert difference < 0.02, f"the arrays differ by {difference}: not the same cells"
     ways = {way: rounds for way, rounds in found.items() if rounds}
     tokens = found["ours"][-1]["token_count"]
+    for one in found["ours"]:
+        del one["array"]
     print(
         f"{cells} cells, {tokens / cells:,.0f} tokens a cell, {GENES:,} genes, {arguments.megabatches} megabatches, "
         f"{arguments.rounds} rounds; exemplar {shape.width} wide, {shape.layers} layers, {arguments.device}"
