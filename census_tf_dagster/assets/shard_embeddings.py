@@ -102,6 +102,8 @@ def _figures(summary: "ShardSummary") -> dict[str, Any]:
             "attention": times.devices[0]["attention"],
             "row_fill": round(times.fill(), 4),
             "limited_by": times.limit(),
+            "gpu_peak_gib": round(max(one["peak_bytes"] for one in times.counters.values()) / 2**30, 2),
+            "out_of_memory": int(sum(one["halvings"] for one in times.counters.values())),
         }
         for name, stage in times.stages.items():
             figures[f"seconds_busy_{name}"] = round(stage.busy, 3)
