@@ -2,7 +2,7 @@
 
     python -m benchmarks.worker [--quick] [--json] [--model metazoa] [--device cuda]
 
-One shard of two megabatches of 16,384 cells, 60,000 genes, median 1,800 expressed, embeddings of 2,048 values, random
+One shard of two megabatches (of 16,384 cells unless said otherwise), 60,000 genes, median 1,800 expressed, embeddings of 2,048 values, random
 weights in the full width, depth and vocabulary of the model. So that a CPU can do it, the vocabulary holds three of the
 genes that cells express (and names of other species): a cell has about five tokens, and everything else is as large as
 in earnest, but for the rows on the device. Run twice: the first prepares the checkpoint, the second finds it prepared.
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tf_sapiens with 1 of 12 layers, megabatches of 1,024")
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
+    parser.add_argument("--megabatch", type=int, default=16_384, help="cells")
     parser.add_argument("--model", choices=list(VOCABULARIES), default="metazoa")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--step", nargs=2, help="(internal) folder, request")
@@ -92,7 +93,7 @@ def main() -> None:
         step = {"build": build, "run": run}[request.pop("step")]
         print(json.dumps(step(Path(arguments.step[0]), **request)))
         return
-    model, layers, megabatch = ("sapiens", 1, 1024) if arguments.quick else (arguments.model, 12, 16_384)
+    model, layers, megabatch = ("sapiens", 1, 1024) if arguments.quick else (arguments.model, 12, arguments.megabatch)
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
 
