@@ -2,10 +2,11 @@
 
     python -m benchmarks.worker [--quick] [--json] [--model metazoa] [--device cuda]
 
-One shard of two megabatches (of 16,384 cells unless said otherwise), 60,000 genes, median 1,800 expressed, embeddings of 2,048 values, random
-weights in the full width, depth and vocabulary of the model. So that a CPU can do it, the vocabulary holds three of the
-genes that cells express (and names of other species): a cell has about five tokens, and everything else is as large as
-in earnest, but for the rows on the device. Run twice: the first prepares the checkpoint, the second finds it prepared.
+One shard of two megabatches (of 16,384 cells unless said otherwise), 60,000 genes, median 1,800 expressed, embeddings
+of 2,048 values, random weights in the full width, depth and vocabulary of the model. So that a CPU can do it, the
+vocabulary holds three of the genes that cells express (and names of other species): a cell has about five tokens, and
+everything else is as large as in earnest, but for the rows on the device. Run twice: the first prepares the checkpoint,
+the second finds it prepared.
 """
 
 import argparse
