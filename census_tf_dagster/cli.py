@@ -100,6 +100,21 @@ def build_parser() -> argparse.ArgumentParser:
     canary.add_argument("--json", action="store_true", help="print one JSON object")
     canary.set_defaults(run=_canary)
 
+    verify = commands.add_parser(
+        "verify",
+        help="check every rule of a finished array: exactly the planned cells, all values, what curators ask for",
+        description=(
+            "Check every rule of a finished array, from metadata and from what the shards read back; --full reads "
+            "every value again, on all cores of this machine. Exit code 1: a rule is broken, which is printed."
+        ),
+        epilog="example: python -m census_tf_dagster verify demo_human 2025-11-08 --full",
+    )
+    verify.add_argument("set", help="name of the set")
+    verify.add_argument("release", help="name of the release")
+    verify.add_argument("--full", action="store_true", help="read every value again")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.set_defaults(run=_verify)
+
     inspect = commands.add_parser(
         "inspect",
         help="list what a store holds: sets, releases, identities, shards done, cells, bytes",
@@ -187,6 +202,27 @@ def _canary(arguments: argparse.Namespace) -> None:
     print(f"centred cosine {result.centred_cosine:.6f}")
     print(f"{result.cells_per_second:.1f} cells/s, {result.tokens_per_second:,.0f} tokens/s on this machine")
     print(f"the release: {result.release_cells:,} cells, {result.release_hours:,.1f} hours of one such machine")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from census_tf_dagster.definitions import deployed_job
+    from census_tf_dagster.steps.finishing import RuleError, verify_array
+
+    def show(done: int, of: int) -> None:
+        print(f"read {done} of {of} shards again", file=sys.stderr)
+
+    with deployed_job(arguments.set, arguments.release) as job:
+        try:
+            findings = verify_array(job, full=arguments.full, report=show)
+        except RuleError as error:
+            findings = error.findings
+    if arguments.json:
+        print(json.dumps({"array": job.folder.array, "rules": {one.rule: one.wrong for one in findings}}))
+    else:
+        print(job.folder.array)
+        for one in findings:
+            print(f"  {one.rule:<16} {'; '.join(one.wrong) or 'kept'}")
+    return int(any(one.wrong for one in findings))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

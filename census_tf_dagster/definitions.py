@@ -2,13 +2,20 @@
 
 Reads the variables of a deployment (the command line reads only where Dagster is). Unset, they mean the demo:
 
-====================  ==========================================  =============================
-variable              meaning                                     default
-====================  ==========================================  =============================
-CENSUS_TF_SETS        folder with ``<set>/defs.yaml`` files       the demo sets of this package
-CENSUS_TF_CENSUS      ``public``, or a location with {release}    demo-data/census/{release}
-CENSUS_TF_STORE       folder or S3 prefix of plans and arrays     demo-data/store
-====================  ==========================================  =============================
+=============================  ==========================================  =============================
+variable                       meaning                                     default
+=============================  ==========================================  =============================
+CENSUS_TF_SETS                 folder with ``<set>/defs.yaml`` files       the demo sets of this package
+CENSUS_TF_CENSUS               ``public``, or a location with {release}    demo-data/census/{release}
+CENSUS_TF_CENSUS_S3_REGION     region of the Census's bucket               us-west-2
+CENSUS_TF_CENSUS_S3_ENDPOINT   S3-compatible server of the Census          AWS
+CENSUS_TF_CENSUS_S3_SIGNED     1: with this machine's credentials          anonymous
+CENSUS_TF_STORE                folder or S3 prefix of plans and arrays     demo-data/store
+CENSUS_TF_STORE_S3_REGION      region of the store's bucket                as AWS's own settings say
+CENSUS_TF_STORE_S3_ENDPOINT    S3-compatible server of the store           AWS
+=============================  ==========================================  =============================
+
+Credentials come from the environment or the role, as for every AWS tool; they are never among these.
 """
 
 import os
@@ -81,12 +88,21 @@ def sets_folder() -> Path:
 
 def census_resource() -> CensusResource:
     """Return this deployment's Census."""
-    return CensusResource(location=os.environ.get("CENSUS_TF_CENSUS", "demo-data/census/{release}"))
+    return CensusResource(
+        location=os.environ.get("CENSUS_TF_CENSUS", "demo-data/census/{release}"),
+        s3_region=os.environ.get("CENSUS_TF_CENSUS_S3_REGION", "us-west-2"),
+        s3_endpoint=os.environ.get("CENSUS_TF_CENSUS_S3_ENDPOINT", ""),
+        s3_anonymous=os.environ.get("CENSUS_TF_CENSUS_S3_SIGNED", "") != "1",
+    )
 
 
 def store_resource() -> StoreResource:
     """Return this deployment's store."""
-    return StoreResource(location=os.environ.get("CENSUS_TF_STORE", "demo-data/store"))
+    return StoreResource(
+        location=os.environ.get("CENSUS_TF_STORE", "demo-data/store"),
+        s3_region=os.environ.get("CENSUS_TF_STORE_S3_REGION", ""),
+        s3_endpoint=os.environ.get("CENSUS_TF_STORE_S3_ENDPOINT", ""),
+    )
 
 
 @contextmanager

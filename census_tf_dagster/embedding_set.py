@@ -5,11 +5,12 @@ from typing import Literal, Self
 import dagster as dg
 from pydantic import BaseModel, Field
 
+from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
-from census_tf_dagster.assets.proved import build_proved_check
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.names import normalise
+from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
@@ -49,6 +50,10 @@ class EmbeddingSet(dg.Component, dg.Model):
         description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
+    publication: Publication | None = Field(
+        default=None,
+        description="What the array says of itself once it is published (CxG_embedding_info). May be added later.",
+    )
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
@@ -77,10 +82,11 @@ class EmbeddingSet(dg.Component, dg.Model):
             compute_precision=self.compute_precision,
             storage_precision=self.storage_precision,
             device=self.device,
+            publication=self.publication,
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
-        """Build the set's three assets and the check of the last."""
+        """Build the set's three assets and the checks of the last."""
         settings = self.settings()
         return dg.Definitions(
             assets=[
@@ -88,5 +94,5 @@ class EmbeddingSet(dg.Component, dg.Model):
                 build_shard_embeddings(settings),
                 build_embeddings_array(settings),
             ],
-            asset_checks=[build_proved_check(settings)],
+            asset_checks=[build_proved_check(settings), build_rule_checks(settings)],
         )

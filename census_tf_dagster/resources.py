@@ -51,13 +51,15 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if "{release}" not in self.location:
             raise UserError(f"the Census location {self.location!r} must be 'public' or contain '{{release}}'.")
         uri = normalise(self.location.format(release=release))
-        if is_local(uri) and not Path(uri.removeprefix("file://")).is_dir():
+        there = Path(uri.removeprefix("file://")).is_dir() if is_local(uri) else self.storage().is_folder(uri)
+        if not there:
             raise UserError(f"release {release!r} is unknown: there is no Census at {uri}.")
         return uri
 
     def storage(self) -> "Storage":
         """Return read access to the Census."""
-        from census_tf_dagster.storage import S3Settings, Storage
+        from census_tf_dagster.s3 import S3Settings
+        from census_tf_dagster.storage import Storage
 
         return Storage(S3Settings(self.s3_region, self.s3_endpoint, self.s3_anonymous))
 
@@ -86,7 +88,8 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def storage(self) -> "Storage":
         """Return read and write access to the store."""
-        from census_tf_dagster.storage import S3Settings, Storage
+        from census_tf_dagster.s3 import S3Settings
+        from census_tf_dagster.storage import Storage
 
         return Storage(S3Settings(self.s3_region, self.s3_endpoint))
 

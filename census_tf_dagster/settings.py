@@ -1,7 +1,9 @@
-"""A set's settings as plain values. Imports nothing, so that definitions load light."""
+"""A set's settings as plain values. Imports nothing heavy, so that definitions load light."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+from census_tf_dagster.publication import Publication
 
 DEFAULT_COMPUTE_PRECISION: Literal["fp16"] = "fp16"
 """The fastest whose relative RMS against fp32 stays below 1e-3: measured 7e-4 on a random model, where bf16 has
@@ -24,3 +26,4 @@ class SetSettings:
     compute_precision: str
     storage_precision: str
     device: str
+    publication: Publication | None

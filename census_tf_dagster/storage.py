@@ -1,62 +1,23 @@
-"""Files and arrays at one kind of place: a local folder or an S3 prefix, through TileDB's VFS.
+"""Files and arrays at one kind of place: a local folder or an S3 prefix.
 
-Holds what the Census side and the store side share: S3 settings and small whole-file reads and writes.
+Holds what the Census side and the store side share: TileDB's contexts, and small whole-file reads and writes.
 Knows nothing of arrays' contents.
 """
 
 import io
 import os
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
 
-import boto3
 import tiledb
 import tiledbsoma
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.names import is_local
-
-
-@dataclass(frozen=True)
-class S3Settings:
-    """How to reach S3; credentials come from the environment or the role, never from here.
-
-    Attributes
-    ----------
-    region
-        AWS region of the bucket; empty: as the environment says.
-    endpoint
-        ``http(s)://host:port`` of an S3-compatible server; empty: AWS.
-    anonymous
-        Send unsigned requests (the public Census).
-    """
-
-    region: str = ""
-    endpoint: str = ""
-    anonymous: bool = False
-
-    def tiledb_config(self) -> dict[str, str]:
-        """Return these settings as TileDB configuration keys."""
-        config: dict[str, str] = {}
-        if self.region:
-            config["vfs.s3.region"] = self.region
-        if self.endpoint:
-            parsed = urlparse(self.endpoint)
-            if parsed.scheme not in ("http", "https") or not parsed.netloc:
-                raise UserError(f"S3 endpoint {self.endpoint!r}: expected http://host:port or https://host:port.")
-            config["vfs.s3.endpoint_override"] = parsed.netloc
-            config["vfs.s3.scheme"] = parsed.scheme
-            config["vfs.s3.use_virtual_addressing"] = "false"
-        if self.anonymous:
-            config["vfs.s3.no_sign_request"] = "true"
-        return config
-
+from census_tf_dagster.s3 import S3Objects, S3Settings
 
 READ_BUFFER_BYTES = 128 * 2**20
 """Per-column read buffer. The library's default of 1 GiB a column lets memory grow to several GB."""
-
 
 UNCHECKED_WRITES = dict.fromkeys(("sm.check_coord_dups", "sm.check_coord_oob", "sm.check_global_order"), "false")
 """TileDB's own checks of each coordinate cost a third of a write; `EmbeddingsArray.write` checks beforehand."""
@@ -81,19 +42,35 @@ class Storage:
             tiledb_config={**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES), **UNCHECKED_WRITES}
         )
         self._vfs = tiledb.VFS(ctx=self.tiledb_ctx)
+        self._objects = S3Objects(self.s3)
+
+    def make_place(self, uri: str) -> None:
+        """Make the bucket of an S3 `uri` when there is none; folders come with the files in them.
+
+        Raises
+        ------
+        UserError
+            When there is none and it cannot be made.
+        """
+        if not is_local(uri):
+            self._objects.make_bucket(uri)
+
+    def storage_version(self, uri: str) -> int:
+        """Return the TileDB storage version of the array at `uri`."""
+        return int(tiledb.ArraySchema.load(uri, ctx=self.tiledb_ctx).version)
 
     def exists(self, uri: str) -> bool:
         """Tell whether a file stands at `uri`."""
-        return bool(self._vfs.is_file(uri))
+        return _path(uri).is_file() if is_local(uri) else self._objects.exists(uri)
 
     def is_folder(self, uri: str) -> bool:
         """Tell whether a folder (or a prefix with objects below it) stands at `uri`."""
-        return bool(self._vfs.is_dir(uri))
+        return _path(uri).is_dir() if is_local(uri) else self._objects.any_below(uri)
 
     def holds_files(self, uri: str) -> bool:
         """Tell whether a file stands at any depth below `uri`; on S3 there are no folders without one."""
         if not is_local(uri):
-            return self.is_folder(uri)
+            return self._objects.any_below(uri)
         return any(files for _, _, files in os.walk(_path(uri)))
 
     def list(self, uri: str) -> list[str]:
@@ -128,10 +105,13 @@ class Storage:
         UserError
             When nothing stands there.
         """
-        if not self.exists(uri):
+        if not is_local(uri):
+            content = self._objects.read(uri)
+        else:
+            content = _path(uri).read_bytes() if self.exists(uri) else None
+        if content is None:
             raise UserError(f"no file at {uri}.")
-        with self._vfs.open(uri, "rb") as file:
-            return bytes(file.read())
+        return content
 
     def open(self, uri: str) -> io.BufferedReader:
         """Open a file for seeking reads."""
@@ -149,10 +129,7 @@ class Storage:
             finally:
                 partial.unlink(missing_ok=True)
         else:
-            # One PutObject. TileDB's VFS deletes the old object first and leaves an empty one when interrupted.
-            bucket, _, key = uri.removeprefix("s3://").partition("/")
-            client = boto3.client("s3", region_name=self.s3.region or None, endpoint_url=self.s3.endpoint or None)
-            client.put_object(Bucket=bucket, Key=key, Body=content)
+            self._objects.write(uri, content)
 
     def download(self, uri: str, path: Path) -> None:
         """Copy a file to the local `path`, atomically."""

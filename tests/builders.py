@@ -2,12 +2,27 @@
 
 from typing import Any
 
+import numpy as np
+
+from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.demo.census import build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
+from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.proof import prove_shard
 from tests.support import RELEASE, Project
 
 N_GENES = 120
+
+PUBLICATION = {
+    "id": "CxG-contrib-99",
+    "embedding_name": "tf_tiny",
+    "title": "Tiny embeddings",
+    "description": "Random weights on synthetic cells.",
+    "primary_contact": {"name": "Ada", "email": "ada@example.org", "affiliation": "Analytical Engines"},
+}
 
 
 def tiny(project: Project, *, cells: int = 200, **attributes: Any) -> Project:
@@ -20,3 +35,20 @@ def tiny(project: Project, *, cells: int = 200, **attributes: Any) -> Project:
     )
     project.add_set("tiny", organism="homo_sapiens", **{"megabatch_size": 16, **attributes})
     return project
+
+
+def value_of(ids: np.ndarray, n_features: int) -> np.ndarray:
+    """Return values that tell of which cell and feature they are, instead of a model's: float32, exact."""
+    return (ids[:, None] * 64 + np.arange(n_features) + 1).astype(np.float32)
+
+
+def fill(job: Job) -> EmbeddingsArray:
+    """Plan, and commit and prove values of `value_of`."""
+    make_plan(job)
+    plan = read_plan(job.store, job.folder.plan)
+    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    for ids in plan.read_ids(job.store, plan.megabatches):
+        array.write(ids, value_of(ids, array.n_features))
+    for shard in range(plan.totals.shards):
+        assert not prove_shard(array, plan, job.folder, shard)
+    return array

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 import anndata
 import numpy as np
@@ -17,11 +18,11 @@ import scipy.sparse
 import yaml
 
 from census_tf_dagster.assets.common import release_job
+from census_tf_dagster.definitions import census_resource, store_resource
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.inference.checkpoint import Checkpoint
 from census_tf_dagster.inference.engine import Engine
 from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.steps.job import Job
 
 REPOSITORY = Path(__file__).parent.parent
@@ -84,8 +85,8 @@ def load_engine(checkpoint: Checkpoint, genes: Sequence[str], precision: str = "
 
 READER = """
 import sys, json, numpy as np, tiledbsoma
-uri, out = sys.argv[1:]
-with tiledbsoma.open(uri) as array:
+uri, out, config = sys.argv[1:]
+with tiledbsoma.open(uri, context=tiledbsoma.SOMATileDBContext(tiledb_config=json.loads(config))) as array:
     table = array.read().tables().concat()
     ids, position = np.unique(table["soma_dim_0"].to_numpy(), return_inverse=True)
     values = np.full((len(ids), array.shape[1]), np.nan, np.float32)
@@ -106,10 +107,12 @@ class StoredArray:
     metadata: dict[str, str]
 
 
-def read_array(uri: str | Path, scratch: Path) -> StoredArray:
-    """Read a whole array in a fresh process."""
+def read_array(uri: str | Path, scratch: Path, config: dict[str, str] | None = None) -> StoredArray:
+    """Read a whole array in a fresh process, with TileDB's configuration where it is not a local one."""
     out = scratch / "array.npz"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", READER, str(uri), str(out)], check=True)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READER, str(uri), str(out), json.dumps(config or {})], check=True
+    )
     with np.load(out) as found:
         return StoredArray(
             ids=found["ids"],
@@ -169,8 +172,9 @@ class Project:
     def job(self, name: str, release: str = RELEASE) -> Iterator[Job]:
         """Open a set's job in this process, as an asset does."""
         attributes = yaml.safe_load((self.folder / "sets" / name / "defs.yaml").read_text())["attributes"]
-        census = CensusResource(location=self.env["CENSUS_TF_CENSUS"])
-        store = StoreResource(location=self.env["CENSUS_TF_STORE"], cache=str(self.folder / "cache"))
+        with mock.patch.dict(os.environ, self.env):
+            census = census_resource()
+            store = store_resource().model_copy(update={"cache": str(self.folder / "cache")})
         with release_job(EmbeddingSet(**attributes).settings(), release, census, store) as job:
             yield job
 

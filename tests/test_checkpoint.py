@@ -17,7 +17,8 @@ from census_tf_dagster.inference.checkpoint import fetch, read_checkpoint
 from census_tf_dagster.inference.engine import Engine, NonFiniteError
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.tokens import Tokenizer
-from census_tf_dagster.storage import S3Settings, Storage
+from census_tf_dagster.s3 import S3Settings
+from census_tf_dagster.storage import Storage
 from tests.support import load_engine
 
 GENES = [f"ENSG{i:011d}" for i in range(30)]

@@ -2,10 +2,18 @@
 
 import dagster as dg
 
+from census_tf_dagster.assets.checks import evaluations
 from census_tf_dagster.assets.common import asset_key, partition_job
 from census_tf_dagster.partitions import BY_RELEASE, RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
+
+
+class ArrayConfig(dg.Config):
+    """Run configuration of the final asset."""
+
+    full: bool = False
+    """Read every value again, not only what was committed after the shards read theirs back."""
 
 
 def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
@@ -23,12 +31,21 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
         ),
     )
     def embeddings_array(
-        context: dg.AssetExecutionContext, census: CensusResource, store: StoreResource
+        context: dg.AssetExecutionContext, config: ArrayConfig, census: CensusResource, store: StoreResource
     ) -> dg.MaterializeResult[None]:
-        from census_tf_dagster.steps.finishing import finish_array
+        from census_tf_dagster.steps.finishing import RuleError, finish_array
+
+        def show(done: int, of: int) -> None:
+            context.log.info(f"read {done} of {of} shards again")
 
         with partition_job(settings, context.partition_key, census, store) as job:
-            summary = finish_array(job)
+            try:
+                summary = finish_array(job, full=config.full, report=show)
+            except RuleError as error:
+                for evaluation in evaluations(settings, context.partition_key, error.findings):
+                    if evaluation.check_name != "publication":
+                        context.log_event(evaluation)
+                raise dg.Failure(str(error), allow_retries=False) from error
         return dg.MaterializeResult(
             metadata={
                 "cells": summary.totals.cells,
@@ -39,6 +56,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
                 "shards_read_again": len(summary.read_again),
                 "plan": summary.totals.plan,
                 "identity": summary.identity,
+                "published": dg.MetadataValue.json(summary.published) if summary.published else "no",
                 "array": dg.MetadataValue.path(summary.uri),
             },
         )

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import asset_key, partition_job
-from census_tf_dagster.assets.proved import report_stale
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings

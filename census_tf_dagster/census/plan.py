@@ -12,6 +12,8 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +84,12 @@ class Plan:
                 f"shard {shard} is not in the plan, which has {self.totals.shards} (0 to {self.totals.shards - 1}). "
                 "If the set's `shards` was changed, materialize obs_id_plan again."
             )
-        return tuple(batch for batch in self.megabatches if batch.shard == shard)
+        return self._by_shard.get(shard, ())
+
+    @cached_property
+    def _by_shard(self) -> dict[int, tuple[Megabatch, ...]]:
+        ordered = sorted(self.megabatches, key=lambda batch: batch.index)
+        return {shard: tuple(batches) for shard, batches in groupby(ordered, key=lambda batch: batch.shard)}
 
     def read_ids(self, storage: Storage, batches: Iterable[Megabatch]) -> list[Int64Array]:
         """Read the soma_joinids, int64 ascending, of each of some megabatches."""

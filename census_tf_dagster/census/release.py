@@ -50,12 +50,15 @@ class OrganismRelease:
         `census_build_date` of its summary.
     organism
         Key under `census_data`.
+    storage
+        How it is read.
     """
 
     uri: str
     build_date: str
     organism: str
     experiment: tiledbsoma.Experiment
+    storage: Storage
 
     @property
     def obs(self) -> tiledbsoma.DataFrame:
@@ -77,6 +80,10 @@ class OrganismRelease:
         """Return the largest obs joinid + 1: what consumers want as the array's first dimension."""
         _, last = self.obs.non_empty_domain()[0]
         return int(last) + 1
+
+    def storage_version(self) -> int:
+        """Return the TileDB storage version of obs: consumers want an embedding in the same one."""
+        return self.storage.storage_version(self.obs.uri)
 
     def genes(self) -> Genes:
         """Read the gene axis.
@@ -167,4 +174,4 @@ def open_release(uri: str, organism: str, storage: Storage) -> Iterator[Organism
         missing = OBS_COLUMNS - set(experiment.obs.keys())
         if missing:
             raise UserError(f"obs of {organism} in {uri} lacks the columns {', '.join(sorted(missing))}.")
-        yield OrganismRelease(uri, build_date, organism, experiment)
+        yield OrganismRelease(uri, build_date, organism, experiment, storage)

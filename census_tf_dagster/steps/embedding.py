@@ -9,7 +9,7 @@ from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.pipeline import TRIES, Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import is_proved, prove_shard
+from census_tf_dagster.store.proof import ProofError, is_proved, prove_shard
 
 MOST_SET_ASIDE = 8
 """With more, the fault is hardly in the cells: stop spending."""
@@ -145,6 +145,8 @@ def embed_shard(
         raise SetAsideError(sorted(failed, key=lambda one: one.batch.index), untried=0, recompute=recompute)
     started = time.monotonic()
     if summary.megabatches_computed or not is_proved(array, plan, job.folder, shard):
-        prove_shard(array, plan, job.folder, shard)
+        problems = prove_shard(array, plan, job.folder, shard)
+        if problems:
+            raise ProofError(f"shard {shard} was read back: {problems}. Run it with `recompute: true`.")
     summary.proof_seconds = time.monotonic() - started
     return summary

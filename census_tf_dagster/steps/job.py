@@ -19,6 +19,7 @@ class Job:
     """One set and release, opened: everything that the steps need, and nothing written yet."""
 
     settings: SetSettings
+    release_name: str
     release: OrganismRelease
     genes: Genes
     checkpoint: Checkpoint
@@ -85,4 +86,4 @@ def open_job(
             embedding_dim=checkpoint.shape.embed_dim,
         )
         folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
-        yield Job(settings, opened, genes, checkpoint, identity, store, folder, cache)
+        yield Job(settings, release, opened, genes, checkpoint, identity, store, folder, cache)

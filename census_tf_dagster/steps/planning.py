@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import tiledb
 
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.plan import Megabatch, PlanTotals, divide, plan_totals, write_obs_ids, write_plan
@@ -34,6 +35,8 @@ class PlanSummary:
         Genes that any cell expresses, and how many of those the checkpoint knows.
     known_share
         Share of all expressed (cell, gene) pairs whose gene the checkpoint knows, over the whole organism.
+    storage_versions
+        TileDB's, of the array and of the Census. Where they differ, the Census's tool refuses the embedding.
     """
 
     totals: PlanTotals
@@ -41,6 +44,7 @@ class PlanSummary:
     expressed_genes: int
     known_genes: int
     known_share: float
+    storage_versions: tuple[int, int]
     root: str
     identity: str
 
@@ -112,10 +116,20 @@ def survey(job: Job) -> Survey:
         expressed_genes=int(np.count_nonzero(expressing)),
         known_genes=int(np.count_nonzero(expressing[known])),
         known_share=known_share,
+        storage_versions=(_storage_version(job), job.release.storage_version()),
         root=job.folder.root,
         identity=job.identity.digest,
     )
     return Survey(joinids, megabatches, summary)
+
+
+def _storage_version(job: Job) -> int:
+    """Return the storage version of the array that is there, else the one that TileDB here would create."""
+    if job.store.holds_files(job.folder.array):
+        return job.store.storage_version(job.folder.array)
+    # A schema that was not stored has the version of the library; tiledbsoma carries the same core.
+    domain = tiledb.Domain(tiledb.Dim("soma_dim_0", domain=(0, 1), dtype="int64"))
+    return int(tiledb.ArraySchema(domain, [tiledb.Attr("soma_data", dtype="float32")], sparse=True).version)
 
 
 def make_plan(job: Job) -> PlanSummary:
@@ -128,6 +142,7 @@ def make_plan(job: Job) -> PlanSummary:
     """
     found = survey(job)
     # First, so that nothing is written when an array of another identity is there.
+    job.store.make_place(job.folder.root)
     EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())
     write_obs_ids(job.store, job.folder.obs_ids, found.joinids)
     # Last: a current plan is a complete one.

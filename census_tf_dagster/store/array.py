@@ -6,7 +6,7 @@ atomic. The array itself is the checkpoint: what is committed stands in its frag
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import tiledbsoma
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
+from census_tf_dagster.publication import INFO_KEY
+from census_tf_dagster.s3 import StoreError
 from census_tf_dagster.storage import Storage
 
 IDENTITY_KEY = "census_tf_identity"
@@ -72,8 +74,14 @@ class EmbeddingsArray:
 
     uri: str
     storage: Storage
-    rows: int
+    shape: tuple[int, int]
     n_features: int
+    """Values of each embedding: the second dimension, as the identity says."""
+
+    @property
+    def rows(self) -> int:
+        """The first dimension: joinids are below it."""
+        return self.shape[0]
 
     @classmethod
     def create(cls, uri: str, storage: Storage, identity: Identity, rows: int) -> "EmbeddingsArray":
@@ -133,19 +141,20 @@ class EmbeddingsArray:
         if stored is None:
             raise UserError(f"the array at {uri} was not made by this project: it has no {IDENTITY_KEY}.")
         identity.require_equal(stored, f"the array at {uri}")
-        return found
+        return replace(found, n_features=identity.embedding_dim)
 
     @classmethod
     def look(cls, uri: str, storage: Storage) -> tuple["EmbeddingsArray", str | None]:
         """Open whatever array is there, for reading; return it with its identity's JSON, if it has one."""
         try:
             with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context) as array:
-                return cls(uri, storage, *map(int, array.shape)), array.metadata.get(IDENTITY_KEY)
+                rows, n_features = map(int, array.shape)
+                return cls(uri, storage, (rows, n_features), n_features), array.metadata.get(IDENTITY_KEY)
         except tiledbsoma.DoesNotExistError as error:
             if storage.holds_files(uri):
                 raise UserError(f"{uri} holds something that is no SparseNDArray; move it away.") from error
             raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{uri} holds something that is no SparseNDArray; move it away ({error}).") from error
 
     def write(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:
@@ -157,6 +166,11 @@ class EmbeddingsArray:
             Strictly ascending, int64 ``(n,)``.
         embeddings
             float32 ``(n, n_features)``, finite.
+
+        Raises
+        ------
+        StoreError
+            When the store stays unreachable or has no room; nothing of these cells is there then.
         """
         n = len(joinids)
         if embeddings.shape != (n, self.n_features):
@@ -173,8 +187,14 @@ class EmbeddingsArray:
         )
         # Opened for each write: all writes through one handle would carry the time of its opening, and
         # the later of two values for a cell wins by that time. Not sorted again: it is in global order.
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
-            array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
+        try:
+            with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
+                array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
+        except (tiledbsoma.SOMAError, RuntimeError) as error:
+            raise StoreError(
+                f"{n} cells could not be committed to {self.uri}: {error}. What is committed stays: run the shard "
+                "again when the store can be written."
+            ) from error
 
     def fragments(self) -> list[Fragment]:
         """List what is committed, from metadata alone; in order of the first joinid."""
@@ -200,6 +220,20 @@ class EmbeddingsArray:
         """Yield all stored values with joinids in a range, as soma_dim_0, soma_dim_1, soma_data."""
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             yield from array.read(coords=(slice(first, last), slice(None))).tables()
+
+    def read_info(self) -> str | None:
+        """Return the stored `CxG_embedding_info`, JSON; None when there is none."""
+        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
+            info: str | None = array.metadata.get(INFO_KEY)
+        return info
+
+    def write_info(self, info: dict[str, Any] | None) -> None:
+        """Store what consumers read of a published embedding; None: remove it."""
+        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
+            if info is not None:
+                array.metadata[INFO_KEY] = json.dumps(info)
+            elif INFO_KEY in array.metadata:
+                del array.metadata[INFO_KEY]
 
     def read_record(self) -> dict[str, Any]:
         """Return what `write_record` stored; empty when the array was never proved."""

@@ -34,6 +34,11 @@ class ReleaseFolder:
         """The SOMA array."""
         return f"{self.root}/embeddings"
 
+    @property
+    def meta(self) -> str:
+        """What a published array says of itself, as the Census's tool for contributed embeddings takes it."""
+        return f"{self.root}/meta.yml"
+
     def proof(self, plan: str, shard: int) -> str:
         """Return where the proof of a shard stands."""
         return f"{self.root}/proofs/{plan}/{shard:05d}.json"

@@ -7,19 +7,20 @@ again. So the last asset costs O(fragments), not O(cells).
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-
-from census_tf_dagster.census.plan import Megabatch, Plan
+from census_tf_dagster.census.plan import Plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.store.array import EmbeddingsArray, Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
+from census_tf_dagster.store.readback import Problems, read_back
 
-CELLS_AT_ONCE = 4096
+READERS = min(len(os.sched_getaffinity(0)), 8)
+"""Shards read at once: reading is bound by the processor, and each takes about a GB of memory."""
 
 
 class ProofError(Exception):
@@ -56,25 +57,26 @@ def is_proved(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: 
     return proof is not None and set(proof.fragments) == set(_fragments_of(array, plan, shard))
 
 
-def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Proof:
-    """Read one shard's range back and write its proof.
+def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Problems:
+    """Read one shard's range back; write its proof when nothing is wrong.
 
-    Raises
-    ------
-    ProofError
-        When a planned cell is missing or lacks values, a value is not finite, or an unplanned cell is there.
+    Returns
+    -------
+    Problems
+        What is wrong: planned cells that are missing or incomplete, cells that nobody planned, values that are not
+        finite, cells of zeros.
     """
     batches = plan.shard(shard)
     # Listed before reading: a fragment that comes in between is not covered and will be read again.
     fragments = _fragments_of(array, plan, shard)
+    problems = Problems()
     if batches:
-        first, last = answered_ranges(plan, array.rows)[shard]
-        ends = [batch.first - 1 for batch in batches[1:]] + [last]
-        for number, (batch, end) in enumerate(zip(batches, ends, strict=True)):
-            _require_exactly(array, plan, batch, batch.first if number else first, end)
+        problems = read_back(array, plan, batches, *answered_ranges(plan, array.rows)[shard])
     proof = Proof(plan.totals.plan, shard, sum(batch.cells for batch in batches), fragments)
-    array.storage.write(folder.proof(proof.plan, shard), json.dumps(asdict(proof)).encode())
-    return proof
+    # An earlier proof no longer holds when something is wrong now.
+    content = b"{}" if problems else json.dumps(asdict(proof)).encode()
+    array.storage.write(folder.proof(proof.plan, shard), content)
+    return problems
 
 
 def proved_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> set[int]:
@@ -116,46 +118,23 @@ def _read_proof(array: EmbeddingsArray, uri: str) -> Proof | None:
         return None
 
 
-def _require_exactly(array: EmbeddingsArray, plan: Plan, batch: Megabatch, begin: int, end: int) -> None:
-    (planned,) = plan.read_ids(array.storage, [batch])
-    for at in range(0, len(planned), CELLS_AT_ONCE):
-        part = planned[at : at + CELLS_AT_ONCE]
-        low = begin if at == 0 else int(part[0])
-        high = end if at + CELLS_AT_ONCE >= len(planned) else int(planned[at + CELLS_AT_ONCE]) - 1
-        counts = np.zeros(len(part), np.int64)
-        for table in array.values_between(low, high):
-            counts += _count_values(table, part)
-        short = part[counts != array.n_features]
-        if len(short):
-            raise ProofError(
-                f"{len(short)} planned cells are missing or incomplete in {array.uri}, joinids "
-                f"{short[:10].tolist()}; each must have {array.n_features} values. Run their shard with "
-                "`recompute: true`."
-            )
-
-
-def _count_values(table: pa.Table, planned: np.ndarray) -> np.ndarray:
-    joinids = table["soma_dim_0"].to_numpy()
-    values = table["soma_data"].to_numpy()
-    if not np.isfinite(values).all():
-        wrong = np.unique(joinids[~np.isfinite(values)])
-        raise ProofError(
-            f"{len(wrong)} cells have values that are not finite, joinids {wrong[:10].tolist()}. Run their shard with "
-            "`recompute: true`."
-        )
-    position = np.minimum(np.searchsorted(planned, joinids), len(planned) - 1)
-    strange = np.unique(joinids[planned[position] != joinids])
-    if len(strange):
-        raise ProofError(f"{len(strange)} cells are in the array but not planned, joinids {strange[:10].tolist()}.")
-    return np.bincount(position, minlength=len(planned))
-
-
 @dataclass(frozen=True)
 class ReleaseProof:
-    """A proved release: which fragments the proof covers, and the shards that had to be read again."""
+    """What reading back has shown of a whole release.
+
+    Attributes
+    ----------
+    covered
+        Digest of the fragments that the proof covers.
+    read_again
+        Shards that had to be read again.
+    problems
+        What is wrong; empty: the array is exactly the plan.
+    """
 
     covered: str
     read_again: tuple[int, ...]
+    problems: Problems
 
 
 def coverage(fragments: Iterable[str]) -> str:
@@ -172,15 +151,31 @@ def release_state(array: EmbeddingsArray, plan: Plan) -> Literal["unproved", "st
     return "proved" if (record.get("plan"), record.get("covered")) == now else "stale"
 
 
-def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> ReleaseProof:
-    """Prove that the whole array is exactly the plan.
+def prove_release(
+    array: EmbeddingsArray,
+    plan: Plan,
+    folder: ReleaseFolder,
+    *,
+    full: bool = False,
+    report: Callable[[int, int], None] = lambda _done, _of: None,
+) -> ReleaseProof:
+    """Prove that the whole array is exactly the plan: from the shards' proofs, reading only what came after them.
+
+    Parameters
+    ----------
+    array, plan, folder
+        What is proved.
+    full
+        Read everything again, whatever was proved.
+    report
+        Called with how many shards were read again, of how many.
 
     Raises
     ------
     UserError
         When shards have not finished, naming them.
     ProofError
-        When the array does not hold what was planned.
+        When the proofs contradict the plan.
     """
     proofs = _read_proofs(array, plan, folder)
     unfinished = [shard for shard in range(plan.totals.shards) if shard not in proofs]
@@ -189,10 +184,17 @@ def prove_release(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> 
             f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {unfinished[:10]}: "
             "materialize shard_embeddings of these partitions first."
         )
-    stale = sorted(set(proofs) - _still_covered(array, plan, proofs))
-    for shard in stale:
-        proofs[shard] = prove_shard(array, plan, folder, shard)
+    again = sorted(set(proofs) - (set() if full else _still_covered(array, plan, proofs)))
+    problems = Problems()
+    with ThreadPoolExecutor(max_workers=READERS) as pool:
+        reading = pool.map(lambda shard: prove_shard(array, plan, folder, shard), again)
+        for done, found in enumerate(reading, start=1):
+            problems.merge(found)
+            report(done, len(again))
+    if again and not problems:
+        proofs = _read_proofs(array, plan, folder)
     proved = sum(proof.cells for proof in proofs.values())
     if proved != plan.totals.cells:
         raise ProofError(f"{proved} cells are proved, {plan.totals.cells} were planned: the proofs are damaged.")
-    return ReleaseProof(coverage(name for proof in proofs.values() for name in proof.fragments), tuple(stale))
+    covered = coverage(name for proof in proofs.values() for name in proof.fragments)
+    return ReleaseProof(covered, tuple(again), problems)
