@@ -21,7 +21,7 @@ Credentials come from the environment or the role, as for every AWS tool; they a
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -86,22 +86,22 @@ def sets_folder() -> Path:
     return Path(os.environ.get("CENSUS_TF_SETS", Path(__file__).parent / "defs"))
 
 
-def census_resource() -> CensusResource:
+def census_resource(environment: Mapping[str, str] = os.environ) -> CensusResource:
     """Return this deployment's Census."""
     return CensusResource(
-        location=os.environ.get("CENSUS_TF_CENSUS", "demo-data/census/{release}"),
-        s3_region=os.environ.get("CENSUS_TF_CENSUS_S3_REGION", "us-west-2"),
-        s3_endpoint=os.environ.get("CENSUS_TF_CENSUS_S3_ENDPOINT", ""),
-        s3_anonymous=os.environ.get("CENSUS_TF_CENSUS_S3_SIGNED", "") != "1",
+        location=environment.get("CENSUS_TF_CENSUS", "demo-data/census/{release}"),
+        s3_region=environment.get("CENSUS_TF_CENSUS_S3_REGION", "us-west-2"),
+        s3_endpoint=environment.get("CENSUS_TF_CENSUS_S3_ENDPOINT", ""),
+        s3_anonymous=environment.get("CENSUS_TF_CENSUS_S3_SIGNED", "") != "1",
     )
 
 
-def store_resource() -> StoreResource:
+def store_resource(environment: Mapping[str, str] = os.environ) -> StoreResource:
     """Return this deployment's store."""
     return StoreResource(
-        location=os.environ.get("CENSUS_TF_STORE", "demo-data/store"),
-        s3_region=os.environ.get("CENSUS_TF_STORE_S3_REGION", ""),
-        s3_endpoint=os.environ.get("CENSUS_TF_STORE_S3_ENDPOINT", ""),
+        location=environment.get("CENSUS_TF_STORE", "demo-data/store"),
+        s3_region=environment.get("CENSUS_TF_STORE_S3_REGION", ""),
+        s3_endpoint=environment.get("CENSUS_TF_STORE_S3_ENDPOINT", ""),
     )
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 import boto3
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
 from census_tf_dagster.errors import UserError
 
@@ -149,6 +149,8 @@ class S3Objects:
                 who = "without credentials" if self._settings.anonymous else "with the credentials found here"
                 raise UserError(f"access to {uri} is denied {who}: {error}") from error
             raise StoreError(f"{uri} cannot be reached: {error}") from error
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise UserError(f"there are no credentials for {uri}: give this environment a role or AWS keys.") from error
         except BotoCoreError as error:
             raise StoreError(f"{uri} cannot be reached: {error}") from error
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-from unittest import mock
 
 import anndata
 import numpy as np
@@ -172,9 +171,9 @@ class Project:
     def job(self, name: str, release: str = RELEASE) -> Iterator[Job]:
         """Open a set's job in this process, as an asset does."""
         attributes = yaml.safe_load((self.folder / "sets" / name / "defs.yaml").read_text())["attributes"]
-        with mock.patch.dict(os.environ, self.env):
-            census = census_resource()
-            store = store_resource().model_copy(update={"cache": str(self.folder / "cache")})
+        # Not by changing this process's environment: TileDB's threads read it.
+        census = census_resource(self.env)
+        store = store_resource(self.env).model_copy(update={"cache": str(self.folder / "cache")})
         with release_job(EmbeddingSet(**attributes).settings(), release, census, store) as job:
             yield job
 

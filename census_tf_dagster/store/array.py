@@ -6,6 +6,7 @@ atomic. The array itself is the checkpoint: what is committed stands in its frag
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,13 +188,18 @@ class EmbeddingsArray:
         )
         # Opened for each write: all writes through one handle would carry the time of its opening, and
         # the later of two values for a cell wins by that time. Not sorted again: it is in global order.
+        with self._writing(f"{n} cells") as array:
+            array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[tiledbsoma.SparseNDArray]:
         try:
             with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
-                array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
-        except (tiledbsoma.SOMAError, RuntimeError) as error:
+                yield array
+        except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError) as error:
             raise StoreError(
-                f"{n} cells could not be committed to {self.uri}: {error}. What is committed stays: run the shard "
-                "again when the store can be written."
+                f"{what} could not be written to {self.uri}: {error}. What is committed stays: run this again when the "
+                "store can be written."
             ) from error
 
     def fragments(self) -> list[Fragment]:
@@ -229,7 +235,7 @@ class EmbeddingsArray:
 
     def write_info(self, info: dict[str, Any] | None) -> None:
         """Store what consumers read of a published embedding; None: remove it."""
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
+        with self._writing("CxG_embedding_info") as array:
             if info is not None:
                 array.metadata[INFO_KEY] = json.dumps(info)
             elif INFO_KEY in array.metadata:
@@ -243,7 +249,7 @@ class EmbeddingsArray:
 
     def write_record(self, record: dict[str, object]) -> None:
         """Store how the array was made beside its identity."""
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
+        with self._writing("the record") as array:
             array.metadata[RECORD_KEY] = json.dumps(record, sort_keys=True)
 
 
