@@ -1,16 +1,12 @@
 """Options and the few fixtures that several test modules share."""
 
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import SHARED_DATA, Oracle, Project
+from tests.support import SHARED_DATA, Oracle, Project, moto_server
 
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
 
@@ -41,26 +37,10 @@ def real_file(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def _refuses(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The endpoint of an S3 server in a process of its own: TileDB holds the interpreter while it asks."""
+    """The endpoint of an S3 server."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while _refuses(port):
-        assert server.poll() is None, "the S3 server did not start"
-        assert time.monotonic() < deadline, "the S3 server does not answer"
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.kill()
-    server.wait()
+    with moto_server() as endpoint:
+        yield endpoint
