@@ -1,8 +1,8 @@
 """Every way in places its runs, and a fleet that loses workers ends with the right array.
 
-deploy/ecs/dagster.yaml on a real PostgreSQL, with a real webserver and daemon; in front of moto's ECS a double that runs
-what is launched, each command in processes of its own. The set `tiny` is done for real; `gpu` and `auto` need a GPU, so
-their runs are only looked at, but for one that fails for want of it.
+deploy/ecs/dagster.yaml on a real PostgreSQL, with a real webserver and daemon; in front of moto's ECS a double that
+runs what is launched, each command in processes of its own. The set `tiny` is done for real; `gpu` and `auto` need a
+GPU, so their runs are only looked at, but for one that fails for want of it.
 """
 
 import json
@@ -87,7 +87,8 @@ class Cluster:
         found = {}
         for run in self.deployment.ask(RUNS)["runsOrError"]["results"]:
             tags = {tag["key"]: tag["value"] for tag in run["tags"]}
-            name, asset = run["assetSelection"][0]["path"]
+            # Those of a sensor or schedule with a target of its own are whole jobs: gpu's shards.
+            name, asset = run["assetSelection"][0]["path"] if run["assetSelection"] else ("gpu", "shard_embeddings")
             partition = tags["dagster/partition"]
             found[run["runId"]] = run | {"set": name, "asset": asset, "partition": partition, "tags": tags}
         return found
