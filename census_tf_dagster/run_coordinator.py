@@ -67,8 +67,13 @@ class PlacingRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         """
         run = context.dagster_run
         if run.status == dg.DagsterRunStatus.NOT_STARTED:
-            steps = step_tags(self._instance, run)
-            self._instance.add_run_tags(run.run_id, place(self._platform, steps, run.tags))
+            try:
+                steps = step_tags(self._instance, run)
+                self._instance.add_run_tags(run.run_id, place(self._platform, steps, run.tags))
+            except UserError:
+                # Dagster would submit it again and again, to be refused each time.
+                self._instance.add_run_tags(run.run_id, {"dagster/max_retries": "0"})
+                raise
         return super().submit_run(context)
 
 

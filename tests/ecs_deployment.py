@@ -21,6 +21,8 @@ CAP = 2
 CLUSTER, CONTROL, WORKER = "census-tf", "census-tf-control", "census-tf-worker"
 NETWORK = {"awsvpcConfiguration": {"subnets": ["subnet-1"], "securityGroups": ["sg-1"], "assignPublicIp": "DISABLED"}}
 REGION = "us-west-2"
+STOCK = {"run_coordinator": {"module": "dagster.core.run_coordinator", "class": "QueuedRunCoordinator"}}
+"""A change to dagster.yaml that takes the placing away."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.run_coordinator import PlacingRunCoordinator
-from tests.ecs_deployment import doubles, write_dagster_yaml
+from tests.ecs_deployment import STOCK, doubles, write_dagster_yaml
 from tests.placements import PLACEMENT, declare
 from tests.postgres import PASSWORD, postgres
 from tests.support import RELEASE, REPOSITORY, Project
@@ -40,7 +40,6 @@ from tests.test_fleet import on_cpu, on_gpu_node
 
 ASSETS = {"shard_embeddings": f"{RELEASE}|0", "obs_id_plan": RELEASE, "embeddings_array": RELEASE}
 VERSIONS = ("1.31", "1.37")
-STOCK = {"run_coordinator": {"module": "dagster.core.run_coordinator", "class": "QueuedRunCoordinator"}}
 K8S_ENV = {
     "CENSUS_TF_LOG_BUCKET": "dagster-logs",
     "CENSUS_TF_NAMESPACE": "census-tf",

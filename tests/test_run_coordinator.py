@@ -150,6 +150,7 @@ def test_a_run_whose_plan_cannot_be_read_is_not_queued(instance: dg.DagsterInsta
     left = instance.get_run_by_id(run.run_id)
     assert left is not None
     assert left.status == dg.DagsterRunStatus.NOT_STARTED
+    assert left.tags["dagster/max_retries"] == "0"
 
 
 def test_the_platform_must_be_said(tmp_path: Path) -> None:
