@@ -136,10 +136,9 @@ class Placement(_Strict):
         if self.gpus:
             gpus = {"resourceRequirements": [{"type": "GPU", "value": str(self.gpus)}]}
             tags["ecs/container_overrides"] = json.dumps(gpus)
-        if self.cpu is not None:
-            tags["ecs/cpu"] = str(round(self.cpu * 1024))
-        if self.memory_gib is not None:
-            tags["ecs/memory"] = str(self.memory_gib * 1024)
+        # Empty: those of the task definition. Without a tag the launcher would give the sizes of CPU runs.
+        tags["ecs/cpu"] = "" if self.cpu is None else str(round(self.cpu * 1024))
+        tags["ecs/memory"] = "" if self.memory_gib is None else str(self.memory_gib * 1024)
         return tags
 
     def _kubernetes_config(self, kubernetes: Kubernetes) -> dict[str, Any]:

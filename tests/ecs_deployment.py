@@ -12,7 +12,7 @@ import boto3
 import yaml
 
 from tests.deployment import Operator, running
-from tests.ecs_double import EcsDouble, serving
+from tests.ecs_double import Call, EcsDouble, serving
 from tests.placements import declare
 from tests.postgres import postgres
 from tests.support import RELEASE, REPOSITORY, Project, moto_server
@@ -79,6 +79,29 @@ def write_dagster_yaml(home: Path, **changes: Any) -> None:
     config["run_launcher"]["config"]["run_task_kwargs"]["networkConfiguration"] = NETWORK
     home.mkdir(parents=True, exist_ok=True)
     (home / "dagster.yaml").write_text(yaml.safe_dump(config | changes))
+
+
+def on_gpu_node(call: Call) -> bool:
+    """Whether a RunTask has all that takes it to a GPU node, and nothing that does not go with it."""
+    (container,) = call["overrides"]["containerOverrides"]
+    return (
+        container.get("resourceRequirements") == [{"type": "GPU", "value": "1"}]
+        and (container["cpu"], container["memory"]) == (4096, 28672)
+        and call.get("capacityProviderStrategy") == [{"capacityProvider": "gpu-spot", "weight": 1}]
+        and call["taskDefinition"] == "census-tf-worker:7"
+        and not call.keys() & {"launchType", "networkConfiguration"}
+    )
+
+
+def on_cpu(call: Call) -> bool:
+    """Whether a RunTask is that of a run without a placement."""
+    (container,) = call["overrides"]["containerOverrides"]
+    return (
+        "resourceRequirements" not in container
+        and "capacityProviderStrategy" not in call
+        and call["launchType"] == "FARGATE"
+        and f"task-definition/{CONTROL}:" in call["taskDefinition"]
+    )
 
 
 @contextmanager

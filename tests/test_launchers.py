@@ -32,11 +32,10 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.run_coordinator import PlacingRunCoordinator
-from tests.ecs_deployment import STOCK, doubles, write_dagster_yaml
+from tests.ecs_deployment import STOCK, doubles, on_cpu, on_gpu_node, write_dagster_yaml
 from tests.placements import PLACEMENT, declare
 from tests.postgres import PASSWORD, postgres
 from tests.support import RELEASE, REPOSITORY, Project
-from tests.test_fleet import on_cpu, on_gpu_node
 
 ASSETS = {"shard_embeddings": f"{RELEASE}|0", "obs_id_plan": RELEASE, "embeddings_array": RELEASE}
 VERSIONS = ("1.31", "1.37")
@@ -221,10 +220,14 @@ def test_ecs_with_and_without_the_coordinator(project: Project, ours: bool) -> N
         with mock.patch.dict(os.environ, project.env):
             for asset in ASSETS:
                 launch(project, asset)
-    plan_and_array = [task.call for task in double.tasks[1:]]
-    assert on_gpu_node(double.tasks[0].call) is ours
-    assert len(plan_and_array) == 2
-    assert all(on_cpu(call) for call in plan_and_array)
+            declare(project.folder / "sets", cpu=None, memory_gib=None)
+            launch(project, "shard_embeddings")
+    shard, plan, array, unsized = double.tasks
+    assert on_gpu_node(shard.call) is ours
+    assert on_cpu(plan.call)
+    assert on_cpu(array.call)
+    # Sizes that no placement states are the task definition's, not those of CPU runs.
+    assert (unsized.container.keys() & {"cpu", "memory"} == set()) is ours
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,9 @@ def test_a_set_on_the_cpu_is_placed_only_when_it_says_so() -> None:
     assert shard_tags("cpu", None, deployment) == {}
     assert shard_tags("cuda", None, deployment) == TAGS
     assert shard_tags("cuda", None, None) == {"census_tf/node": "gpu"}
+    # Empty: the task definition's sizes. Without a tag the launcher would give those of CPU runs.
+    unsized = shard_tags("cuda", Placement(cpu=None, memory_gib=None), deployment)
+    assert (unsized["ecs/cpu"], unsized["ecs/memory"]) == ("", "")
     large = shard_tags("cpu", Placement(gpus=0), deployment)
     assert large.keys() == TAGS.keys() - {"census_tf/node", "ecs/container_overrides"}
     assert "nvidia.com/gpu" not in json.loads(large["dagster-k8s/config"])["container_config"]["resources"]["limits"]
