@@ -138,8 +138,8 @@ class Story:
     moved: str
 
     def tasks(self) -> list[tuple[dict[str, Any], Task]]:
-        """Every RunTask with its run."""
-        return [(self.runs[task.run_id], task) for task in self.on.ecs.tasks]
+        """Every RunTask up to the end of the story, with its run."""
+        return [(self.runs[task.run_id], task) for task in self.on.ecs.tasks if task.run_id in self.runs]
 
     def of(self, shard: int) -> list[dict[str, Any]]:
         """The runs of one of tiny's shards, first to last."""
@@ -196,7 +196,7 @@ def test_every_shard_s_task_is_on_a_gpu_node_and_no_other_is(story: Story) -> No
         seen.add((way_in(run), run["asset"]))
         if run["asset"] == "shard_embeddings":
             call = json.loads(json.dumps(task.call))
-            if run["tags"]["ecs/memory"] == "61440":
+            if run["tags"].get("ecs/memory") == "61440":
                 call["overrides"]["containerOverrides"][0]["memory"] = 28672
             assert on_gpu_node(call), (run, task.call)
             assert not on_cpu(task.call)

@@ -44,6 +44,7 @@ K8S_ENV = {
     "CENSUS_TF_NAMESPACE": "census-tf",
     "CENSUS_TF_SERVICE_ACCOUNT": "census-tf-run",
     "CENSUS_TF_CONTROL_IMAGE": "registry.example/census-tf-control:0.1.0",
+    "CENSUS_TF_SETS": "/opt/sets",
     "CENSUS_TF_CENSUS": "public",
     "CENSUS_TF_STORE": "s3://bucket/store",
     "AWS_DEFAULT_REGION": "us-west-2",
