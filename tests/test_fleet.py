@@ -227,7 +227,7 @@ def test_what_a_user_has_to_mend_is_not_retried(story: Story) -> None:
 def test_never_more_gpu_runs_than_the_cap(story: Story) -> None:
     ends = {run["runId"]: run["endTime"] for run in story.runs.values()}
     # This one ended a second time.
-    lost = story.of(FALSELY_LOST)[0]["runId"]
+    lost = story.cluster.struck[FALSELY_LOST].run_id
     events = story.cluster.deployment.ask(FAILURES, run=lost)["logsForRun"]["events"]
     (ends[lost],) = [float(one["timestamp"]) / 1000 for one in events if one["__typename"] == "RunFailureEvent"]
     spans = [(task.at, ends[task.run_id]) for run, task in story.tasks() if run["asset"] == "shard_embeddings"]
@@ -237,9 +237,10 @@ def test_never_more_gpu_runs_than_the_cap(story: Story) -> None:
 
 @pytest.mark.parametrize("shard", STRIKES)
 def test_a_lost_worker_s_shard_is_retried_and_resumed(story: Story, shard: int) -> None:
-    first, second = story.of(shard)
+    first, second = story.runs[story.cluster.struck[shard].run_id], story.of(shard)[-1]
     assert first["tags"]["dagster/will_retry"] == "true"
-    assert (second["status"], second["tags"]["dagster/retry_number"]) == ("SUCCESS", "1")
+    assert second["status"] == "SUCCESS"
+    assert int(second["tags"]["dagster/retry_number"]) >= 1
     # Once it is done, the falsely lost one counts as what it is.
     assert first["status"] == ("SUCCESS" if shard == FALSELY_LOST else "FAILURE")
     deployment = story.cluster.deployment
