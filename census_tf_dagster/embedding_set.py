@@ -10,6 +10,7 @@ from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.names import normalise
+from census_tf_dagster.placement import Placement, read_placement, shard_tags
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 
@@ -54,6 +55,9 @@ class EmbeddingSet(dg.Component, dg.Model):
         default=None,
         description="What the array says of itself once it is published (CxG_embedding_info). May be added later.",
     )
+    placement: Placement | None = Field(
+        default=None, description="Which node a shard runs on, where it differs from the deployment's placement.yaml."
+    )
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
@@ -65,7 +69,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         """Make a set of validated attributes; ``{{ env.NAME }}`` in texts is resolved."""
         if not isinstance(attributes, cls):
             raise TypeError(f"attributes are {type(attributes).__name__}; expected {cls.__name__}")
-        return cls.model_validate(context.resolution_context.resolve_value(attributes.model_dump()))
+        return cls.model_validate(context.resolution_context.resolve_value(attributes.model_dump(exclude_unset=True)))
 
     def settings(self) -> SetSettings:
         """Return the set as plain values."""
@@ -85,13 +89,14 @@ class EmbeddingSet(dg.Component, dg.Model):
             publication=self.publication,
         )
 
-    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Build the set's three assets and the checks of the last."""
         settings = self.settings()
+        placement = shard_tags(self.device, self.placement, read_placement(context.defs_module_path))
         return dg.Definitions(
             assets=[
                 build_obs_id_plan(settings),
-                build_shard_embeddings(settings),
+                build_shard_embeddings(settings, placement),
                 build_embeddings_array(settings),
             ],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings)],

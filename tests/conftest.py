@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3_servers import s3_server
+from tests.moto_servers import moto_server
 from tests.support import SHARED_DATA, Oracle, Project
 
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
@@ -40,8 +40,8 @@ def real_file(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The endpoint of an S3 server in a process of its own: TileDB holds the interpreter while it asks."""
+    """The endpoint of an S3 server."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    with s3_server() as endpoint:
+    with moto_server() as endpoint:
         yield endpoint

@@ -55,6 +55,7 @@ def test_partitions_map_both_ways_between_releases_and_shards() -> None:
 def test_definitions_load_without_the_data_plane() -> None:
     code = (
         "import sys; from census_tf_dagster.definitions import defs; defs(); "
+        "import census_tf_dagster.run_coordinator; "
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
@@ -142,6 +143,13 @@ def test_loading_shows_a_wrong_field_with_its_line(checkable: Path, field: str, 
         chain.append(str(error))
         error = error.__cause__
     assert f"defs.yaml:{line}" in "".join(chain)
+
+
+def test_loading_shows_a_wrong_entry_of_a_placement_with_its_line(checkable: Path) -> None:
+    line = write_wrong(checkable, "placement", {"gpu": 1}) + 1
+    with pytest.raises(Exception, match="one") as caught:
+        load_sets(checkable.parent.parent)
+    assert f"`attributes.placement.gpu at {checkable}:{line}`" in str(caught.value.__cause__)
 
 
 def test_templates_in_texts_are_resolved(checkable: Path, monkeypatch: pytest.MonkeyPatch) -> None:

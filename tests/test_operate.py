@@ -1,18 +1,14 @@
 """`launch` and `status` against a real webserver and a real daemon; the soak test launches 128 shards."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Barrier, Thread
@@ -26,7 +22,7 @@ from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_going, 
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.launch import LaunchRequest, launch
 from census_tf_dagster.operate.runs import Materialization, Run, fetch_runs, seconds_left
-from census_tf_dagster.operate.sets import RemoteSet, find_set
+from census_tf_dagster.operate.sets import find_set
 from census_tf_dagster.operate.shards import compact, parse_shards
 from census_tf_dagster.operate.status import duration
 from census_tf_dagster.steps.embedding import embed_shard
@@ -34,21 +30,11 @@ from census_tf_dagster.steps.finishing import finish_array
 from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
+from tests.deployment import PATIENCE, Operator, free_port, materialize, running_locally, until
 from tests.support import BOUND, RELEASE, Project, read_array, relative_errors
 
 CELLS = 120
 OTHER_RELEASES = ("2025-01-30", "2024-07-01")
-PATIENCE = 600.0
-"""Seconds that any one wait may take on a machine with other work."""
-
-# As the web interface sends them for one partition.
-MATERIALIZE = """mutation LaunchPipelineExecution($executionParams: ExecutionParams!) {
-  launchPipelineExecution(executionParams: $executionParams) {
-    __typename
-    ... on Error { message }
-    ... on LaunchRunSuccess { run { runId } }
-  }
-}"""
 TERMINATE = """mutation Terminate($runIds: [String!]!, $terminatePolicy: TerminateRunPolicy) {
   terminateRuns(runIds: $runIds, terminatePolicy: $terminatePolicy) {
     __typename
@@ -59,133 +45,6 @@ TERMINATE = """mutation Terminate($runIds: [String!]!, $terminatePolicy: Termina
 BACKFILLS = """{ partitionBackfillsOrError {
   ... on PartitionBackfills { results { id status tags { key value } } }
 } }"""
-RUNS = "{ runsOrError(limit: 1000) { ... on Runs { results { assetSelection { path } tags { key value } } } } }"
-
-
-@dataclass
-class Operator:
-    """Someone at a terminal beside a running deployment."""
-
-    project: Project
-    port: int
-    servers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def serve(self, name: str) -> None:
-        """Start `dagster-webserver` or `dagster-daemon`, in a process group of its own."""
-        own = ["-h", "127.0.0.1", "-p", str(self.port)] if name == "dagster-webserver" else ["run"]
-        command = [str(Path(sys.executable).with_name(name)), *own, "-m", "census_tf_dagster.definitions"]
-        with (self.project.folder / f"{name}.log").open("a") as log:
-            self.servers[name] = subprocess.Popen(
-                command,
-                cwd=self.project.folder,
-                env=self.project.env,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def stop(self, name: str) -> None:
-        """End a server with its code server and runs."""
-        server = self.servers.pop(name)
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-    def answers(self) -> bool:
-        """Whether the webserver answers, and knows the daemon if there is one."""
-        assert all(server.poll() is None for server in self.servers.values()), "a server ended"
-        query = '{ instance { daemonHealth { daemonStatus(daemonType: "BACKFILL") { healthy } } } }'
-        try:
-            health = Deployment.at(self.url).ask(query)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]
-        except UserError:
-            return False
-        return bool(health) or "dagster-daemon" not in self.servers
-
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.project.command(*arguments, "--url", self.url)
-
-    def begin(self, name: str, *arguments: str) -> "Begun":
-        out = self.project.folder / f"{name}.out"
-        command = [sys.executable, "-m", "census_tf_dagster", *arguments, "--url", self.url]
-        with out.open("w") as file:
-            process = subprocess.Popen(
-                command, cwd=self.project.folder, env=self.project.env, stdout=file, stderr=subprocess.STDOUT
-            )
-        self.begun.append(process)
-        return Begun(process, out)
-
-    def status(self, name: str) -> dict[str, Any]:
-        """The JSON of one release."""
-        done = self.command("status", name, RELEASE, "--json")
-        assert (done.returncode, done.stderr) == (0, "")
-        release: dict[str, Any]
-        (release,) = json.loads(done.stdout)["releases"]
-        return release
-
-    def runs(self) -> Counter[tuple[str, str]]:
-        """How often each (asset, partition) ran."""
-        results = Deployment.at(self.url).ask(RUNS)["runsOrError"]["results"]
-        return Counter(
-            ("/".join(run["assetSelection"][0]["path"]), tag["value"])
-            for run in results
-            for tag in run["tags"]
-            if tag["key"] == "dagster/partition"
-        )
-
-
-@dataclass
-class Begun:
-    """A command in the background; what it says goes to a file."""
-
-    process: subprocess.Popen[bytes]
-    out: Path
-
-    def says(self, text: str) -> None:
-        until(lambda: text in self.out.read_text() or self.process.poll() is not None, f"{text!r} in {self.out}")
-        assert text in self.out.read_text()
-
-    def end(self) -> tuple[int, str]:
-        return self.process.wait(timeout=PATIENCE), self.out.read_text()
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextmanager
-def running(project: Project, *, daemon: bool) -> Iterator[Operator]:
-    """Run the real webserver, and the real daemon, until the end of the block."""
-    with (project.folder / "dagster_home" / "dagster.yaml").open("a") as file:
-        file.write("concurrency:\n  runs:\n    max_concurrent_runs: 2\n")
-    operator = Operator(project, free_port())
-    try:
-        for name in ("dagster-webserver", *(["dagster-daemon"] if daemon else [])):
-            operator.serve(name)
-        until(operator.answers, f"servers of {project.folder}")
-        yield operator
-    finally:
-        for begun in operator.begun:
-            begun.kill()
-            begun.wait()
-        for name in list(operator.servers):
-            operator.stop(name)
 
 
 def half_way(seen: list[dict[str, Any]], operator: Operator) -> bool:
@@ -221,7 +80,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     project.add_set("broken", organism="homo_sapiens", shards=1, checkpoint=str(other))
     project.add_set("long", organism="homo_sapiens", shards=1, megabatch_size=1)
     assert project.command("release", "add", RELEASE).returncode == 0
-    with running(project, daemon=True) as operator:
+    with running_locally(project, daemon=True) as operator:
         before = operator.status("tiny")
         first = operator.begin("first", "launch", "tiny", RELEASE)
         broken = operator.begin("broken", "launch", "broken", RELEASE)
@@ -356,27 +215,6 @@ def test_status_as_text(story: Story) -> None:
     assert f"  cells   {CELLS} of {CELLS}\n" in done.stdout
 
 
-def materialize(deployment: Deployment, of: RemoteSet, shard: int) -> str:
-    """Launch one shard as a click on Materialize does; return the run's id."""
-    key = of.shard_keys[shard]
-    tags = {"dagster/partition": of.partition(RELEASE, shard)}
-    tags |= {"dagster/partition/release": RELEASE, "dagster/partition/shard": key}
-    params = {
-        "selector": {
-            "repositoryLocationName": of.location,
-            "repositoryName": "__repository__",
-            "pipelineName": "__ASSET_JOB",
-            "assetSelection": [of.key("shard_embeddings")],
-            "assetCheckSelection": [],
-        },
-        "mode": "default",
-        "runConfigData": "{}",
-        "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
-    }
-    answer = deployment.ask(MATERIALIZE, executionParams=params)["launchPipelineExecution"]
-    return str(expect(answer, "LaunchRunSuccess", "materialize")["run"]["runId"])
-
-
 def test_terminate_commits_nothing_partial_and_the_rest_follows(story: Story, tmp_path: Path) -> None:
     operator = story.operator
     deployment = Deployment.at(operator.url)
@@ -459,7 +297,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     for release in (RELEASE, *OTHER_RELEASES):
         project.census.with_name(release).mkdir(exist_ok=True)
         assert project.command("release", "add", release).returncode == 0
-    with running(project, daemon=False) as operator:
+    with running_locally(project, daemon=False) as operator:
         yield operator
 
 
@@ -639,7 +477,7 @@ def test_seconds_left_between_two_runs() -> None:
 def test_launch_of_128_shards(tmp_path: Path) -> None:
     project = tiny(Project(tmp_path), cells=256, shards=128, megabatch_size=2)
     assert project.command("release", "add", RELEASE).returncode == 0
-    with running(project, daemon=True) as operator:
+    with running_locally(project, daemon=True) as operator:
         launch = operator.begin("launch", "launch", "tiny", RELEASE)
         code = launch.process.wait(timeout=3600)
         assert code == 0, launch.out.read_text()[-3000:]

@@ -19,7 +19,7 @@ from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import fill, tiny, value_of
-from tests.s3_servers import REGION, client, s3_proxy, s3_server, upload
+from tests.moto_servers import REGION, client, moto_server, s3_proxy, upload
 from tests.support import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
 
 SECRET = "a-secret-that-nobody-may-see"
@@ -74,7 +74,7 @@ def test_whole_job_with_an_anonymous_census_and_a_signed_store(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     tiny(project, cells=60, shards=2)
-    with s3_server() as public, s3_proxy(public, project.folder, share=-1) as anonymous, s3_server() as private:
+    with moto_server() as public, s3_proxy(public, project.folder, share=-1) as anonymous, moto_server() as private:
         upload(project.census, public, "public", f"releases/{RELEASE}")
         iam = client(private, "iam")
         iam.create_user(UserName="worker")

@@ -1,8 +1,8 @@
 """What the three assets share: keys, and opening the job of a partition."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 def asset_key(settings: SetSettings, name: str) -> dg.AssetKey:
     """Return the key of one of a set's assets: set/name."""
     return dg.AssetKey([settings.name, name])
+
+
+NO_RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
+"""Dagster's own. ``false`` on a run: its retries are for workers that are lost, not for what an asset raises."""
 
 
 @contextmanager
@@ -37,10 +41,28 @@ def release_job(settings: SetSettings, release: str, census: CensusResource, sto
 
 
 @contextmanager
-def partition_job(settings: SetSettings, release: str, census: CensusResource, store: StoreResource) -> Iterator["Job"]:
+def partition_job(
+    settings: SetSettings,
+    release: str,
+    census: CensusResource,
+    store: StoreResource,
+    *,
+    require_device: bool = False,
+) -> Iterator["Job"]:
     """Open the job of a partition; what a user can mend fails the run at once, without retries."""
     try:
+        if require_device and settings.device == "cuda":
+            from census_tf_dagster.inference.devices import require_gpu
+
+            require_gpu(settings.name, release)
         with release_job(settings, release, census, store) as job:
             yield job
     except UserError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
+        raise final_failure(str(error)) from error
+
+
+def final_failure(description: str, metadata: Mapping[str, Any] | None = None) -> dg.Failure:
+    """Make the failure of something that no retry mends, and tell Dagster not to retry the run on another node."""
+    context = dg.OpExecutionContext.get()
+    context.instance.add_run_tags(context.run_id, {NO_RETRY_TAG: "false"})
+    return dg.Failure(description, metadata=metadata, allow_retries=False)

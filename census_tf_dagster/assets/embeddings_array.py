@@ -3,7 +3,7 @@
 import dagster as dg
 
 from census_tf_dagster.assets.checks import evaluations
-from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
 from census_tf_dagster.partitions import BY_RELEASE, RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -45,7 +45,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
                 for evaluation in evaluations(settings, context.partition_key, error.findings):
                     if evaluation.check_name != "publication":
                         context.log_event(evaluation)
-                raise dg.Failure(str(error), allow_retries=False) from error
+                raise final_failure(str(error)) from error
         return dg.MaterializeResult(
             metadata={
                 "cells": summary.totals.cells,

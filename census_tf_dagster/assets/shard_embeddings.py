@@ -1,12 +1,13 @@
 """The asset `shard_embeddings`: one partition per release and shard, one run each."""
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
-from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -24,8 +25,8 @@ class ShardConfig(dg.Config):
     """Compute and write all cells again, though they are in the array already."""
 
 
-def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
-    """Build a set's GPU asset."""
+def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) -> dg.AssetsDefinition:
+    """Build a set's GPU asset; the run coordinator carries the tags of its placement to its runs."""
     key = asset_key(settings, "shard_embeddings")
 
     @dg.asset(
@@ -34,6 +35,7 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         partitions_def=shard_partitions(settings.shards),
         deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
         kinds={"torch", "tiledb"},
+        op_tags=placement,
         description=(
             f"Embeddings of one shard of {settings.organism}: counts from the Census, tokens, model, committed to the "
             "array megabatch by megabatch. Run again, it does only what is missing."
@@ -67,13 +69,13 @@ def build_shard_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
                 metadata = {"cells_done": done, "cells": progress.cells, "cells_per_second": rate, "seconds_left": left}
                 context.log_event(dg.AssetObservation(asset_key=key, partition=str(keys), metadata=metadata))
 
-        with partition_job(settings, release, census, store) as job:
+        with partition_job(settings, release, census, store, require_device=True) as job:
             try:
                 summary = embed_shard(job, shard, recompute=config.recompute, report=show)
             except SetAsideError as error:
                 # A retry by itself would meet the same cells.
                 metadata = {"set_aside": [str(one) for one in error.failed]}
-                raise dg.Failure(str(error), metadata=metadata, allow_retries=False) from error
+                raise final_failure(str(error), metadata) from error
             if summary.megabatches_computed:
                 # Once more: the array may have been proved between the first commit and the last.
                 tell_if_stale()

@@ -4,6 +4,7 @@ A process of its own leaves a device alone with its Python: reading, tokens and 
 die with this one: they end when their standard input is closed.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -23,6 +24,33 @@ from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
 MOST_UNCOMMITTED = 2
 """Megabatches with a device or on their way from it: one is computed while another is written."""
+
+
+def require_gpu(set_name: str, release: str) -> None:
+    """Refuse a machine without a GPU before anything is read or loaded for it.
+
+    Raises
+    ------
+    UserError
+        Naming the command that takes the work to a node with one.
+    """
+    if not count_gpus():
+        raise UserError(
+            f"set {set_name!r} needs a GPU (device: cuda) and this machine has none: "
+            f"`python -m census_tf_dagster launch {set_name} {release}` takes it to the deployment's GPU nodes."
+        )
+
+
+def count_gpus() -> int:
+    """Return how many GPUs the driver shows this process, without torch."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 class DeviceLostError(RuntimeError):

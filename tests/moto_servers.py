@@ -1,4 +1,4 @@
-"""An S3 server and a proxy before it, each a process of its own: TileDB holds the interpreter while it asks."""
+"""A server of AWS services, and a proxy before it: processes of their own, as TileDB holds the interpreter."""
 
 import json
 import os
@@ -50,8 +50,8 @@ def _running(port: int, *command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Run an S3 server in memory; give its endpoint."""
+def moto_server() -> Iterator[str]:
+    """Run an AWS server in memory; give its endpoint."""
     port = _free_port()
     with _running(port, "moto.server", "-H", "127.0.0.1", "-p", str(port)):
         yield f"http://127.0.0.1:{port}"

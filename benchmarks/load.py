@@ -1,0 +1,90 @@
+"""How long the definitions take to load in webserver, daemon and code location, and what that leaves in memory.
+
+    python -m benchmarks.load [--quick] [--json]
+
+Each load is a fresh process, after one that fills the disk's cache. Beside it what importing Dagster alone takes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOAD = """
+import json, resource, sys, time
+started = time.perf_counter()
+import dagster
+imported = time.perf_counter()
+from census_tf_dagster.definitions import defs
+sets = defs().resolve_all_asset_specs()
+heavy = [name for name in {heavy!r} if name in sys.modules]
+print(json.dumps({{"dagster_s": imported - started, "sets_s": time.perf_counter() - imported, "assets": len(sets),
+                  "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "heavy": heavy}}))
+"""
+HEAVY = (
+    "torch",
+    "transcriptformer",
+    "scanpy",
+    "anndata",
+    "numba",
+    "tiledbsoma",
+    "tiledb",
+    "cellxgene_census",
+    "pandas",
+)
+
+
+def main() -> None:
+    """Load deployments of several sizes; print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one set, once")
+    parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
+    arguments = parser.parse_args()
+    rows = []
+    for sets in (1,) if arguments.quick else (1, 10, 50):
+        with tempfile.TemporaryDirectory() as place:
+            _declare(Path(place), sets)
+            loads = [_load(Path(place)) for _ in range(1 if arguments.quick else 6)]
+        loads = loads[1:] or loads
+        row: dict[str, Any] = {name: [one[name] for one in loads] for name in ("dagster_s", "sets_s", "peak_mib")}
+        rows.append({"sets": sets, "assets": loads[0]["assets"], "heavy": loads[0]["heavy"]} | row)
+        print(
+            f"{sets:>3} sets, {loads[0]['assets']:>3} assets: import dagster {_spread(row['dagster_s'])} s, the rest "
+            f"{_spread(row['sets_s'])} s, peak {max(row['peak_mib']):.0f} MiB; of {', '.join(HEAVY)} loaded: "
+            f"{', '.join(loads[0]['heavy']) or 'none'}",
+            flush=True,
+        )
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _declare(folder: Path, sets: int) -> None:
+    for number in range(sets):
+        path = folder / f"set_{number}" / "defs.yaml"
+        path.parent.mkdir()
+        attributes = {"name": f"set_{number}", "organism": "homo_sapiens", "checkpoint": "s3://models/tf_sapiens"}
+        document = {"type": "census_tf_dagster.embedding_set.EmbeddingSet", "attributes": attributes}
+        path.write_text(yaml.safe_dump(document))
+
+
+def _load(sets: Path) -> dict[str, Any]:
+    env = {**os.environ, "CENSUS_TF_SETS": str(sets)}
+    command = [sys.executable, "-W", "ignore", "-c", LOAD.format(heavy=HEAVY)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""An ECS double in front of moto: moto accepts each call, the double records RunTask and really runs the command.
+
+What moto refuses (an unknown task definition, a launch type beside a capacity provider) never gets that far. A task is
+PROVISIONING, as while ECS waits for a node, until a test begins it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+TARGET = "AmazonEC2ContainerServiceV20141113."
+Call = dict[str, Any]
+
+
+@dataclass
+class Task:
+    """One accepted RunTask."""
+
+    call: Call
+    answer: Call
+    at: float
+    """Seconds since 1970."""
+    output: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    reported_lost: bool = False
+
+    @property
+    def run_id(self) -> str:
+        return next(tag["value"] for tag in self.call["tags"] if tag["key"] == "dagster/run_id")
+
+    @property
+    def container(self) -> Call:
+        override: Call
+        (override,) = self.call["overrides"]["containerOverrides"]
+        return override
+
+    @property
+    def gpus(self) -> list[Call]:
+        requirements: list[Call] = self.container.get("resourceRequirements", [])
+        return requirements
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the command and all its children, as the end of a node does."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def described(self) -> Call:
+        """What DescribeTasks says."""
+        code = self.process.poll() if self.process else None
+        status = "RUNNING" if self.process else "PROVISIONING"
+        if self.reported_lost or code is not None:
+            status = "STOPPED"
+        container = {"name": self.container["name"], "lastStatus": status}
+        if code is not None:
+            container["exitCode"] = 128 - code if code < 0 else code
+        return {**self.answer, "lastStatus": status, "containers": [container]}
+
+
+@dataclass
+class EcsDouble:
+    """The double's state."""
+
+    moto: str
+    env: Mapping[str, str]
+    folder: Path
+    tasks: list[Task] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, headers: Mapping[str, str], path: str, body: bytes) -> tuple[int, bytes]:
+        action = headers.get("X-Amz-Target", "").removeprefix(TARGET)
+        request: Call = json.loads(body) if action in ("RunTask", "DescribeTasks", "StopTask") else {}
+        if action == "DescribeTasks":
+            found = [task.described() for task in self.tasks if task.answer["taskArn"] in request["tasks"]]
+            return 200, json.dumps({"tasks": found, "failures": []}).encode()
+        status, content = self._moto(headers, path, body)
+        if action == "RunTask" and status == 200:
+            self._accept(request, json.loads(content)["tasks"][0])
+        if action == "StopTask" and status == 200:
+            (task,) = [one for one in self.tasks if one.answer["taskArn"] == request["task"]]
+            if task.process and task.process.poll() is None:
+                task.signal(signal.SIGTERM)
+        return status, content
+
+    def _moto(self, headers: Mapping[str, str], path: str, body: bytes) -> tuple[int, bytes]:
+        kept = {name: headers[name] for name in headers if name.lower() not in ("host", "content-length")}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.moto + path, body, kept), timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def _accept(self, call: Call, answer: Call) -> None:
+        with self.lock:
+            self.tasks.append(Task(call, answer, time.time(), self.folder / f"task-{len(self.tasks)}.out"))
+
+    def begin(self, task: Task) -> None:
+        """A node has come: run the command."""
+        with task.output.open("wb") as output:
+            task.process = subprocess.Popen(
+                task.container["command"],
+                cwd=self.folder,
+                env=dict(self.env),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def end(self) -> None:
+        for task in self.tasks:
+            if task.process and task.process.poll() is None:
+                task.signal(signal.SIGKILL)
+                task.process.wait()
+
+
+@contextmanager
+def serving(double: EcsDouble) -> Iterator[str]:
+    """Serve the double; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            status, content = double.answer(dict(self.headers), self.path, body)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/x-amz-json-1.1")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            double.end()
