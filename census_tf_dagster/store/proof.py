@@ -58,7 +58,7 @@ def is_proved(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: 
 
 
 def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Problems:
-    """Read one shard's range back; write its proof when nothing is wrong.
+    """Read one shard's range back, and write down what that proves.
 
     Returns
     -------
@@ -72,10 +72,9 @@ def prove_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard
     problems = Problems()
     if batches:
         problems = read_back(array, plan, batches, *answered_ranges(plan, array.rows)[shard])
-    proof = Proof(plan.totals.plan, shard, sum(batch.cells for batch in batches), fragments)
-    # An earlier proof no longer holds when something is wrong now.
-    content = b"{}" if problems else json.dumps(asdict(proof)).encode()
-    array.storage.write(folder.proof(proof.plan, shard), content)
+    # With something wrong it covers no fragment: whoever looks next reads the shard again.
+    proof = Proof(plan.totals.plan, shard, sum(batch.cells for batch in batches), () if problems else fragments)
+    array.storage.write(folder.proof(proof.plan, shard), json.dumps(asdict(proof)).encode())
     return problems
 
 
@@ -191,7 +190,7 @@ def prove_release(
         for done, found in enumerate(reading, start=1):
             problems.merge(found)
             report(done, len(again))
-    if again and not problems:
+    if again:
         proofs = _read_proofs(array, plan, folder)
     proved = sum(proof.cells for proof in proofs.values())
     if proved != plan.totals.cells:
