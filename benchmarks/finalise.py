@@ -1,0 +1,93 @@
+"""What the proof of a finished array costs: reading a shard back, the last asset from proofs, and everything again.
+
+    python -m benchmarks.finalise [--quick] [--json]
+
+100,000 cells x 2,048 in megabatches of 16,384, and an array of 5,000 fragments; local disk, bfloat16 storage. Each
+step in a process of its own, so that its peak memory is its own.
+"""
+
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import arguments_parser, peak_gib, table
+from census_tf_dagster.census.plan import divide, plan_totals, read_plan, write_plan
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.storage import Storage
+from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
+from census_tf_dagster.store.layout import ReleaseFolder
+from census_tf_dagster.store.proof import prove_release, prove_shard
+
+HUMAN_CELLS = 162_025_130
+"""Human cells of the 2025-11-08 release."""
+
+
+def identity(features: int) -> Identity:
+    return Identity("s3://x", "d", "o", None, 1, "census", "g", "c", "fp32", "bfloat16", features)
+
+
+def build(place: str, cells: int, features: int, shards: int, megabatch: int) -> None:
+    """Plan and write an array."""
+    storage = Storage()
+    folder = ReleaseFolder.of(place, "s", "r", identity(features))
+    joinids = np.arange(cells, dtype=np.int64)
+    batches = divide(joinids, np.full(cells, 1800, np.int32), shards, megabatch)
+    write_plan(storage, folder.plan, joinids, batches, plan_totals(joinids, batches, shards, 0))
+    array = EmbeddingsArray.create(folder.array, storage, identity(features), cells)
+    rng = np.random.default_rng(0)
+    mean = rng.normal(size=features).astype(np.float32)
+    for batch in batches:
+        values = mean + rng.normal(size=(batch.cells, features)).astype(np.float32) / 4
+        array.write(joinids[batch.first : batch.last + 1], round_to_bfloat16(values))
+
+
+def step(place: str, features: int, what: str) -> dict[str, float]:
+    """Do one step; return CPU and wall seconds and peak memory of this process."""
+    storage = Storage()
+    folder = ReleaseFolder.of(place, "s", "r", identity(features))
+    plan = read_plan(storage, folder.plan)
+    array = EmbeddingsArray.open(folder.array, storage, identity(features))
+    cpu, wall = time.process_time(), time.perf_counter()
+    if what == "shards read back":
+        assert not any(prove_shard(array, plan, folder, shard) for shard in range(plan.totals.shards))
+    else:
+        assert not prove_release(array, plan, folder, full=what == "everything again").problems
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "peak": peak_gib()}
+
+
+def main() -> None:
+    """Measure both arrays, print a table."""
+    arguments = arguments_parser(__doc__, quick="10,000 cells and 200 fragments").parse_args()
+    cells, fragments = (10_000, 200) if arguments.quick else (100_000, 5_000)
+    arrays = [(f"{cells:,} x 2,048", cells, 2048, 4, 16384), (f"{fragments:,} fragments", fragments * 20, 8, 96, 20)]
+    rows: list[list[str]] = []
+    answers: list[dict[str, Any]] = []
+    spawn = multiprocessing.get_context("spawn")
+    for name, count, features, shards, megabatch in arrays:
+        with tempfile.TemporaryDirectory() as place:
+            build(place, count, features, shards, megabatch)
+            size = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
+            for what in ("shards read back", "last asset, from proofs", "everything again"):
+                with spawn.Pool(1) as pool:
+                    found = pool.apply(step, (place, features, what))
+                answers.append({"array": name, "step": what, "bytes": size, **found})
+                per_million = f"{found['cpu'] / count * 1e6:,.0f}" if features == 2048 else ""
+                figures = [f"{found['cpu']:.2f}", f"{found['wall']:.2f}", f"{found['peak']:.2f}", per_million]
+                rows.append([f"{name}: {what}", *figures])
+    table(["", "CPU s", "wall s", "peak GiB", "CPU s a million cells"], rows)
+    if arguments.json:
+        ours, reference = answers[1]["cpu"], answers[2]["cpu"]
+        print(
+            json.dumps(
+                {"ours": ours, "reference": reference, "ratio": ours / reference, "unit": "CPU s", "rows": answers}
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
