@@ -19,6 +19,10 @@ from census_tf_dagster.s3 import S3Objects, S3Settings
 READ_BUFFER_BYTES = 128 * 2**20
 """Per-column read buffer. The library's default of 1 GiB a column lets memory grow to several GB."""
 
+NO_PARALLEL_MERGE = {"sm.query.sparse_global_order.preprocess_tile_merge": "0"}
+"""TileDB 2.30 may free a tile merge's memory while a thread still works on it, which kills the process under load
+(TileDB pull request 5723). Without this way of merging it cannot; to be dropped with a core that has the mending."""
+
 UNCHECKED_WRITES = dict.fromkeys(("sm.check_coord_dups", "sm.check_coord_oob", "sm.check_global_order"), "false")
 """TileDB's own checks of each coordinate cost a third of a write; `EmbeddingsArray.write` checks beforehand."""
 
@@ -34,7 +38,7 @@ class Storage:
 
     def __init__(self, s3: S3Settings | None = None) -> None:
         self.s3 = s3 or S3Settings()
-        config = self.s3.tiledb_config()
+        config = {**self.s3.tiledb_config(), **NO_PARALLEL_MERGE}
         self.tiledb_ctx = tiledb.Ctx(config)
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anndata
 import cellxgene_census
+import cellxgene_census.experimental
 import numpy as np
 import pytest
 
@@ -58,6 +59,13 @@ def test_the_report_says_what_came_out_and_what_it_is_worth(demo: Path) -> None:
         stored = read_array(array, demo)
         assert np.array_equal(stored.ids, np.arange(cells))
         assert stored.stored_values == cells * 64
+
+
+def test_the_demo_publishes_its_human_cells(demo: Path) -> None:
+    (array,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/embeddings")
+    info = cellxgene_census.experimental.get_embedding_metadata(str(array))
+    assert (info["embedding_name"], info["census_version"], info["n_features"]) == ("demo_human", RELEASE, 64)
+    assert (array.parent / "meta.yml").exists()
 
 
 def test_a_second_demo_says_what_to_do(demo: Path) -> None:

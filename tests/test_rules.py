@@ -151,6 +151,8 @@ def test_reading_everything_again_finds_what_the_proofs_do_not_show(finished: Jo
     shutil.rmtree(fragments / good.name)
     (fragments / bad.name).rename(fragments / good.name)
     (commits / f"{bad.name}.wrt").unlink()
+    # What was gathered of the fragments' metadata says the old file sizes.
+    shutil.rmtree(Path(finished.folder.array) / "__fragment_meta")
     assert broken(finished) == {}
     (found,) = (finding for finding in verify_array(finished, full=True) if finding.wrong)
     assert f"{len(ids)} cells have values that are not finite, joinids {ids[:10].tolist()}" in found.wrong[0]
@@ -338,3 +340,14 @@ def test_dates_and_links_as_people_write_them() -> None:
     text = "submission_date: 2025-11-20\nmodel_link: s3://models/tf\nDOI: 10.1038/s41592-018-0229-2"
     found = Publication.model_validate({**PUBLICATION, **yaml.safe_load(text)})
     assert (found.submission_date, found.model_link) == ("2025-11-20", "s3://models/tf")
+
+
+def test_readers_find_the_fragments_metadata_in_one_place(finished: Job) -> None:
+    gathered = Path(finished.folder.array) / "__fragment_meta"
+    assert [path.suffix for path in gathered.iterdir()] == [".meta"]
+    fill(finished)
+    finish_array(finished)
+    assert array_state(finished) == "proved"
+    assert broken(finished) == {}
+    with tiledbsoma.open(finished.folder.array) as array:
+        assert len(array.read().tables().concat()) == 100 * 16

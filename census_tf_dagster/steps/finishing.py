@@ -119,6 +119,7 @@ def finish_array(
             "packages": {name: version(name) for name in RECORDED_PACKAGES},
         }
     )
+    array.gather_metadata()
     fragments = len(array.fragments())
     return ArraySummary(
         totals=plan.totals,
