@@ -1,6 +1,7 @@
 """The demo: real formats, as their own readers and upstream's own command see them."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -66,6 +67,18 @@ def test_the_demo_publishes_its_human_cells(demo: Path) -> None:
     info = cellxgene_census.experimental.get_embedding_metadata(str(array))
     assert (info["embedding_name"], info["census_version"], info["n_features"]) == ("demo_human", RELEASE, 64)
     assert (array.parent / "meta.yml").exists()
+
+
+def test_the_page_for_readers_runs(demo: Path) -> None:
+    page = (REPOSITORY / "docs" / "read.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    (array,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/embeddings")
+    for name, value in (("array_uri", array), ("census_uri", demo / "demo-data" / "census" / RELEASE)):
+        code, replaced = re.subn(f'{name} = ".*"', f'{name} = "{value}"', code)
+        assert replaced == 1
+    code += "\nassert len(adata) == len(joinids) == len(embeddings) == len(centred) > 100 and proved and made_with"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_second_demo_says_what_to_do(demo: Path) -> None:

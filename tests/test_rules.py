@@ -17,10 +17,12 @@ from pydantic import ValidationError
 
 from census_tf_dagster.census.release import OrganismRelease
 from census_tf_dagster.definitions import build_definitions, load_sets
+from census_tf_dagster.operate.dry_run import describe, dry_run
 from census_tf_dagster.publication import INFO_KEY, Publication
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.steps.finishing import RuleError, array_state, finish_array, verify_array
 from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import PUBLICATION, fill, tiny
 from tests.support import RELEASE, Project
@@ -261,6 +263,8 @@ def test_a_set_without_publication_finishes(project: Project, monkeypatch: pytes
     monkeypatch.setattr(OrganismRelease, "storage_version", lambda _: 21)
     tiny(project)
     with project.job("tiny") as job:
+        assert make_plan(job).storage_versions == (22, 21)
+        assert "storage version: 22, the Census has 21" in describe(dry_run(job, None, recompute=False))
         fill(job)
         assert finish_array(job).published is None
         assert array_state(job) == "proved"

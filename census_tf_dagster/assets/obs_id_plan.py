@@ -4,6 +4,7 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.names import is_local
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -38,6 +39,15 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
             f"{totals.megabatches} megabatches; the checkpoint knows {summary.known_genes:,} of "
             f"{summary.expressed_genes:,} expressed genes"
         )
+        ours, theirs = summary.storage_versions
+        if ours != theirs:
+            context.log.warning(
+                f"the array has TileDB storage version {ours}, the Census {theirs}: its curators refuse that. "
+                "docs/publish.md says how to create the array in theirs before any shard runs."
+            )
+        here, there = store.s3_region, "" if is_local(census.location) else census.s3_region
+        if here and there and here != there:
+            context.log.warning(f"the Census is in {there}, the store in {here}: what crosses regions is paid for.")
         return dg.MaterializeResult(
             data_version=dg.DataVersion(totals.plan),
             metadata={
@@ -51,6 +61,8 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "expressed_genes": summary.expressed_genes,
                 "expressed_genes_known": summary.known_genes,
                 "expressed_entries_known_share": summary.known_share,
+                "storage_version": ours,
+                "storage_version_census": theirs,
                 "plan": totals.plan,
                 "identity": summary.identity,
                 "folder": dg.MetadataValue.path(summary.root),

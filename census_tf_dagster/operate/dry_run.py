@@ -66,11 +66,14 @@ def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> Dry
 def describe(result: DryRun) -> str:
     """Return what a person wants to read before money is spent."""
     plan = result.plan
+    ours, theirs = plan.storage_versions
+    differ = "" if ours == theirs else f"storage version: {ours}, the Census has {theirs} (docs/publish.md)\n"
     return (
         f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary), {plan.totals.tokens:,} tokens, "
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
         f"genes: the checkpoint knows {plan.known_genes:,} of {plan.expressed_genes:,} expressed "
         f"({plan.known_share:.1%} of all entries)\n"
+        f"{differ}"
         f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} "
         f"cells in {result.megabatches_to_compute:,} writes, about {result.bytes_to_write:,} bytes\n"
         f"into {plan.root}\n"
