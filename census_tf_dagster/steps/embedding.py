@@ -144,6 +144,8 @@ def embed_shard(
     if failed:
         raise SetAsideError(sorted(failed, key=lambda one: one.batch.index), untried=0, recompute=recompute)
     started = time.monotonic()
+    if summary.megabatches_computed:
+        array.gather_metadata()
     if summary.megabatches_computed or not is_proved(array, plan, job.folder, shard):
         problems = prove_shard(array, plan, job.folder, shard)
         if problems:

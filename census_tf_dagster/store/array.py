@@ -5,7 +5,7 @@ atomic. The array itself is the checkpoint: what is committed stands in its frag
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -222,10 +222,18 @@ class EmbeddingsArray:
             tables = array.read(coords=(slice(first, last), slice(0, 0))).tables()
             return np.sort(tables.concat()["soma_dim_0"].to_numpy())
 
-    def values_between(self, first: int, last: int) -> Iterator[pa.Table]:
-        """Yield all stored values with joinids in a range, as soma_dim_0, soma_dim_1, soma_data."""
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[int, int], Iterator[pa.Table]]]:
+        """Open the array once, however often it is asked: what opening costs grows with the fragments.
+
+        Yields
+        ------
+        Callable
+            Gives all stored values with joinids in a range, both ends inclusive, as tables of soma_dim_0, soma_dim_1
+            and soma_data.
+        """
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
-            yield from array.read(coords=(slice(first, last), slice(None))).tables()
+            yield lambda first, last: array.read(coords=(slice(first, last), slice(None))).tables()
 
     def gather_metadata(self) -> None:
         """Gather what fragments say of themselves in one file.
@@ -233,9 +241,9 @@ class EmbeddingsArray:
         A reader on S3 opens the array with 17 requests then, not with three a fragment (docs/performance.md). Nothing
         is removed, so no reader is harmed; it may be repeated.
         """
-        config = {"sm.consolidation.mode": "fragment_meta"}
+        config = tiledb.Config({"sm.consolidation.mode": "fragment_meta"})
         try:
-            tiledb.consolidate(self.uri, config=tiledb.Config({**self.storage.tiledb_ctx.config().dict(), **config}))
+            tiledb.consolidate(self.uri, config=config, ctx=self.storage.tiledb_ctx)
         except tiledb.TileDBError as error:
             raise StoreError(f"metadata could not be written to {self.uri}: {error}.") from error
 

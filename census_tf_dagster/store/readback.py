@@ -1,6 +1,6 @@
 """Read cells back and find whatever is wrong with them: one pass, in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numba
@@ -86,30 +86,36 @@ def read_back(array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...]
         The range, inclusive.
     """
     found = Problems()
-    for planned, low, high in _parts(array, plan, batches, first, last):
-        n = len(planned)
-        seen = np.zeros((n, array.n_features), np.bool_)
-        repeated, beyond, infinite, nonzero = np.zeros((4, n), np.bool_)
-        strangers: list[Ids] = []
-        for table in array.values_between(low, high):
-            joinids, features, values = _columns(table)
-            if _look(joinids, features, values, planned, seen, repeated, beyond, infinite, nonzero):
-                strangers.append(np.setdiff1d(joinids, planned))
-        stored = seen.sum(axis=1)
-        # A cell that is not there at all is missing, and nothing else.
-        there = (stored > 0) | beyond
-        for problem, which in (
-            ("missing", ~there),
-            ("incomplete", there & (stored < array.n_features)),
-            ("repeated", repeated),
-            ("out of range", beyond),
-            ("not finite", infinite),
-            ("all zero", there & ~nonzero & ~infinite),
-        ):
-            found.add(problem, planned[which])
-        if strangers:
-            found.add("unplanned", np.unique(np.concatenate(strangers)))
+    with array.reading() as values_between:
+        for planned, low, high in _parts(array, plan, batches, first, last):
+            _look_at(planned, values_between(low, high), array.n_features, found)
     return found
+
+
+def _look_at(planned: Ids, tables: Iterable[pa.Table], n_features: int, found: Problems) -> None:
+    """Add what is wrong with some planned cells, and with whatever else is among what was read."""
+    n = len(planned)
+    seen = np.zeros((n, n_features), np.bool_)
+    repeated, beyond, infinite, nonzero = np.zeros((4, n), np.bool_)
+    strangers: list[Ids] = []
+    for table in tables:
+        joinids, features, values = _columns(table)
+        if _look(joinids, features, values, planned, seen, repeated, beyond, infinite, nonzero):
+            strangers.append(np.setdiff1d(joinids, planned))
+    stored = seen.sum(axis=1)
+    # A cell that is not there at all is missing, and nothing else.
+    there = (stored > 0) | beyond
+    for problem, which in (
+        ("missing", ~there),
+        ("incomplete", there & (stored < n_features)),
+        ("repeated", repeated),
+        ("out of range", beyond),
+        ("not finite", infinite),
+        ("all zero", there & ~nonzero & ~infinite),
+    ):
+        found.add(problem, planned[which])
+    if strangers:
+        found.add("unplanned", np.unique(np.concatenate(strangers)))
 
 
 def _parts(
