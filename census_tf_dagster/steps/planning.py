@@ -126,7 +126,8 @@ def survey(job: Job) -> Survey:
 def _storage_version(job: Job) -> int:
     """Return the storage version of the array that is there, else the one that TileDB here would create."""
     if job.store.holds_files(job.folder.array):
-        return job.store.storage_version(job.folder.array)
+        found, _ = EmbeddingsArray.look(job.folder.array, job.store)
+        return job.store.storage_version(found.uri)
     # A schema that was not stored has the version of the library; tiledbsoma carries the same core.
     domain = tiledb.Domain(tiledb.Dim("soma_dim_0", domain=(0, 1), dtype="int64"))
     return int(tiledb.ArraySchema(domain, [tiledb.Attr("soma_data", dtype="float32")], sparse=True).version)
