@@ -8,7 +8,6 @@ Each load is a fresh process, after one that fills the disk's cache. Beside it w
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,16 +16,20 @@ from typing import Any
 
 import yaml
 
+from benchmarks.common import spread
+
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 started = time.perf_counter()
 import dagster
 imported = time.perf_counter()
 from census_tf_dagster.definitions import defs
 sets = defs().resolve_all_asset_specs()
 heavy = [name for name in {heavy!r} if name in sys.modules]
+# Not `getrusage`, which counts the memory of the process that started this one.
+(peak,) = (int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({{"dagster_s": imported - started, "sets_s": time.perf_counter() - imported, "assets": len(sets),
-                  "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "heavy": heavy}}))
+                  "peak_mib": peak / 1024, "heavy": heavy}}))
 """
 HEAVY = (
     "torch",
@@ -56,17 +59,13 @@ def main() -> None:
         row: dict[str, Any] = {name: [one[name] for one in loads] for name in ("dagster_s", "sets_s", "peak_mib")}
         rows.append({"sets": sets, "assets": loads[0]["assets"], "heavy": loads[0]["heavy"]} | row)
         print(
-            f"{sets:>3} sets, {loads[0]['assets']:>3} assets: import dagster {_spread(row['dagster_s'])} s, the rest "
-            f"{_spread(row['sets_s'])} s, peak {max(row['peak_mib']):.0f} MiB; of {', '.join(HEAVY)} loaded: "
+            f"{sets:>3} sets, {loads[0]['assets']:>3} assets: import dagster {spread(row['dagster_s'], 2)} s, the rest "
+            f"{spread(row['sets_s'], 2)} s, peak {max(row['peak_mib']):.0f} MiB; of {', '.join(HEAVY)} loaded: "
             f"{', '.join(loads[0]['heavy']) or 'none'}",
             flush=True,
         )
     if arguments.json:
         print(json.dumps({"rows": rows}))
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _declare(folder: Path, sets: int) -> None:

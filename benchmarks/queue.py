@@ -10,7 +10,6 @@ backfill's first look comes up to 30 s after it was asked for, whatever the numb
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import psutil
 import psycopg2
 import yaml
 
+from benchmarks.common import spread
 from census_tf_dagster.operate.backfills import Work, start
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.sets import find_set
@@ -51,17 +51,13 @@ def main() -> None:
             rows.append({"shards": shards, "variant": name} | measure(shards, changes, arguments.repeats))
             row = rows[-1]
             print(
-                f"{shards:>4} shards, {name:<18} to first {_spread(row['to_first_s'])} s, first to all "
-                f"{_spread(row['first_to_all_s'])} s, webserver {row['webserver_mib']:.0f} MiB, "
+                f"{shards:>4} shards, {name:<18} to first {spread(row['to_first_s'])} s, first to all "
+                f"{spread(row['first_to_all_s'])} s, webserver {row['webserver_mib']:.0f} MiB, "
                 f"daemon {row['daemon_mib']:.0f} MiB",
                 flush=True,
             )
     if arguments.json:
         print(json.dumps({"rows": rows}))
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def measure(shards: int, changes: dict[str, Any], repeats: int) -> dict[str, Any]:
