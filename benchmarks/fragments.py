@@ -4,32 +4,37 @@
 
 50,000 cells x 64 features in 10 to 5,000 fragments; opened by a fresh process which reads 10,000 contiguous cells and
 10,000 random ones. As written; with commits consolidated; with fragment metadata consolidated; with fragments
-consolidated to one (memory bounded to 1 GiB). Over S3, requests are counted: an S3 server in memory answers each in
-about 10 ms, the real one in 20 to 50, so requests, not seconds, carry over.
+consolidated to one (memory bounded to 1 GiB). The S3 server here waits 20 ms before each answer, as the real one does
+at best; requests are counted, and they carry over. States are interleaved; the median of three rounds (least, most),
+one round of 5,000 fragments.
 """
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiledb
 
-from benchmarks.common import arguments_parser, table
+from benchmarks.common import arguments_parser, spread, table
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
-from tests.moto_servers import client, moto_server, s3_proxy
 
 CELLS, FEATURES, READ = 50_000, 64, 10_000
+BUCKET, LATENCY_MS = "bucket", 20
 STATES: dict[str, tuple[str, ...]] = {
-    "as written": (),
     "commits": ("commits",),
     "metadata": ("fragment_meta",),
     "one fragment": ("fragments",),
@@ -83,72 +88,84 @@ def read(uri: str, config: dict[str, str], way: str) -> float:
     return float(done.stdout)
 
 
-def over_s3(
-    array: Path, endpoint: str, bucket: str, folder: Path, ways: tuple[str, ...]
-) -> dict[str, tuple[float, int]]:
-    """Copy an array to S3 and read it there; return seconds and requests."""
-    if not ways:
-        return {}
-    s3 = client(endpoint)
-    s3.create_bucket(Bucket=bucket)
-    for path in sorted(array.rglob("*")):
-        if path.is_file():
-            s3.put_object(Bucket=bucket, Key=f"array/{path.relative_to(array)}", Body=path.read_bytes())
-        elif not any(path.iterdir()):
-            s3.put_object(Bucket=bucket, Key=f"array/{path.relative_to(array)}/")
-    found = {}
-    for way in ways:
-        with s3_proxy(endpoint, folder) as proxy:
-            config = {
-                "vfs.s3.endpoint_override": proxy.endpoint.removeprefix("http://"),
-                "vfs.s3.scheme": "http",
-                "vfs.s3.use_virtual_addressing": "false",
-                "vfs.s3.region": "us-east-1",
-            }
-            seconds = read(f"s3://{bucket}/array", config, way)
-        found[way] = (seconds, proxy.counts["requests"])
-    return found
+@contextmanager
+def s3_server(folder: Path) -> Iterator[tuple[dict[str, str], Path]]:
+    """Serve the folders in `folder` as buckets; give TileDB's settings for it, and the log with a line a request."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    log = folder / "requests.log"
+    command = [str(Path(sys.executable).with_name("hadro")), "--port", str(port), "--latency-ms", str(LATENCY_MS)]
+    with log.open("w") as printed, subprocess.Popen([*command, str(folder)], stdout=printed, stderr=printed) as server:
+        try:
+            while "running on" not in log.read_text():
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.05)
+            yield (
+                {
+                    "vfs.s3.endpoint_override": f"127.0.0.1:{port}",
+                    "vfs.s3.scheme": "http",
+                    "vfs.s3.use_virtual_addressing": "false",
+                    "vfs.s3.region": "us-east-1",
+                },
+                log,
+            )
+        finally:
+            server.terminate()
+
+
+def over_s3(array: str, config: dict[str, str], log: Path, way: str) -> tuple[float, int]:
+    """Read an array over S3; return seconds and requests."""
+    before = log.read_text().count("HTTP/1.1")
+    seconds = read(f"s3://{BUCKET}/{array}", config, way)
+    return seconds, log.read_text().count("HTTP/1.1") - before
 
 
 def main() -> None:
     """Measure, print a table."""
-    parser = arguments_parser(__doc__, quick="10 and 100 fragments")
-    parser.add_argument("--s3-most", type=int, default=5000, help="copy no array of more fragments to the S3 server")
-    arguments = parser.parse_args()
+    arguments = arguments_parser(__doc__, quick="10 and 100 fragments").parse_args()
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
     counts = (10, 100) if arguments.quick else (10, 100, 1000, 5000)
     rows: list[list[str]] = []
     answers: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as place, moto_server() as endpoint:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as place, s3_server(Path(place)) as (config, log):
+        bucket = Path(place) / BUCKET
+        bucket.mkdir()
         for fragments in counts:
-            written = build(folder, fragments)
+            written = build(bucket, fragments)
+            arrays, costs = {"as written": written}, {"as written": 0.0}
             for state, modes in STATES.items():
-                array = folder / f"{fragments}-{len(answers)}"
-                shutil.copytree(written, array)
-                cost = consolidate(array, modes)
-                local = {way: min(read(str(array), {}, way) for _ in range(3)) for way in WAYS}
-                # A random read of thousands of fragments over this server takes longer than it teaches.
-                ways = WAYS if fragments <= 100 or state == "one fragment" else WAYS[:2]
-                # Copying 45,000 objects there takes minutes, and commits alone change nothing.
-                skipped = ("commits",) if fragments <= 1000 else ("commits", "one fragment")
-                if fragments > arguments.s3_most or (fragments >= 1000 and state in skipped):
-                    ways = ()
-                remote = over_s3(array, endpoint, f"bucket-{len(answers)}", folder, ways)
+                arrays[state] = bucket / f"{fragments}-{state.replace(' ', '-')}"
+                shutil.copytree(written, arrays[state])
+                costs[state] = consolidate(arrays[state], modes)
+            found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+            requests: dict[tuple[str, str], int] = {}
+            for way, _, (state, array) in product(WAYS, range(3 if fragments <= 1000 else 1), arrays.items()):
+                found["local", state, way].append(read(str(array), {}, way))
+                seconds, requests[state, way] = over_s3(array.name, config, log, way)
+                found["s3", state, way].append(seconds)
+            for state in arrays:
                 answers.append(
-                    {"fragments": fragments, "state": state, "cpu_seconds": cost, "local": local, "s3": remote}
+                    {
+                        "fragments": fragments,
+                        "state": state,
+                        "cpu_seconds": costs[state],
+                        "requests": {way: requests[state, way] for way in WAYS},
+                        "seconds": {f"{at} {way}": found[at, state, way] for at in ("local", "s3") for way in WAYS},
+                    }
                 )
-                cells = [f"{local[way]:.2f}" for way in WAYS]
-                cells += [f"{remote[way][0]:.1f} / {remote[way][1]}" if way in remote else "" for way in WAYS]
-                rows.append([f"{fragments:,} {state}", f"{cost:.1f}", *cells])
+                cells = [f"{costs[state]:.1f}"]
+                cells += [spread(found["local", state, way], 2) for way in WAYS]
+                cells += [f"{spread(found['s3', state, way], 1)}: {requests[state, way]:,}" for way in WAYS]
+                rows.append([f"{fragments:,} {state}", *cells])
                 print(rows[-1], file=sys.stderr, flush=True)
+            for array in arrays.values():
                 shutil.rmtree(array)
     print(f"{CELLS:,} cells x {FEATURES}; seconds of a fresh process: open, {READ:,} contiguous, {READ:,} random cells")
-    table(["fragments", "CPU s", *(f"local {way}" for way in WAYS), *(f"S3 {way}, s / requests" for way in WAYS)], rows)
+    table(["fragments", "CPU s", *(f"local {way}" for way in WAYS), *(f"S3 {way}, s: requests" for way in WAYS)], rows)
     if arguments.json:
-        written = [one for one in answers if one["state"] == "as written"][-1]
-        best = [one for one in answers if one["state"] == "metadata"][-1]
-        ours, reference = best["s3"]["open"][1], written["s3"]["open"][1]
+        written, best = ([one for one in answers if one["state"] == state][-1] for state in ("as written", "metadata"))
+        ours, reference = best["requests"]["open"], written["requests"]["open"]
         print(
             json.dumps(
                 {"ours": ours, "reference": reference, "ratio": ours / reference, "unit": "requests", "rows": answers}
