@@ -3,10 +3,10 @@
     python -m benchmarks.fragments [--quick] [--json]
 
 50,000 cells x 64 features in 10 to 5,000 fragments; opened by a fresh process which reads 10,000 contiguous cells and
-10,000 random ones. As written; with commits consolidated; with fragment metadata consolidated; with fragments
-consolidated to one (memory bounded to 1 GiB). The S3 server here waits 20 ms before each answer, as the real one does
-at best; requests are counted, and they carry over. States are interleaved; the median of three rounds (least, most),
-one round of 5,000 fragments.
+10,000 random ones, and listed as a shard does it. As written; with commits consolidated; with fragment metadata
+consolidated; with fragments consolidated to one (memory bounded to 1 GiB). The S3 server here waits 20 ms before each
+answer, as the real one does at best; requests are counted, and they carry over. States are interleaved; the median of
+three rounds (least, most), one round of 5,000 fragments.
 """
 
 import json
@@ -29,6 +29,7 @@ import tiledb
 
 from benchmarks.common import arguments_parser, spread, table
 from census_tf_dagster.identity import Identity
+from census_tf_dagster.s3 import S3Settings
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 
@@ -53,7 +54,17 @@ with tiledbsoma.open(uri, context=context) as array:
 assert cells == (1 if sys.argv[3] == "open" else 10_000), cells
 print(time.perf_counter() - began)
 """
-WAYS = ("open", "slice", "random")
+LISTER = """
+import sys, time
+from census_tf_dagster.s3 import S3Settings
+from census_tf_dagster.storage import Storage
+from census_tf_dagster.store.array import EmbeddingsArray
+array = EmbeddingsArray(sys.argv[1], Storage(S3Settings("us-east-1", sys.argv[2])), (50_000, 64), 64)
+began = time.perf_counter()
+array.fragments()
+print(time.perf_counter() - began)
+"""
+WAYS = ("open", "slice", "random", "list")
 
 
 def build(folder: Path, fragments: int) -> Path:
@@ -77,20 +88,19 @@ def consolidate(array: Path, modes: tuple[str, ...]) -> float:
     return time.process_time() - began
 
 
-def read(uri: str, config: dict[str, str], way: str) -> float:
+def read(uri: str, endpoint: str, way: str) -> float:
     """Read in a fresh process; return its seconds."""
+    config = S3Settings("us-east-1", endpoint).tiledb_config() if endpoint else {}
+    arguments = [LISTER, uri, endpoint] if way == "list" else [READER, uri, json.dumps(config), way]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READER, uri, json.dumps(config), way],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-W", "ignore", "-c", *arguments], capture_output=True, text=True, check=True
     )
     return float(done.stdout)
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[tuple[dict[str, str], Path]]:
-    """Serve the folders in `folder` as buckets; give TileDB's settings for it, and the log with a line a request."""
+def s3_server(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Serve the folders in `folder` as buckets; give its address, and its log with a line a request."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
@@ -101,23 +111,15 @@ def s3_server(folder: Path) -> Iterator[tuple[dict[str, str], Path]]:
             while "running on" not in log.read_text():
                 assert server.poll() is None, log.read_text()
                 time.sleep(0.05)
-            yield (
-                {
-                    "vfs.s3.endpoint_override": f"127.0.0.1:{port}",
-                    "vfs.s3.scheme": "http",
-                    "vfs.s3.use_virtual_addressing": "false",
-                    "vfs.s3.region": "us-east-1",
-                },
-                log,
-            )
+            yield f"http://127.0.0.1:{port}", log
         finally:
             server.terminate()
 
 
-def over_s3(array: str, config: dict[str, str], log: Path, way: str) -> tuple[float, int]:
+def over_s3(array: str, endpoint: str, log: Path, way: str) -> tuple[float, int]:
     """Read an array over S3; return seconds and requests."""
     before = log.read_text().count("HTTP/1.1")
-    seconds = read(f"s3://{BUCKET}/{array}", config, way)
+    seconds = read(f"s3://{BUCKET}/{array}", endpoint, way)
     return seconds, log.read_text().count("HTTP/1.1") - before
 
 
@@ -128,7 +130,7 @@ def main() -> None:
     counts = (10, 100) if arguments.quick else (10, 100, 1000, 5000)
     rows: list[list[str]] = []
     answers: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as place, s3_server(Path(place)) as (config, log):
+    with tempfile.TemporaryDirectory() as place, s3_server(Path(place)) as (endpoint, log):
         bucket = Path(place) / BUCKET
         bucket.mkdir()
         for fragments in counts:
@@ -141,8 +143,8 @@ def main() -> None:
             found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
             requests: dict[tuple[str, str], int] = {}
             for way, _, (state, array) in product(WAYS, range(3 if fragments <= 1000 else 1), arrays.items()):
-                found["local", state, way].append(read(str(array), {}, way))
-                seconds, requests[state, way] = over_s3(array.name, config, log, way)
+                found["local", state, way].append(read(str(array), "", way))
+                seconds, requests[state, way] = over_s3(array.name, endpoint, log, way)
                 found["s3", state, way].append(seconds)
             for state in arrays:
                 answers.append(
@@ -161,7 +163,7 @@ def main() -> None:
                 print(rows[-1], file=sys.stderr, flush=True)
             for array in arrays.values():
                 shutil.rmtree(array)
-    print(f"{CELLS:,} cells x {FEATURES}; seconds of a fresh process: open, {READ:,} contiguous, {READ:,} random cells")
+    print(f"{CELLS:,} cells x {FEATURES}; seconds of a fresh process, for {READ:,} cells contiguous and random")
     table(["fragments", "CPU s", *(f"local {way}" for way in WAYS), *(f"S3 {way}, s: requests" for way in WAYS)], rows)
     if arguments.json:
         written, best = ([one for one in answers if one["state"] == state][-1] for state in ("as written", "metadata"))

@@ -39,7 +39,8 @@ class Storage:
     def __init__(self, s3: S3Settings | None = None) -> None:
         self.s3 = s3 or S3Settings()
         config = {**self.s3.tiledb_config(), **NO_PARALLEL_MERGE}
-        self.tiledb_ctx = tiledb.Ctx(config)
+        # For metadata: one request a fragment, asked by TileDB's compute threads, which wait for the network.
+        self.tiledb_ctx = tiledb.Ctx({**config, "sm.compute_concurrency_level": "32"})
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.
         self.soma_context = tiledbsoma.SOMATileDBContext(
