@@ -43,9 +43,10 @@ def build(place: str, cells: int, features: int, shards: int, megabatch: int) ->
     array = EmbeddingsArray.create(folder.array, storage, identity(features), cells)
     rng = np.random.default_rng(0)
     mean = rng.normal(size=features).astype(np.float32)
-    for batch in batches:
-        values = mean + rng.normal(size=(batch.cells, features)).astype(np.float32) / 4
-        array.write(joinids[batch.first : batch.last + 1], round_to_bfloat16(values))
+    with array.writing() as write:
+        for batch in batches:
+            values = mean + rng.normal(size=(batch.cells, features)).astype(np.float32) / 4
+            write(joinids[batch.first : batch.last + 1], round_to_bfloat16(values))
 
 
 def step(place: str, features: int, what: str) -> dict[str, float]:

@@ -72,8 +72,9 @@ def build(folder: Path, fragments: int) -> Path:
     identity = Identity("s3://x", "d", "o", None, 1, "census", "g", "c", "fp32", "bfloat16", FEATURES)
     array = EmbeddingsArray.create(str(folder / f"{fragments}"), Storage(), identity, CELLS)
     each = CELLS // fragments
-    for start in range(0, CELLS, each):
-        array.write(np.arange(start, start + each), np.ones((each, FEATURES), np.float32))
+    with array.writing() as write:
+        for start in range(0, CELLS, each):
+            write(np.arange(start, start + each), np.ones((each, FEATURES), np.float32))
     return Path(array.uri)
 
 

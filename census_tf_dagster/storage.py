@@ -23,6 +23,9 @@ NO_PARALLEL_MERGE = {"sm.query.sparse_global_order.preprocess_tile_merge": "0"}
 """TileDB 2.30 may free a tile merge's memory while a thread still works on it, which kills the process under load
 (TileDB pull request 5723). Without this way of merging it cannot; to be dropped with a core that has the mending."""
 
+MANY_AT_ONCE = {"sm.compute_concurrency_level": "32"}
+"""TileDB asks for each fragment's metadata on its compute threads, one a core by default, which mostly wait for S3."""
+
 UNCHECKED_WRITES = dict.fromkeys(("sm.check_coord_dups", "sm.check_coord_oob", "sm.check_global_order"), "false")
 """TileDB's own checks of each coordinate cost a third of a write; `EmbeddingsArray.write` checks beforehand."""
 
@@ -38,9 +41,8 @@ class Storage:
 
     def __init__(self, s3: S3Settings | None = None) -> None:
         self.s3 = s3 or S3Settings()
-        config = {**self.s3.tiledb_config(), **NO_PARALLEL_MERGE}
-        # For metadata: one request a fragment, asked by TileDB's compute threads, which wait for the network.
-        self.tiledb_ctx = tiledb.Ctx({**config, "sm.compute_concurrency_level": "32"})
+        config = {**self.s3.tiledb_config(), **NO_PARALLEL_MERGE, **MANY_AT_ONCE}
+        self.tiledb_ctx = tiledb.Ctx(config)
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.
         self.soma_context = tiledbsoma.SOMATileDBContext(

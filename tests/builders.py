@@ -47,8 +47,9 @@ def fill(job: Job) -> EmbeddingsArray:
     make_plan(job)
     plan = read_plan(job.store, job.folder.plan)
     array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    for ids in plan.read_ids(job.store, plan.megabatches):
-        array.write(ids, value_of(ids, array.n_features))
+    with array.writing() as write:
+        for ids in plan.read_ids(job.store, plan.megabatches):
+            write(ids, value_of(ids, array.n_features))
     for shard in range(plan.totals.shards):
         assert not prove_shard(array, plan, job.folder, shard)
     return array

@@ -24,9 +24,10 @@ def main() -> None:
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         batches = plan.shard(int(shard))
         todo = batches if everything else missing_megabatches(array, plan, batches)
-        for ids in plan.read_ids(job.store, todo):
-            array.write(ids, value_of(ids, array.n_features))
-            print("committed", ids[0], flush=True)
+        with array.writing() as write:
+            for ids in plan.read_ids(job.store, todo):
+                write(ids, value_of(ids, array.n_features))
+                print("committed", ids[0], flush=True)
         problems = prove_shard(array, plan, job.folder, int(shard))
         assert not problems, problems
     print("done", flush=True)

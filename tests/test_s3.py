@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import requests
 
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.identity import Identity
 from census_tf_dagster.s3 import S3Settings, StoreError
 from census_tf_dagster.steps.finishing import finish_array
 from census_tf_dagster.steps.job import Job
@@ -216,6 +218,31 @@ def test_a_bucket_that_cannot_be_made(s3: str, tmp_path: Path) -> None:
     storage.make_place("s3://a-bucket/x")
     storage.make_place("s3://a-bucket/y")
     assert [one["Name"] for one in client(s3).list_buckets()["Buckets"]] == ["a-bucket"]
+
+
+def test_a_write_costs_the_same_however_many_fragments_there_are(s3: str, tmp_path: Path) -> None:
+    here = Storage(S3Settings(REGION, s3))
+    here.make_place("s3://a-store/x")
+    identity = Identity("s3://x", "d", "o", None, 1, "census", "g", "c", "fp32", "bfloat16", 8)
+    EmbeddingsArray.create("s3://a-store/x", here, identity, 100)
+
+    cells = iter(range(100))
+
+    def requests_of(writes: int) -> int:
+        with s3_proxy(s3, tmp_path) as proxy:
+            there = EmbeddingsArray("s3://a-store/x", Storage(S3Settings(REGION, proxy.endpoint)), (100, 8), 8)
+            with there.writing() as write:
+                for cell in islice(cells, writes):
+                    write(np.array([cell]), value_of(np.array([cell]), 8))
+        return proxy.counts["requests"]
+
+    opened_early, early = requests_of(1), requests_of(9)
+    requests_of(30)
+    opened_late, late = requests_of(1), requests_of(9)
+    # Opening asks three times for each fragment that is there: 39 more for each of these, and one between them.
+    assert (opened_late - opened_early, late - early) == (3 * 40, 3 * 40)
+    array = EmbeddingsArray.open("s3://a-store/x", here, identity)
+    assert [fragment.first for fragment in array.fragments()] == [*range(50)]
 
 
 ON_TMPFS = """

@@ -121,7 +121,8 @@ def embed_shard(
     summary = ShardSummary(plan.totals.plan, cells, cells - sum(batch.cells for batch in todo), len(batches))
     failed: list[SetAside] = []
     if todo:
-        with outcomes(job, todo, plan.read_ids(job.store, todo), summary.times) as leaving:
+        ids = plan.read_ids(job.store, todo)
+        with array.writing() as write, outcomes(job, todo, ids, summary.times) as leaving:
             began = time.monotonic()
             for outcome in leaving:
                 if outcome.embeddings is None:
@@ -134,7 +135,7 @@ def embed_shard(
                 values = outcome.embeddings
                 if job.settings.storage_precision == "bfloat16":
                     values = round_to_bfloat16(values)
-                array.write(outcome.joinids, values)
+                write(outcome.joinids, values)
                 summary.times.stages["write"].busy += time.monotonic() - started
                 summary.seconds = time.monotonic() - began
                 summary.megabatches_computed += 1

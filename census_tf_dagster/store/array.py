@@ -6,7 +6,7 @@ atomic. The array itself is the checkpoint: what is committed stands in its frag
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,44 +158,64 @@ class EmbeddingsArray:
         except (TypeError, ValueError) as error:
             raise UserError(f"{uri} holds something that is no SparseNDArray; move it away ({error}).") from error
 
-    def write(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:
-        """Commit some cells as one fragment.
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[npt.NDArray[np.int64], npt.NDArray[np.float32]], None]]:
+        """Open the array once for many writes: what opening costs grows with the fragments, three requests each on S3.
 
-        Parameters
-        ----------
-        joinids
-            Strictly ascending, int64 ``(n,)``.
-        embeddings
-            float32 ``(n, n_features)``, finite.
-
-        Raises
+        Yields
         ------
-        StoreError
-            When the store stays unreachable or has no room; nothing of these cells is there then.
+        Callable
+            Commits some cells as one fragment, at once: joinids, strictly ascending, int64 ``(n,)``, and their
+            embeddings, float32 ``(n, n_features)``, finite. All fragments of one opening carry its time, and of two
+            values for a cell the later opening wins, so give no cell twice. Raises `StoreError` when the store stays
+            unreachable or has no room; nothing of these cells is there then.
         """
+        with ExitStack() as stack:
+            opened: list[tiledbsoma.SparseNDArray] = []
+
+            def write(joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:
+                table = self._table(joinids, embeddings)
+                with self._committing(f"{len(joinids)} cells"):
+                    if not opened:
+                        array = tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context)
+                        opened.append(stack.enter_context(array))
+                    # Not sorted again: it is in global order.
+                    opened[0].write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
+
+            yield write
+
+    def write(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:
+        """Commit some cells as one fragment, as `writing` says."""
+        with self.writing() as write:
+            write(joinids, embeddings)
+
+    def _table(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> pa.Table:
         n = len(joinids)
         if embeddings.shape != (n, self.n_features):
             raise ValueError(f"embeddings are {embeddings.shape}; expected ({n}, {self.n_features})")
         # TileDB does not look again (`storage.UNCHECKED_WRITES`).
         if not n or joinids[0] < 0 or joinids[-1] >= self.rows or (np.diff(joinids) <= 0).any():
             raise ValueError(f"joinids must be strictly ascending in 0 to {self.rows - 1}")
-        table = pa.table(
+        return pa.table(
             {
                 "soma_dim_0": np.repeat(joinids, self.n_features),
                 "soma_dim_1": np.tile(np.arange(self.n_features, dtype=np.int64), n),
                 "soma_data": embeddings.reshape(-1),
             }
         )
-        # Opened for each write: all writes through one handle would carry the time of its opening, and
-        # the later of two values for a cell wins by that time. Not sorted again: it is in global order.
-        with self._writing(f"{n} cells") as array:
-            array.write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[tiledbsoma.SparseNDArray]:
+        with (
+            self._committing(what),
+            tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array,
+        ):
+            yield array
+
+    @contextmanager
+    def _committing(self, what: str) -> Iterator[None]:
         try:
-            with tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array:
-                yield array
+            yield
         except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError) as error:
             raise StoreError(
                 f"{what} could not be written to {self.uri}: {error}. What is committed stays: run this again when the "
