@@ -3,7 +3,7 @@
 #   worker    control, and what a shard needs on a GPU
 # Built by `make images`, or:  docker build --target worker -t census-tf-worker .
 #
-#   BASE          a Debian or Ubuntu with Python 3.11 or 3.12 as python3
+#   BASE          a Debian whose python3 is 3.11 or 3.12
 #   SETS          folder of this checkout to bake as the folder of sets; one that is mounted needs no new image
 #   CHECKPOINTS   folder of this checkout to bake as /opt/census_tf/checkpoints; as it is, none
 # How pip reaches a registry of your own comes as the secret `pip.conf`, which no layer keeps.
@@ -16,7 +16,7 @@ FROM ${BASE} AS python
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
-    && rm -rf /var/lib/apt/lists/* \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/census_tf/venv \
     && useradd --uid 1000 --user-group --create-home dagster \
     && install -d -o dagster -g dagster /opt/dagster/dagster_home /var/cache/census-tf
@@ -34,15 +34,17 @@ RUN python3 requirements.py base ui deploy > control.txt && python3 requirements
 FROM python AS control-packages
 COPY constraints.txt /opt/census_tf/constraints.txt
 COPY --from=requirements /build/control.txt /opt/census_tf/control.txt
+# What packages bring to test themselves is a tenth of this layer.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    pip install -c /opt/census_tf/constraints.txt -r /opt/census_tf/control.txt
+    pip install -c /opt/census_tf/constraints.txt -r /opt/census_tf/control.txt \
+    && find /opt/census_tf/venv -type d -name tests -prune -exec rm -rf {} +
 
 FROM control-packages AS worker-packages
 # Triton compiles a part of each GPU kernel's launch when it first runs: that takes a C compiler and Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ python3-dev \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
 COPY --from=requirements /build/worker.txt /opt/census_tf/worker.txt
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install -c /opt/census_tf/constraints.txt -r /opt/census_tf/worker.txt
