@@ -16,7 +16,9 @@ INSIDE = Path("/mnt")
 
 def read_settings() -> dict[str, str]:
     """Return what pip's files and its environment say, by key; the environment wins, as in pip."""
-    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True)
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
+    )
     settings: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
     for line in listing.stdout.splitlines():
         name, _, value = line.partition("=")
