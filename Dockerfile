@@ -64,7 +64,6 @@ ARG CHECKPOINTS=deploy/images/checkpoints
 COPY ${CHECKPOINTS} /opt/census_tf/checkpoints
 COPY deploy/images/entrypoint deploy/images/healthcheck /opt/dagster/
 COPY deploy/ecs/dagster.yaml /opt/dagster/ecs/
-COPY deploy/k8s/dagster.yaml /opt/dagster/k8s/
 ARG SETS=census_tf_dagster/defs
 COPY ${SETS} /opt/census_tf/sets
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
@@ -87,7 +86,6 @@ ARG CHECKPOINTS=deploy/images/checkpoints
 COPY ${CHECKPOINTS} /opt/census_tf/checkpoints
 COPY deploy/images/entrypoint deploy/images/healthcheck /opt/dagster/
 COPY deploy/ecs/dagster.yaml /opt/dagster/ecs/
-COPY deploy/k8s/dagster.yaml /opt/dagster/k8s/
 ARG SETS=census_tf_dagster/defs
 COPY ${SETS} /opt/census_tf/sets
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \

@@ -125,9 +125,8 @@ def test_no_secret_is_a_part_of_the_recipe() -> None:
 @pytest.fixture
 def entrypoint(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     shutil.copy(IMAGES / "entrypoint", tmp_path)
-    for platform in ("ecs", "k8s"):
-        (tmp_path / platform).mkdir()
-        shutil.copy(REPOSITORY / "deploy" / platform / "dagster.yaml", tmp_path / platform)
+    (tmp_path / "ecs").mkdir()
+    shutil.copy(REPOSITORY / "deploy" / "ecs" / "dagster.yaml", tmp_path / "ecs")
     (tmp_path / "home").mkdir()
 
     def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -142,23 +141,22 @@ def entrypoint(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     return run
 
 
-@pytest.mark.parametrize("platform", ["ecs", "k8s"])
 def test_the_entrypoint_gives_the_instance_of_the_platform(
-    entrypoint: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, platform: str
+    entrypoint: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    done = entrypoint("printf", "%s|", "a b", "c", CENSUS_TF_PLATFORM=platform)
+    done = entrypoint("printf", "%s|", "a b", "c", CENSUS_TF_PLATFORM="ecs")
     assert (done.returncode, done.stdout) == (0, "a b|c|")
     given = tmp_path / "home" / "dagster.yaml"
-    assert given.read_text() == (REPOSITORY / "deploy" / platform / "dagster.yaml").read_text()
+    assert given.read_text() == (REPOSITORY / "deploy" / "ecs" / "dagster.yaml").read_text()
     given.write_text("mounted: true\n")
-    assert entrypoint("sh", "-c", "exit 7", CENSUS_TF_PLATFORM=platform).returncode == 7
+    assert entrypoint("sh", "-c", "exit 7", CENSUS_TF_PLATFORM="ecs").returncode == 7
     assert given.read_text() == "mounted: true\n"
 
 
 def test_a_platform_that_is_none(entrypoint: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     done = entrypoint("echo", "started", CENSUS_TF_PLATFORM="nomad")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "CENSUS_TF_PLATFORM is 'nomad'; expected ecs or k8s" in done.stderr
+    assert "CENSUS_TF_PLATFORM is 'nomad'; expected ecs, or a dagster.yaml mounted" in done.stderr
     assert entrypoint("echo", "started").stdout == "started\n"
     assert not list((tmp_path / "home").iterdir())
 
@@ -299,6 +297,18 @@ echo end
 
 
 @pytest.mark.soak
+def test_the_database_migrates_from_the_control_image(built: None) -> None:
+    with container("control") as run:
+        done = run(
+            "sh",
+            "-c",
+            "python -m census_tf_dagster release add r1; dagster instance migrate && dagster instance migrate; "
+            "echo $?; python -m census_tf_dagster release list",
+        )
+    assert done.stdout.split()[-2:] == ["0", "r1"], done.stdout + done.stderr
+
+
+@pytest.mark.soak
 def test_the_whole_demo_inside_the_worker(built: None) -> None:
     with container("worker") as run:
         done = run("sh", "-c", "id -u && cd && python -m census_tf_dagster demo && ls -ld demo-data/store")
@@ -329,7 +339,7 @@ def test_nothing_of_the_builder_is_in_an_image(built: None, target: str, tmp_pat
             kept = [path for path in (root / place).rglob("*") if path.is_file()]
             assert {path.name for path in kept} <= {".bashrc", ".profile", ".bash_logout"}
         assert not [p for p in ("etc/pip.conf", "etc/xdg/pip", "root/.config", "root/.netrc") if (root / p).exists()]
-        mark = "expected ecs or k8s, or a dagster.yaml in"
+        mark = "expected ecs, or a dagster.yaml mounted in"
         patterns = tmp_path / "patterns"
         patterns.write_text("\n".join([mark, *(secret - {"[global]"}), CANARY]))
         found = subprocess.run(
