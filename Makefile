@@ -5,7 +5,7 @@ ORACLE := .venv-oracle
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo ui test soak lint wheels clean
+.PHONY: demo ui test soak lint wheels images clean
 
 demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dagster
 	$(BIN)/python -m census_tf_dagster demo
@@ -30,6 +30,9 @@ wheels:  ## what benchmarks/gpu.sh needs on a machine without a network, into .w
 	    -c constraints.txt -r benchmarks/gpu-packages.txt -d .wheels
 	# Upstream's hydra needs this version, which has no wheel of its own.
 	$(PYTHON) -m pip wheel --quiet --no-deps -w .wheels antlr4-python3-runtime==4.9.3
+
+images:  ## census-tf-control and census-tf-worker, with buildah (docs/images.md)
+	deploy/images/build.sh
 
 clean:
 	rm -rf $(VENV) $(ORACLE) .wheels demo-data

@@ -13,6 +13,7 @@ CENSUS_TF_CENSUS_S3_SIGNED     1: with this machine's credentials          anony
 CENSUS_TF_STORE                folder or S3 prefix of plans and arrays     demo-data/store
 CENSUS_TF_STORE_S3_REGION      region of the store's bucket                as AWS's own settings say
 CENSUS_TF_STORE_S3_ENDPOINT    S3-compatible server of the store           AWS
+CENSUS_TF_CACHE                local folder of checkpoints                 ~/.cache/census-tf-dagster
 =============================  ==========================================  =============================
 
 Credentials come from the environment or the role, as for every AWS tool; they are never among these.
@@ -102,6 +103,7 @@ def store_resource(environment: Mapping[str, str] = os.environ) -> StoreResource
         location=environment.get("CENSUS_TF_STORE", "demo-data/store"),
         s3_region=environment.get("CENSUS_TF_STORE_S3_REGION", ""),
         s3_endpoint=environment.get("CENSUS_TF_STORE_S3_ENDPOINT", ""),
+        cache=environment.get("CENSUS_TF_CACHE", "~/.cache/census-tf-dagster"),
     )
 
 

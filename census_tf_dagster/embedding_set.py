@@ -28,6 +28,11 @@ class EmbeddingSet(dg.Component, dg.Model):
     checkpoint: str = Field(
         description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
     )
+    checkpoint_fingerprint: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="What the checkpoint must be (the identity's checkpoint_fingerprint); another one is refused.",
+    )
     pretrained_embeddings: list[str] = Field(
         default_factory=list,
         description="Gene embedding files (.h5) for a species outside the checkpoint's vocabulary.",
@@ -87,6 +92,7 @@ class EmbeddingSet(dg.Component, dg.Model):
             storage_precision=self.storage_precision,
             device=self.device,
             publication=self.publication,
+            checkpoint_fingerprint=self.checkpoint_fingerprint,
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:

@@ -1,13 +1,18 @@
 """S3: how it is reached, how long it is tried, and whole objects in it. Arrays in it are TileDB's."""
 
+import hashlib
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
@@ -69,6 +74,25 @@ class S3Settings:
         return config
 
 
+@dataclass(frozen=True)
+class S3Object:
+    """What S3 says of one version of an object.
+
+    Attributes
+    ----------
+    size
+        Bytes.
+    etag
+        Differs when the content does.
+    etag_is_md5
+        It is the MD5 of the content, or of its parts' MD5s, which an object encrypted by KMS does not tell.
+    """
+
+    size: int
+    etag: str
+    etag_is_md5: bool
+
+
 class S3Objects:
     """Whole objects: asked for, read and replaced in one request each.
 
@@ -92,6 +116,51 @@ class S3Objects:
         """Tell whether an object stands at `uri`."""
         bucket, key = _split(uri)
         return self._ask(uri, lambda: self._client.head_object(Bucket=bucket, Key=key)) is not None
+
+    def find(self, uri: str) -> S3Object | None:
+        """Return what S3 says of the object at `uri`; None when there is none."""
+        bucket, key = _split(uri)
+        head = self._ask(uri, lambda: self._client.head_object(Bucket=bucket, Key=key))
+        if head is None:
+            return None
+        etag = str(head["ETag"]).strip('"')
+        is_md5 = bool(re.fullmatch("[0-9a-f]{32}(-[0-9]+)?", etag)) and "kms" not in head.get(
+            "ServerSideEncryption", ""
+        )
+        return S3Object(int(head["ContentLength"]), etag, is_md5)
+
+    def download(self, uri: str, path: Path, expected: S3Object) -> None:
+        """Copy an object to `path`, its parts side by side, and verify what came.
+
+        Raises
+        ------
+        StoreError
+            When the object at `uri` is not the `expected` one any more, or its size or MD5 is another.
+        """
+        bucket, key = _split(uri)
+        self._ask(uri, lambda: self._client.download_file(bucket, key, str(path)))
+        if self.find(uri) != expected:
+            raise StoreError(f"{uri} changed while it was fetched; expected the version {expected.etag}.")
+        size = path.stat().st_size
+        if size != expected.size:
+            raise StoreError(f"{uri}: {size} bytes came, and S3 says it holds {expected.size}.")
+        if (part := self._part_size(uri, expected)) is None:
+            return
+        md5 = _etag_of(path, part, in_parts="-" in expected.etag)
+        if md5 != expected.etag:
+            raise StoreError(f"{uri}: what came has the MD5 {md5}, and S3 says it holds {expected.etag}.")
+
+    def _part_size(self, uri: str, of: S3Object) -> int | None:
+        """Return of how many bytes an ETag is an MD5 each; None when it is none, or parts are of several sizes."""
+        if not of.etag_is_md5:
+            return None
+        _, in_parts, parts = of.etag.partition("-")
+        if not in_parts:
+            return max(of.size, 1)
+        bucket, key = _split(uri)
+        head = self._ask(uri, lambda: self._client.head_object(Bucket=bucket, Key=key, PartNumber=1))
+        size = int(head["ContentLength"]) if head else 0
+        return size if size and math.ceil(of.size / size) == int(parts) else None
 
     def any_below(self, uri: str) -> bool:
         """Tell whether an object stands below the prefix `uri`; not when there is no such bucket."""
@@ -151,10 +220,27 @@ class S3Objects:
             raise StoreError(f"{uri} cannot be reached: {error}") from error
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise UserError(f"there are no credentials for {uri}: give this environment a role or AWS keys.") from error
-        except BotoCoreError as error:
+        except (BotoCoreError, Boto3Error) as error:
             raise StoreError(f"{uri} cannot be reached: {error}") from error
 
 
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
+
+
+def _etag_of(path: Path, part_size: int, *, in_parts: bool) -> str:
+    """Work out the ETag that S3 gives to a file, uploaded whole or in parts."""
+    digests = []
+    with path.open("rb") as file:
+        for _ in range(0, max(path.stat().st_size, 1), part_size):
+            digest = hashlib.md5(usedforsecurity=False)
+            left = part_size
+            while left and (block := file.read(min(left, 2**20))):
+                digest.update(block)
+                left -= len(block)
+            digests.append(digest)
+    if not in_parts:
+        return digests[0].hexdigest()
+    whole = hashlib.md5(b"".join(digest.digest() for digest in digests), usedforsecurity=False)
+    return f"{whole.hexdigest()}-{len(digests)}"

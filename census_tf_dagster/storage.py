@@ -14,7 +14,7 @@ import tiledbsoma
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.names import is_local
-from census_tf_dagster.s3 import S3Objects, S3Settings
+from census_tf_dagster.s3 import S3Object, S3Objects, S3Settings
 
 READ_BUFFER_BYTES = 128 * 2**20
 """Per-column read buffer. The library's default of 1 GiB a column lets memory grow to several GB."""
@@ -138,14 +138,22 @@ class Storage:
         else:
             self._objects.write(uri, content)
 
-    def download(self, uri: str, path: Path) -> None:
-        """Copy a file to the local `path`, atomically."""
+    def find_object(self, uri: str) -> S3Object | None:
+        """Return what S3 says of the object at `uri`; None when there is none."""
+        return self._objects.find(uri)
+
+    def download(self, uri: str, path: Path, expected: S3Object) -> None:
+        """Copy an object of S3 to the local `path`, atomically.
+
+        Raises
+        ------
+        StoreError
+            When it is not the `expected` one any more, or what came is not what S3 says it holds.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            with self._vfs.open(uri, "rb") as source, partial.open("wb") as target:
-                while block := source.read(32 * 2**20):
-                    target.write(block)
+            self._objects.download(uri, partial, expected)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

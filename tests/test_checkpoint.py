@@ -1,4 +1,4 @@
-"""What is refused before a model is loaded, and checkpoints on S3."""
+"""What is refused before a model is loaded."""
 
 import json
 import pickle
@@ -6,19 +6,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 import torch
 
 from census_tf_dagster.demo.checkpoint import build_checkpoint, build_pretrained_embeddings
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.checkpoint import fetch, read_checkpoint
+from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.engine import Engine, NonFiniteError
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.tokens import Tokenizer
-from census_tf_dagster.s3 import S3Settings
-from census_tf_dagster.storage import Storage
 from tests.support import load_engine
 
 GENES = [f"ENSG{i:011d}" for i in range(30)]
@@ -166,15 +163,3 @@ def test_values_that_are_not_finite_are_caught_and_named(folder: Path) -> None:
     tokenizer, engine = load(folder, "fp16")
     with pytest.raises(NonFiniteError, match=r"not finite in fp16.*set compute_precision to fp32 or bf16"):
         engine.embed(packed(tokenizer, np.random.default_rng(0)))
-
-
-def test_a_checkpoint_prefix_on_s3(folder: Path, tmp_path: Path, s3: str) -> None:
-    client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
-    client.create_bucket(Bucket="models")
-    for file in folder.rglob("*.*"):
-        client.upload_file(str(file), "models", f"tf/c/{file.relative_to(folder)}")
-    storage = Storage(S3Settings("us-east-1", s3))
-    local = fetch("s3://models/tf/c", storage, tmp_path / "cache")
-    assert read_checkpoint(local).fingerprint == read_checkpoint(folder).fingerprint
-    with pytest.raises(UserError, match=r"s3://models/tf/d has no config.json"):
-        fetch("s3://models/tf/d", storage, tmp_path / "cache")

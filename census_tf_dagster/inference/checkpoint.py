@@ -21,8 +21,6 @@ import h5py
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.shape import ModelShape
-from census_tf_dagster.names import is_local
-from census_tf_dagster.storage import Storage
 
 SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
 """Upstream's order; embedding surgery relies on it."""
@@ -68,29 +66,6 @@ class Checkpoint:
         if self.pretrained:
             return gene in self.pretrained_genes
         return gene in self.gene_rows
-
-
-def fetch(uri: str, storage: Storage, cache: Path) -> Path:
-    """Return a local copy of the checkpoint folder or embedding file at `uri`; local ones are used in place.
-
-    A copy from S3 stays in `cache` and is made anew when an object's size has changed.
-    """
-    if is_local(uri):
-        path = Path(uri.removeprefix("file://"))
-        if not path.exists():
-            raise UserError(f"{path} does not exist; expected a checkpoint as `transcriptformer download` makes it.")
-        return path
-    target = cache / hashlib.sha256(uri.encode()).hexdigest()[:16] / uri.rsplit("/", 1)[-1]
-    if storage.exists(uri):
-        storage.download(uri, target)
-        return target
-    names = ["config.json", "model_weights.pt"]
-    names += [f"vocabs/{entry.rsplit('/', 1)[-1]}" for entry in storage.list(f"{uri}/vocabs")]
-    for name in names:
-        if not storage.exists(f"{uri}/{name}"):
-            raise UserError(f"{uri} has no {name}; expected a checkpoint as `transcriptformer download` makes it.")
-        storage.download(f"{uri}/{name}", target / name)
-    return target
 
 
 def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path | None = None) -> Checkpoint:
@@ -169,7 +144,7 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path |
     _require_tensors_only(folder / "model_weights.pt")
     digest = hashlib.sha256(json.dumps([config["model"], aux_vocab, genes], sort_keys=True).encode())
     for path in (folder / "model_weights.pt", *pretrained):
-        digest.update(_file_digest(path, cache))
+        digest.update(file_digest(path, cache))
     return Checkpoint(
         folder=folder,
         shape=shape,
@@ -199,6 +174,23 @@ def read_gene_names(path: Path) -> list[str]:
         raise UserError(f"{path} is not a gene embedding file: {error}. Expected HDF5 with `keys` and `arrays`.") from (
             error
         )
+
+
+def file_digest(path: Path, cache: Path | None) -> bytes:
+    """Return the SHA-256 of a file; `cache` remembers it by path, size, time of change and inode."""
+    if cache is None:
+        return _hash_file(path)
+    state = path.stat()
+    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
+    remembered = cache / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    if remembered.exists() and len(digest := remembered.read_bytes()) == hashlib.sha256().digest_size:
+        return digest
+    digest = _hash_file(path)
+    # A cache that cannot be written costs time alone.
+    with suppress(OSError):
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        remembered.write_bytes(digest)
+    return digest
 
 
 def _require_tensors_only(path: Path) -> None:
@@ -235,22 +227,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected a JSON object.")
     return content
-
-
-def _file_digest(path: Path, cache: Path | None) -> bytes:
-    if cache is None:
-        return _hash_file(path)
-    state = path.stat()
-    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
-    remembered = cache / "digests" / hashlib.sha256(key.encode()).hexdigest()
-    if remembered.exists() and len(digest := remembered.read_bytes()) == hashlib.sha256().digest_size:
-        return digest
-    digest = _hash_file(path)
-    # A cache that cannot be written costs time alone.
-    with suppress(OSError):
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        remembered.write_bytes(digest)
-    return digest
 
 
 def _hash_file(path: Path) -> bytes:

@@ -8,7 +8,8 @@ from pathlib import Path
 from census_tf_dagster.census.release import Genes, OrganismRelease, open_release
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.inference.checkpoint import Checkpoint, fetch, read_checkpoint
+from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
+from census_tf_dagster.inference.fetch import fetch
 from census_tf_dagster.settings import SetSettings
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.layout import ReleaseFolder
@@ -67,6 +68,12 @@ def open_job(
             [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
             cache,
         )
+        if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
+            raise UserError(
+                f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
+                f"{settings.name} expects {settings.checkpoint_fingerprint} (checkpoint_fingerprint). Get the "
+                "checkpoint from its publisher again, or change what the set expects."
+            )
         if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
             raise UserError(
                 f"obs of {settings.organism} in {census_uri} lacks the column {checkpoint.aux_column!r} that the "

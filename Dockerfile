@@ -1,0 +1,109 @@
+# Two images from one file (docs/images.md):
+#   control   webserver, daemon, code server, and the runs of plans, arrays and checks; no torch
+#   worker    control, and what a shard needs on a GPU
+# Built by `make images`, or:  docker build --target worker -t census-tf-worker .
+#
+#   BASE          a Debian whose python3 is 3.11 or 3.12
+#   SETS          folder of this checkout to bake as the folder of sets; one that is mounted needs no new image
+#   CHECKPOINTS   folder of this checkout to bake as /opt/census_tf/checkpoints; as it is, none
+# How pip reaches a registry of your own comes as the secret `pip.conf`, which no layer keeps.
+ARG BASE=debian:bookworm-slim
+
+# --- Python and the user --------------------------------------------------------------------------------------------
+# hadolint ignore=DL3006
+FROM ${BASE} AS python
+# The base decides which versions these have.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/census_tf/venv \
+    && useradd --uid 1000 --user-group --create-home dagster \
+    && install -d -o dagster -g dagster /opt/dagster/dagster_home /var/cache/census-tf
+ENV PATH=/opt/census_tf/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# --- What pyproject.toml names, without the source: nothing below is installed anew while these lists stay the same --
+FROM python AS requirements
+COPY pyproject.toml deploy/images/requirements.py /build/
+WORKDIR /build
+RUN python3 requirements.py base ui deploy > control.txt && python3 requirements.py worker > worker.txt
+
+FROM python AS control-packages
+COPY constraints.txt /opt/census_tf/constraints.txt
+COPY --from=requirements /build/control.txt /opt/census_tf/control.txt
+# What packages bring to test themselves is a tenth of this layer.
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    pip install -c /opt/census_tf/constraints.txt -r /opt/census_tf/control.txt \
+    && find /opt/census_tf/venv -type d -name tests -prune -exec rm -rf {} +
+
+FROM control-packages AS worker-packages
+# Triton compiles a part of each GPU kernel's launch when it first runs: that takes a C compiler and Python's headers.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ python3-dev \
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
+COPY --from=requirements /build/worker.txt /opt/census_tf/worker.txt
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    pip install -c /opt/census_tf/constraints.txt -r /opt/census_tf/worker.txt
+
+# --- This project, as a wheel ---------------------------------------------------------------------------------------
+FROM python AS wheel
+COPY constraints.txt /build/
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    pip install -c /build/constraints.txt hatchling
+COPY pyproject.toml README.md /build/
+COPY census_tf_dagster /build/census_tf_dagster
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist /build
+
+# --- The images: what changes seldom comes first ----------------------------------------------------------------------
+FROM control-packages AS control
+ARG CHECKPOINTS=deploy/images/checkpoints
+COPY ${CHECKPOINTS} /opt/census_tf/checkpoints
+COPY deploy/images/entrypoint deploy/images/healthcheck /opt/dagster/
+COPY deploy/ecs/dagster.yaml /opt/dagster/ecs/
+ARG SETS=census_tf_dagster/defs
+COPY ${SETS} /opt/census_tf/sets
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    pip install --no-deps --no-index /dist/*.whl
+ENV DAGSTER_HOME=/opt/dagster/dagster_home \
+    CENSUS_TF_SETS=/opt/census_tf/sets \
+    CENSUS_TF_CACHE=/var/cache/census-tf \
+    NUMBA_CACHE_DIR=/var/cache/census-tf/numba
+WORKDIR /opt/dagster
+USER 1000:1000
+# Declared, so that a volume of ECS without a place of its own belongs to this user.
+VOLUME /var/cache/census-tf
+EXPOSE 3000 4000
+ENTRYPOINT ["/opt/dagster/entrypoint"]
+# The daemon's check loads its instance, which takes seconds.
+HEALTHCHECK --interval=60s --timeout=30s --start-period=120s CMD ["/opt/dagster/healthcheck"]
+
+FROM worker-packages AS worker
+ARG CHECKPOINTS=deploy/images/checkpoints
+COPY ${CHECKPOINTS} /opt/census_tf/checkpoints
+COPY deploy/images/entrypoint deploy/images/healthcheck /opt/dagster/
+COPY deploy/ecs/dagster.yaml /opt/dagster/ecs/
+ARG SETS=census_tf_dagster/defs
+COPY ${SETS} /opt/census_tf/sets
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    pip install --no-deps --no-index /dist/*.whl
+# Which GPUs a container sees is the platform's to say (NVIDIA_VISIBLE_DEVICES); with `all` here, a container that
+# asked for none would see every one. NVIDIA_REQUIRE_CUDA: torch is built for CUDA 13.0, and a node whose driver is too
+# old refuses to start the container instead of failing its run.
+ENV DAGSTER_HOME=/opt/dagster/dagster_home \
+    CENSUS_TF_SETS=/opt/census_tf/sets \
+    CENSUS_TF_CACHE=/var/cache/census-tf \
+    NUMBA_CACHE_DIR=/var/cache/census-tf/numba \
+    TRITON_CACHE_DIR=/var/cache/census-tf/triton \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/census-tf/inductor \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    NVIDIA_REQUIRE_CUDA=cuda>=13.0
+WORKDIR /opt/dagster
+USER 1000:1000
+VOLUME /var/cache/census-tf
+ENTRYPOINT ["/opt/dagster/entrypoint"]
+# No health check: a run ends with its process, and Dagster's run monitoring looks after it.
+HEALTHCHECK NONE
