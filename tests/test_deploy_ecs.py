@@ -26,7 +26,7 @@ from tests.support import RELEASE, REPOSITORY, Project, read_array
 from tests.test_launchers import launch
 from tests.test_s3 import reader_config
 
-SETS = REPOSITORY / "deploy" / "sets"
+SETS, PLACEMENT = REPOSITORY / "deploy" / "sets", REPOSITORY / "deploy" / "ecs"
 ACCOUNT = "123456789012"
 
 
@@ -181,7 +181,7 @@ def test_there_is_one_daemon(stack: Stack) -> None:
 
 
 def test_the_sets_go_with_the_template(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    placement = read_placement(SETS)
+    placement = read_placement(PLACEMENT)
     assert placement is not None
     assert placement.ecs is not None
     known = {one["name"] for one in stack.capacity_providers()}
@@ -197,7 +197,7 @@ def test_the_sets_go_with_the_template(stack: Stack, monkeypatch: pytest.MonkeyP
 def launched(stack: Stack, project: Project) -> dict[str, Any]:
     """What ECS was asked for: a shard's task, launched with deploy/ecs/dagster.yaml and the stack's own variables."""
     project.add_set("tiny", organism="homo_sapiens", device="cuda")
-    (project.folder / "sets" / "placement.yaml").write_text((SETS / "placement.yaml").read_text())
+    (project.folder / "sets" / "placement.yaml").write_text((PLACEMENT / "placement.yaml").read_text())
     write_dagster_yaml(project.folder / "dagster_home")
     ecs, ec2 = stack.client("ecs"), stack.client("ec2")
     image = ec2.describe_images()["Images"][0]["ImageId"]
