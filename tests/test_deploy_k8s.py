@@ -71,7 +71,8 @@ def test_the_objects_are_valid(version: str) -> None:
         "RoleBinding",
         "NetworkPolicy",
     ]
-    for one in objects:
+    canary = yaml.safe_load((FOLDER / "canary.yaml").read_text())
+    for one in [*objects, canary]:
         kubernetes_validate.validate(one, version, strict=True)
         assert one["metadata"]["namespace"] == NAMESPACE
 

@@ -106,11 +106,14 @@ RELOAD = """mutation Reload($name: String!) { reloadRepositoryLocation(repositor
   __typename ... on WorkspaceLocationEntry { loadStatus locationOrLoadError { __typename } }
 } }"""
 NODES = "{ assetNodes { assetKey { path } } }"
-LOCATIONS = "{ workspaceOrError { ... on Workspace { locationEntries { name } } } }"
+LOCATIONS = """{ workspaceOrError { ... on Workspace { locationEntries {
+  name locationOrLoadError { __typename ... on PythonError { cause { message } } }
+} } } }"""
 
 
-def test_a_new_set_is_there_after_reload(s3: str, project: Project) -> None:
-    put_set(s3, project, "first", "live/sets")
+def test_sets_are_there_after_reload(s3: str, project: Project) -> None:
+    """A stack stands before its bucket has any set: the server is healthy, and says what is missing."""
+    put(s3, "live/other")
     project.env |= environment(s3, f"s3://{BUCKET}/live/sets")
     project.env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     with code_server(project) as port:
@@ -123,10 +126,11 @@ def test_a_new_set_is_there_after_reload(s3: str, project: Project) -> None:
             def sets() -> set[str]:
                 return {node["assetKey"]["path"][0] for node in deployment.ask(NODES)["assetNodes"]}
 
-            until(lambda: sets() == {"first"}, "the first set")
-            put_set(s3, project, "second", "live/sets")
             (location,) = deployment.ask(LOCATIONS)["workspaceOrError"]["locationEntries"]
-            deployment.ask(RELOAD, name=location["name"])
-            until(lambda: sets() == {"first", "second"}, "the second set")
+            assert "no sets below s3://deployment/live/sets" in location["locationOrLoadError"]["cause"]["message"]
+            for names in (["first"], ["first", "second"]):
+                put_set(s3, project, names[-1], "live/sets")
+                deployment.ask(RELOAD, name=location["name"])
+                until(lambda names=names: sets() == set(names), f"the sets {names}")
         finally:
             operator.stop("dagster-webserver")
