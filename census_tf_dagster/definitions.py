@@ -5,7 +5,8 @@ Reads the variables of a deployment (the command line reads only where Dagster i
 =============================  ==========================================  =============================
 variable                       meaning                                     default
 =============================  ==========================================  =============================
-CENSUS_TF_SETS                 folder with ``<set>/defs.yaml`` files       the demo sets of this package
+CENSUS_TF_SETS                 folder or S3 prefix (reached as the store   the demo sets of this package
+                               is) with ``<set>/defs.yaml`` files
 CENSUS_TF_CENSUS               ``public``, or a location with {release}    demo-data/census/{release}
 CENSUS_TF_CENSUS_S3_REGION     region of the Census's bucket               us-west-2
 CENSUS_TF_CENSUS_S3_ENDPOINT   S3-compatible server of the Census          AWS
@@ -82,9 +83,16 @@ def build_definitions(sets: dg.Definitions, census: CensusResource, store: Store
     )
 
 
-def sets_folder() -> Path:
-    """Return the folder of this deployment's sets."""
-    return Path(os.environ.get("CENSUS_TF_SETS", Path(__file__).parent / "defs"))
+def sets_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of this deployment's sets; those on S3 are fetched."""
+    sets = environment.get("CENSUS_TF_SETS", str(Path(__file__).parent / "defs"))
+    if not sets.startswith("s3://"):
+        return Path(sets)
+    from census_tf_dagster.remote_sets import fetch_sets
+    from census_tf_dagster.s3 import S3Settings
+
+    store = store_resource(environment)
+    return fetch_sets(sets, S3Settings(store.s3_region, store.s3_endpoint))
 
 
 def census_resource(environment: Mapping[str, str] = os.environ) -> CensusResource:

@@ -169,6 +169,21 @@ class S3Objects:
         found = self._ask(uri, lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1))
         return found is not None and bool(found["KeyCount"])
 
+    def list_below(self, uri: str) -> dict[str, int]:
+        """Return the size in bytes of each object below the prefix `uri`, by its name from there on."""
+        bucket, key = _split(uri)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        found: dict[str, int] = {}
+        after: dict[str, str] = {}
+        while True:
+            page = self._ask(uri, lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **after))  # noqa: B023
+            if page is None:
+                return found
+            found |= {one["Key"].removeprefix(prefix): one["Size"] for one in page.get("Contents", [])}
+            if not page["IsTruncated"]:
+                return found
+            after = {"ContinuationToken": page["NextContinuationToken"]}
+
     def read(self, uri: str) -> bytes | None:
         """Return an object's content; None when there is none."""
         bucket, key = _split(uri)

@@ -49,10 +49,13 @@ class Operator:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def serve(self, name: str) -> None:
-        """Start `dagster-webserver` or `dagster-daemon`, in a process group of its own."""
+    def serve(self, name: str, *code: str) -> None:
+        """Start `dagster-webserver` or `dagster-daemon`, in a process group of its own.
+
+        `code` says where the definitions are; left out: the module, by a code server of its own.
+        """
         own = ["-h", "127.0.0.1", "-p", str(self.port)] if name == "dagster-webserver" else ["run"]
-        command = [str(Path(sys.executable).with_name(name)), *own, "-m", self.module]
+        command = [str(Path(sys.executable).with_name(name)), *own, *(code or ("-m", self.module))]
         with (self.project.folder / f"{name}.log").open("a") as log:
             self.servers[name] = subprocess.Popen(
                 command,

@@ -1,4 +1,4 @@
-"""What the stock launchers make of a run of each asset: Jobs against the API's schema, and both deploy files.
+"""What the stock launchers make of a run of each asset: Jobs against the API's schema, and both instances.
 
 In this process, so that the coordinator can be taken away: without it no shard comes to a GPU node.
 """
@@ -32,23 +32,14 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.run_coordinator import PlacingRunCoordinator
+from tests import k8s_deployment
 from tests.ecs_deployment import STOCK, doubles, on_cpu, on_gpu_node, write_dagster_yaml
 from tests.placements import PLACEMENT, declare
 from tests.postgres import PASSWORD, postgres
-from tests.support import RELEASE, REPOSITORY, Project
+from tests.support import RELEASE, Project
 
 ASSETS = {"shard_embeddings": f"{RELEASE}|0", "obs_id_plan": RELEASE, "embeddings_array": RELEASE}
 VERSIONS = ("1.31", "1.37")
-K8S_ENV = {
-    "CENSUS_TF_LOG_BUCKET": "dagster-logs",
-    "CENSUS_TF_NAMESPACE": "census-tf",
-    "CENSUS_TF_SERVICE_ACCOUNT": "census-tf-run",
-    "CENSUS_TF_CONTROL_IMAGE": "registry.example/census-tf-control:0.1.0",
-    "CENSUS_TF_SETS": "/opt/sets",
-    "CENSUS_TF_CENSUS": "public",
-    "CENSUS_TF_STORE": "s3://bucket/store",
-    "AWS_DEFAULT_REGION": "us-west-2",
-}
 
 
 def launch(project: Project, asset: str, own_tags: dict[str, str] | None = None) -> None:
@@ -67,7 +58,10 @@ def launch(project: Project, asset: str, own_tags: dict[str, str] | None = None)
             asset_selection={key},
             tags={"dagster/partition": ASSETS[asset], **(own_tags or {})},
             remote_job_origin=RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job.name),
-            job_code_origin=JobPythonOrigin(job.name, RepositoryPythonOrigin(sys.executable, pointer)),
+            # As a code server says it on Kubernetes.
+            job_code_origin=JobPythonOrigin(
+                job.name, RepositoryPythonOrigin(sys.executable, pointer, os.environ.get("DAGSTER_CURRENT_IMAGE"))
+            ),
         )
         instance.run_coordinator.submit_run(SubmitRunContext(run, workspace=None))  # type: ignore[arg-type]
         queued = instance.get_run_by_id(run.run_id)
@@ -104,18 +98,14 @@ def kubernetes_api() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, list[dict[str, Any]]]]:
-    """deploy/k8s/dagster.yaml on a PostgreSQL of its own, with the API above in place of the cluster."""
+    """The instance of deploy/k8s on a PostgreSQL of its own, with the API above in place of the cluster."""
     project = Project(tmp_path_factory.mktemp("kubernetes"))
     project.add_set("tiny", organism="homo_sapiens", device="cuda")
     declare(project.folder / "sets")
-    config = yaml.safe_load((REPOSITORY / "deploy" / "k8s" / "dagster.yaml").read_text())
-    # Outside of a cluster there is no service account to take the API's address from.
-    config["run_launcher"]["config"] |= {
-        "load_incluster_config": False,
-        "kubeconfig_file": str(project.folder / "kube"),
-    }
-    (project.folder / "dagster_home" / "dagster.yaml").write_text(yaml.safe_dump(config))
     with kubernetes_api() as (address, jobs), postgres() as database:
+        # Outside of a cluster there is no service account to take the API's address from.
+        outside = {"load_incluster_config": False, "kubeconfig_file": str(project.folder / "kube")}
+        k8s_deployment.write_dagster_yaml(project.folder / "dagster_home", database, **outside)
         (project.folder / "kube").write_text(
             yaml.safe_dump(
                 {
@@ -128,7 +118,8 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proje
                 }
             )
         )
-        with mock.patch.dict(os.environ, database | K8S_ENV):
+        image = {"DAGSTER_CURRENT_IMAGE": k8s_deployment.CONTROL_IMAGE}
+        with mock.patch.dict(os.environ, database | k8s_deployment.environment() | image):
             yield project, jobs
 
 
@@ -171,10 +162,10 @@ def test_the_job_of_a_run_without_a_placement(kubernetes: tuple[Project, list[di
     job = job_of(kubernetes, asset)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["image"] == K8S_ENV["CENSUS_TF_CONTROL_IMAGE"]
+    assert container["image"] == k8s_deployment.CONTROL_IMAGE
     assert container["resources"] == {"requests": {"cpu": "2", "memory": "16Gi"}, "limits": {"memory": "16Gi"}}
     assert not pod.keys() & {"nodeSelector", "tolerations"}
-    assert pod["serviceAccountName"] == K8S_ENV["CENSUS_TF_SERVICE_ACCOUNT"]
+    assert pod["serviceAccountName"] == "census-tf-run"
 
 
 def test_a_job_with_another_size(kubernetes: tuple[Project, list[dict[str, Any]]]) -> None:
