@@ -1,8 +1,11 @@
 """What a launch would do and write, worked out without doing or writing any of it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from census_tf_dagster.census.plan import Plan
+from census_tf_dagster.spending import Cost, Throughput, utc_now
+from census_tf_dagster.steps.estimate import estimate, to_compute
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import PlanSummary, survey
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -25,6 +28,8 @@ class DryRun:
         Writes that are missing.
     bytes_to_write
         Estimated, for the missing cells.
+    cost
+        What computing them takes.
     """
 
     plan: PlanSummary
@@ -33,10 +38,24 @@ class DryRun:
     cells_to_compute: int
     megabatches_to_compute: int
     bytes_to_write: int
+    cost: Cost
 
 
-def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> DryRun:
+def dry_run(
+    job: Job, shards: tuple[int, ...] | None, *, recompute: bool, measured: Iterable[Throughput] = ()
+) -> DryRun:
     """Work out what a launch of some shards (None: all) would do.
+
+    Parameters
+    ----------
+    job
+        The opened set and release.
+    shards
+        Their numbers.
+    recompute
+        Whether cells that are there would be computed again.
+    measured
+        What the last shards of this set have done.
 
     Raises
     ------
@@ -47,11 +66,11 @@ def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> Dry
     plan = Plan(found.summary.totals, found.megabatches, job.folder.plan)
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]
-    todo = batches
+    todo = to_compute(batches)
     if job.store.holds_files(job.folder.array):
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         if not recompute:
-            todo = missing_megabatches(array, plan, batches)
+            todo = missing_megabatches(array, plan, todo)
     cells_to_compute = sum(batch.cells for batch in todo)
     return DryRun(
         plan=found.summary,
@@ -60,6 +79,7 @@ def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> Dry
         cells_to_compute=cells_to_compute,
         megabatches_to_compute=len(todo),
         bytes_to_write=found.summary.estimated_bytes * cells_to_compute // plan.totals.cells,
+        cost=estimate(job, sum(batch.tokens for batch in todo), measured),
     )
 
 
@@ -68,6 +88,8 @@ def describe(result: DryRun) -> str:
     plan = result.plan
     ours, theirs = plan.storage_versions
     differ = "" if ours == theirs else f"storage version: {ours}, the Census has {theirs} (docs/publish.md)\n"
+    finish = result.cost.finish(utc_now())
+    done = f"; started now, shards would be done on {finish:%Y-%m-%d}" if finish else ""
     return (
         f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary), {plan.totals.tokens:,} tokens, "
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
@@ -76,6 +98,7 @@ def describe(result: DryRun) -> str:
         f"{differ}"
         f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} "
         f"cells in {result.megabatches_to_compute:,} writes, about {result.bytes_to_write:,} bytes\n"
+        f"cost: {result.cost}{done}\n"
         f"into {plan.root}\n"
         "Nothing was started and nothing written."
     )

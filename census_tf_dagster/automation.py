@@ -1,0 +1,61 @@
+"""When assets of a set run by themselves: plan, approval, shards, array, each once for a release that is added.
+
+A release that was there before a set's `auto_start` was switched on is not started: `launch` does that.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import dagster as dg
+
+from census_tf_dagster.spending import Spending
+
+AUTOMATIC_TAGS = ("dagster/from_automation_condition", "dagster/sensor_name", "dagster/schedule_name")
+"""On runs that no person asked for. A retry inherits them."""
+
+CONDITION_TAG = AUTOMATIC_TAGS[0]
+
+EVERY_SECONDS = 30
+
+Condition = dg.AutomationCondition[dg.AssetKey | dg.AssetCheckKey]
+
+
+def once_for_new_partitions(spending: Spending) -> Condition | None:
+    """Return the condition of plan, shards and array; None for a set that does not start by itself.
+
+    What was materialized once is never asked for again: a new plan does not spend GPU time anew.
+    """
+    if not spending.auto_start:
+        return None
+    # A plan that is being made again may lack an approval.
+    condition = dg.AutomationCondition.on_missing() & ~dg.AutomationCondition.any_deps_in_progress()
+    return condition.with_label("once_for_new_partitions")
+
+
+def whenever_planned(spending: Spending) -> Condition | None:
+    """Return the condition of the approval: every plan is judged, also one made again for a release."""
+    return dg.AutomationCondition.eager().with_label("whenever_planned") if spending.auto_start else None
+
+
+def is_automatic(tags: Mapping[str, str]) -> bool:
+    """Tell whether a run with these tags was started without a person."""
+    return any(tag in tags for tag in AUTOMATIC_TAGS)
+
+
+def automation_sensor(assets: Iterable[dg.AssetsDefinition]) -> dg.AutomationConditionSensorDefinition | None:
+    """Return what evaluates the conditions of those assets that have one; None when none has.
+
+    It starts running: which set starts by itself, its own YAML says.
+    """
+    keys = [key for asset in assets for key, one in asset.automation_conditions_by_key.items() if one]
+    if not keys:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        return dg.AutomationConditionSensorDefinition(
+            "auto_start",
+            target=dg.AssetSelection.assets(*keys),
+            default_status=dg.DefaultSensorStatus.RUNNING,
+            minimum_interval_seconds=EVERY_SECONDS,
+            description="Starts what the sets' auto_start allows: plan, approval, shards, array of a new release.",
+        )
