@@ -1,9 +1,9 @@
 """What a set may spend by itself, and what its work costs: rates, prices, and the answer of the gate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,10 @@ FLOP_PER_TOKEN = 1.14e12 / 1802
 
 ASSUMED_SHARE = 0.25
 """Of the roof, where nothing was measured. A guess, on the careful side: replace it with a canary."""
+
+
+LAST_SHARDS = 96
+"""How many of the last shards of a set a rate is taken from."""
 
 
 class Budget(BaseModel):
@@ -60,6 +64,16 @@ class Throughput:
     seconds: float
     devices: int
     device: str
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Self | None:
+        """Make one of the figures that a shard's materialization shows; None when it computed nothing."""
+        try:
+            devices = str(figures["devices"]).split(", ")
+            seconds = sum(float(figures[f"seconds_{name}"]) for name in ("load", "work", "proof"))
+            return cls(float(figures["tokens_computed"]), seconds, len(devices), devices[0])
+        except KeyError:
+            return None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ import dagster as dg
 from census_tf_dagster.assets.common import asset_key, final_failure
 from census_tf_dagster.automation import CONDITION_TAG
 from census_tf_dagster.settings import SetSettings
-from census_tf_dagster.spending import Cost, Throughput, utc_now
-
-LAST_SHARDS = 96
-"""How many of the last shards the rate is taken from."""
+from census_tf_dagster.spending import LAST_SHARDS, Cost, Throughput, utc_now
 
 
 @dataclass(frozen=True)
@@ -34,17 +31,7 @@ def last_shards(instance: dg.DagsterInstance, settings: SetSettings) -> list[Thr
     """Return what the last shards of a set have done, from the metadata of their materializations."""
     records = instance.fetch_materializations(asset_key(settings, "shard_embeddings"), limit=LAST_SHARDS).records
     found = [record.asset_materialization for record in records]
-    return [one for event in found if event and (one := throughput(_values(event.metadata)))]
-
-
-def throughput(figures: Mapping[str, Any]) -> Throughput | None:
-    """Return a shard's throughput from its figures, paid time included; None when it computed nothing."""
-    try:
-        devices = str(figures["devices"]).split(", ")
-        seconds = sum(float(figures[f"seconds_{name}"]) for name in ("load", "work", "proof"))
-        return Throughput(float(figures["tokens_computed"]), seconds, len(devices), devices[0])
-    except KeyError:
-        return None
+    return [one for event in found if event and (one := Throughput.of(_values(event.metadata)))]
 
 
 def cost_metadata(cost: Cost, settings: SetSettings) -> dict[str, Any]:

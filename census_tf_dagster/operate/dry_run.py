@@ -4,7 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from census_tf_dagster.census.plan import Plan
-from census_tf_dagster.spending import Cost, Throughput, utc_now
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.runs import materializations
+from census_tf_dagster.operate.sets import SHARDS, find_set
+from census_tf_dagster.spending import LAST_SHARDS, Cost, Throughput, utc_now
 from census_tf_dagster.steps.estimate import estimate, to_compute
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import PlanSummary, survey
@@ -81,6 +85,23 @@ def dry_run(
         bytes_to_write=found.summary.estimated_bytes * cells_to_compute // plan.totals.cells,
         cost=estimate(job, sum(batch.tokens for batch in todo), measured),
     )
+
+
+def measured_shards(url: str, name: str) -> list[Throughput]:
+    """Ask a deployment what shards of a set have done on their last release; nothing when it does not answer."""
+    try:
+        deployment = Deployment.at(url)
+        found = find_set(deployment, name)
+    except UserError:
+        # The estimate then says what else it stands on.
+        return []
+    for release in reversed(found.releases):
+        partitions = [found.partition(release, shard) for shard in range(len(found.shard_keys))]
+        stored = sorted(materializations(deployment, found, SHARDS, partitions).values(), key=lambda one: one.at)
+        figures = ({**one.numbers, **one.figures, **one.texts} for one in stored[-LAST_SHARDS:])
+        if done := [one for found_figures in figures if (one := Throughput.of(found_figures))]:
+            return done
+    return []
 
 
 def describe(result: DryRun) -> str:
