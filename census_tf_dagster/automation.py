@@ -23,12 +23,18 @@ Condition = dg.AutomationCondition[dg.AssetKey | dg.AssetCheckKey]
 def once_for_new_partitions(spending: Spending) -> Condition | None:
     """Return the condition of plan, shards and array; None for a set that does not start by itself.
 
-    What was materialized once is never asked for again: a new plan does not spend GPU time anew.
+    What was materialized once is never asked for again: a new plan does not spend GPU time anew. Nor is what somebody
+    has just launched, or what failed: mending that is a person's matter.
     """
     if not spending.auto_start:
         return None
-    # A plan that is being made again may lack an approval.
-    condition = dg.AutomationCondition.on_missing() & ~dg.AutomationCondition.any_deps_in_progress()
+    condition = (
+        dg.AutomationCondition.on_missing()
+        & ~dg.AutomationCondition.in_progress()
+        & ~dg.AutomationCondition.execution_failed()
+        # A plan that is being made again may lack an approval.
+        & ~dg.AutomationCondition.any_deps_in_progress()
+    )
     return condition.with_label("once_for_new_partitions")
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import DirectoryError, UserError
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         code: int | None = arguments.run(arguments)
-    except UserError as error:
+    except (UserError, DirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return code or 0

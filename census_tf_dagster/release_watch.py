@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import dagster as dg
 
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import DirectoryError, UserError
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.resources import CensusResource
 from census_tf_dagster.spending import utc_now
@@ -195,8 +195,6 @@ def build_release_watch(kinds: Kinds, plans: Sequence[dg.AssetKey]) -> dg.Defini
         description=f"Looks at the Census release directory and adds the partition of what is new, once: {what}.",
     )
     def census_releases(context: dg.SensorEvaluationContext, census: CensusResource) -> dg.SensorResult:
-        from census_tf_dagster.census.directory import DirectoryError
-
         try:
             found = look(context.instance, census, kinds, plans)
         except (DirectoryError, NoDirectoryError) as error:

@@ -9,8 +9,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from census_tf_dagster.census.directory import DirectoryError, ListedRelease, parse_directory, read_directory
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.census.directory import ListedRelease, parse_directory, read_directory
+from census_tf_dagster.errors import DirectoryError, UserError
 from census_tf_dagster.release_watch import RELEASES_NAME, Kinds, build_release_watch, read_kinds
 from census_tf_dagster.resources import CensusResource
 from census_tf_dagster.spending import utc_now
@@ -115,7 +115,9 @@ def test_an_evaluation_that_broke_off_loses_nothing(server: DirectoryServer, ins
 def test_an_outage_is_a_skip_with_its_cause(server: DirectoryServer, instance: dg.DagsterInstance) -> None:
     server.status = 503
     said = reason(evaluate(server, instance))
-    assert said.startswith(f"the Census release directory cannot be reached at {server.url}: HTTPError: 503 Server Error")
+    assert said.startswith(
+        f"the Census release directory cannot be reached at {server.url}: HTTPError: 503 Server Error"
+    )
     nobody = DirectoryServer(port=9)
     assert "Connection refused" in reason(evaluate(nobody, instance))
     server.silent = True

@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import DirectoryError, UserError
 
 PATIENCE_SECONDS = 45.0
 """Dagster gives a sensor 60 seconds."""
@@ -29,10 +29,6 @@ NAME = re.compile(r"\d{4}-\d{2}-\d{2}")
 """Releases are named by their day; other names (stable, latest, V2) are aliases, which come and go."""
 
 UNREACHABLE = "the Census release directory cannot be reached"
-
-
-class DirectoryError(Exception):
-    """The directory does not answer, or answers something else. A later look may succeed."""
 
 
 class _Model(BaseModel):
