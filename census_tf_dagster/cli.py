@@ -149,6 +149,19 @@ def build_parser() -> argparse.ArgumentParser:
     remove.add_argument("--confirm", metavar="IDENTITY", help="the identity once more; without it nothing is removed")
     remove.set_defaults(run=_remove)
 
+    prune = commands.add_parser(
+        "prune",
+        help="do with old plans and arrays what retention.yaml says, when asked for twice",
+        description=(
+            "List what the deployment's retention.yaml (in the folder of sets) would remove or archive; nothing "
+            "without such a file. Nothing is done until the command is repeated with the word that it shows."
+        ),
+        epilog="example: python -m census_tf_dagster prune --confirm 0123456789ab",
+    )
+    prune.add_argument("--confirm", metavar="WORD", help="as shown without it: do it to exactly those")
+    prune.add_argument("--json", action="store_true", help="print one JSON object")
+    prune.set_defaults(run=_prune)
+
     for command in (launch, approve, status):
         command.add_argument(
             "--url",
@@ -273,6 +286,28 @@ def _remove(arguments: argparse.Namespace) -> None:
     resource = store_resource()
     names = (arguments.set, arguments.release, arguments.identity)
     print("removed", remove_release(resource.uri(), resource.storage(), *names, arguments.confirm))
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.definitions import sets_folder, store_resource
+    from census_tf_dagster.operate.prune import apply, candidates, digest
+    from census_tf_dagster.retention import read_retention
+
+    resource, retention = store_resource(), read_retention(sets_folder())
+    store, storage = resource.uri(), resource.storage()
+    chosen = candidates(store, storage, retention)
+    word = digest(chosen)
+    if arguments.confirm not in (None, word):
+        raise UserError(f"--confirm {arguments.confirm}: what would go is now {word}. Nothing was done; look again.")
+    done = apply(store, storage, retention, chosen) if arguments.confirm else []
+    if arguments.json:
+        names = [one.name for one in chosen]
+        print(json.dumps({"policy": retention.policy, "chosen": names, "word": word, "done": bool(arguments.confirm)}))
+        return
+    print(f"policy {retention.policy}: {len(chosen)} arrays")
+    print("".join(f"  {line}\n" for line in done or chosen), end="")
+    if chosen and not arguments.confirm:
+        print(f"Nothing was done. To {retention.policy} exactly these: prune --confirm {word}")
 
 
 def _instance() -> "dg.DagsterInstance":

@@ -38,6 +38,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.placement import read_placement
 from census_tf_dagster.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.resources import CensusResource, StoreResource
+from census_tf_dagster.retention import Retention, build_retention, read_retention
 from census_tf_dagster.settings import SetSettings
 
 if TYPE_CHECKING:
@@ -80,15 +81,32 @@ def _component_tree(folder: Path) -> Iterator[dg.ComponentTree]:
 
 
 def build_definitions(
-    sets: dg.Definitions, census: CensusResource, store: StoreResource, kinds: Kinds = "lts"
+    sets: dg.Definitions,
+    census: CensusResource,
+    store: StoreResource,
+    kinds: Kinds = "lts",
+    retention: Retention | None = None,
 ) -> dg.Definitions:
-    """Assemble the definitions of a deployment; `kinds` of releases are added by themselves."""
+    """Assemble the definitions of a deployment.
+
+    Parameters
+    ----------
+    sets
+        Their assets and checks.
+    census, store
+        Where they are.
+    kinds
+        Releases that are added by themselves.
+    retention
+        What becomes of old arrays; None: they are kept.
+    """
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
     plans = [key for asset in assets for key in asset.keys if key.path[-1] == "obs_id_plan"]
     auto_start = automation_sensor(assets)
     return dg.Definitions.merge(
         sets,
         build_release_watch(kinds, plans),
+        build_retention(retention or Retention()),
         dg.Definitions(
             resources={"census": census, "store": store},
             executor=dg.in_process_executor,
@@ -142,4 +160,5 @@ def deployed_job(set_name: str, release: str) -> Iterator["Job"]:
 def defs() -> dg.Definitions:
     """Return the definitions that Dagster's tools load."""
     kinds = read_kinds(os.environ.get("CENSUS_TF_RELEASES", "lts"))
-    return build_definitions(load_sets(sets_folder()), census_resource(), store_resource(), kinds)
+    folder = sets_folder()
+    return build_definitions(load_sets(folder), census_resource(), store_resource(), kinds, read_retention(folder))

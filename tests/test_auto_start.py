@@ -69,13 +69,14 @@ def click(operator: Operator, job: str, asset: list[str] | None = None, release:
     return run
 
 
+def ended_ticks(operator: Operator, sensor: str) -> int:
+    return len([tick for tick in ticks(operator, sensor) if tick["status"] != "STARTED"])
+
+
 def looks_done(operator: Operator, sensor: str, more: int = 1) -> None:
     """Wait until a sensor has looked again as often."""
-    before = len([tick for tick in ticks(operator, sensor) if tick["status"] != "STARTED"])
-    until(
-        lambda: len([tick for tick in ticks(operator, sensor) if tick["status"] != "STARTED"]) >= before + more,
-        f"{more} more looks of {sensor}",
-    )
+    before = ended_ticks(operator, sensor)
+    until(lambda: ended_ticks(operator, sensor) >= before + more, f"{more} more looks of {sensor}")
 
 
 def status(operator: Operator, name: str) -> dict[str, Any]:
@@ -84,13 +85,6 @@ def status(operator: Operator, name: str) -> dict[str, Any]:
     found: dict[str, Any]
     (found,) = json.loads(done.stdout)["releases"]
     return found
-
-
-def of_set(runs: Counter[tuple[str, str]], name: str) -> dict[str, int]:
-    """How often each asset of a set ran, by asset and partition."""
-    found = {f"{asset.removeprefix(name + '/')} {partition}": n for (asset, partition), n in runs.items()}
-    mine = {f"{asset.removeprefix(name + '/')} {p}" for asset, p in runs if asset.startswith(f"{name}/")}
-    return {key: n for key, n in found.items() if key in mine}
 
 
 def runs_of(operator: Operator, name: str) -> Counter[str]:
@@ -136,15 +130,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         server.lists(r2025_01_30=entry(EARLIER, str(project.census)))
         assert project.command("release", "add", EARLIER).returncode == 0
         with running_locally(project, daemon=True) as operator:
-            looks_done(operator, "auto_start")
+            for sensor in ("auto_start", "census_releases"):
+                until(lambda sensor=sensor: ended_ticks(operator, sensor), f"the first look of {sensor}")
             server.lists(
                 r2025_01_30=entry(EARLIER, str(project.census)), r2025_11_08=entry(RELEASE, str(project.census))
             )
             click(operator, "look_for_census_releases")
-            done = [*(f"free {key}" for key in ONCE), *(f"cheap {key}" for key in ONCE)]
+            until(lambda: RELEASE in find_set(Deployment.at(operator.url), "free").releases, "the release's partition")
             until(
                 lambda: all(status(operator, name)["array"] == "done" for name in ("free", "cheap")),
-                f"arrays by themselves, {done}",
+                "arrays by themselves",
             )
             until(lambda: "waits" in str(status(operator, "dear")["approved"]).replace("wait ", "waits "), "a question")
             until(lambda: status(operator, "asked")["approved"] is not None, "another question")
