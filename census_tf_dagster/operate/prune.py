@@ -37,9 +37,15 @@ class Candidate:
         """Its folder below the store."""
         return f"{self.holding.set}/{self.holding.release}/{self.holding.identity}"
 
+    @property
+    def of(self) -> tuple[str, str]:
+        """Its set and release."""
+        return self.holding.set, self.holding.release
+
     def __str__(self) -> str:
         one = self.holding
-        return f"{self.name}  {one.cells_stored:,} cells, {one.bytes:,} bytes, {one.state}, idle for {idle} days"
+        size = f"{one.cells_stored:,} cells, {one.bytes:,} bytes"
+        return f"{self.name}  {size}, {one.state}, idle for {self.idle_days} days"
 
 
 def candidates(store: str, storage: Storage, retention: Retention) -> list[Candidate]:
