@@ -84,10 +84,18 @@ def _sources(store: str, storage: Storage, holdings: Iterable[Holding]) -> set[s
     named: set[str] = set()
     for one in holdings:
         pointer = f"{store}/{one.set}/{one.release}/{one.identity}/plan/current.json"
+        # A plan that cannot be read in full may still name what it needs.
         if storage.exists(pointer):
-            named |= set(_texts(json.loads(storage.read(pointer)))) if one.state != "damaged" else set()
+            named |= set(_texts(_parsed(storage.read(pointer))))
     roots = {f"{store}/{one.set}/{one.release}/{one.identity}" for one in holdings}
     return {root for root in roots if any(text == root or text.startswith(f"{root}/") for text in named)}
+
+
+def _parsed(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
 
 
 def _texts(value: object) -> Iterable[str]:
