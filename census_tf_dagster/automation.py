@@ -4,7 +4,7 @@ A release that was there before a set's `auto_start` was switched on is not star
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import dagster as dg
 
@@ -48,20 +48,19 @@ def is_automatic(tags: Mapping[str, str]) -> bool:
     return any(tag in tags for tag in AUTOMATIC_TAGS)
 
 
-def automation_sensor(assets: Iterable[dg.AssetsDefinition]) -> dg.AutomationConditionSensorDefinition | None:
-    """Return what evaluates the conditions of those assets that have one; None when none has.
+def automation_sensor(name: str, spending: Spending) -> dg.AutomationConditionSensorDefinition | None:
+    """Return what evaluates the conditions of the set `name`; None for a set that does not start by itself.
 
-    It starts running: which set starts by itself, its own YAML says.
+    One for each set, so that no run holds assets of two. It starts running: the set's YAML has said so.
     """
-    keys = [key for asset in assets for key, one in asset.automation_conditions_by_key.items() if one]
-    if not keys:
+    if not spending.auto_start:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
         return dg.AutomationConditionSensorDefinition(
-            "auto_start",
-            target=dg.AssetSelection.assets(*keys),
+            f"{name}_auto_start",
+            target=dg.AssetSelection.groups(name),
             default_status=dg.DefaultSensorStatus.RUNNING,
             minimum_interval_seconds=EVERY_SECONDS,
-            description="Starts what the sets' auto_start allows: plan, approval, shards, array of a new release.",
+            description=f"Starts what auto_start of {name} allows: plan, approval, shards, array of a new release.",
         )

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.assets.common import release_job
-from census_tf_dagster.automation import automation_sensor
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.placement import read_placement
@@ -102,7 +101,6 @@ def build_definitions(
     """
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
     plans = [key for asset in assets for key in asset.keys if key.path[-1] == "obs_id_plan"]
-    auto_start = automation_sensor(assets)
     return dg.Definitions.merge(
         sets,
         build_release_watch(kinds, plans),
@@ -110,7 +108,6 @@ def build_definitions(
         dg.Definitions(
             resources={"census": census, "store": store},
             executor=dg.in_process_executor,
-            sensors=[auto_start] if auto_start else [],
         ),
     )
 

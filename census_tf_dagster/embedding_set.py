@@ -10,6 +10,7 @@ from census_tf_dagster.assets.checks import build_proved_check, build_rule_check
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
+from census_tf_dagster.automation import automation_sensor
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.names import normalise
 from census_tf_dagster.placement import Placement, effective, read_placement, shard_tags
@@ -121,7 +122,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Build the set's four assets and the checks of the last."""
+        """Build the set's four assets, the checks of the last, and what starts them by itself."""
         deployment = read_placement(context.defs_module_path)
         settings = self.settings(deployment)
         placement = shard_tags(self.device, self.placement, deployment)
@@ -132,5 +133,6 @@ class EmbeddingSet(dg.Component, dg.Model):
                 build_shard_embeddings(settings, placement),
                 build_embeddings_array(settings),
             ],
+            sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings)],
         )

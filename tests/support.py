@@ -199,7 +199,7 @@ class Project:
 
     def materialize_all(self, name: str, shards: int = 4) -> None:
         """Plan, all shards, array; each must succeed."""
-        steps = [("obs_id_plan", RELEASE), ("approval", RELEASE)]
+        steps = [("obs_id_plan", RELEASE)]
         steps += [("shard_embeddings", f"{RELEASE}|{shard}") for shard in range(shards)]
         steps += [("embeddings_array", RELEASE)]
         for asset, partition in steps:

@@ -1,6 +1,7 @@
 """Releases run by themselves, within limits: a real daemon and webserver beside a directory played over HTTP."""
 
 import json
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,16 +11,16 @@ from typing import Any
 import pytest
 
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.runs import fetch_runs, materializations
+from census_tf_dagster.operate.runs import QUEUED, RUNNING, Run, fetch_runs, materializations
 from census_tf_dagster.operate.sets import find_set
 from tests.builders import tiny
 from tests.deployment import Operator, running_locally, until
-from tests.release_directory import DirectoryServer, directory_server, entry
+from tests.release_directory import directory_server, entry
 from tests.support import RELEASE, Project, read_array
 
 CELLS = 60
 EARLIER = "2025-01-30"
-AUTOMATIC = {"free": "on", "cheap": {"budget": 1e6}, "dear": {"budget": 1.0}}
+AUTOMATIC = {"cheap": {"budget": 1e6}, "dear": {"budget": 1.0}, "asked": {"budget": 1.0}}
 NODES = {"gpus": 0, "gpu_type": "L40S", "usd_per_gpu_hour": 1e9, "fleet_gpus": 4}
 """At this price a few thousand tokens cost some thousand dollars, by the rate that is assumed of such a GPU."""
 SHARDS = 2
@@ -41,7 +42,7 @@ LAUNCH = """mutation Launch($executionParams: ExecutionParams!) {
 
 
 def ticks(operator: Operator, sensor: str) -> list[dict[str, Any]]:
-    of = find_set(Deployment.at(operator.url), "free")
+    of = find_set(Deployment.at(operator.url), "cheap")
     selector = {
         "repositoryLocationName": of.location,
         "repositoryName": "__repository__",
@@ -54,7 +55,7 @@ def ticks(operator: Operator, sensor: str) -> list[dict[str, Any]]:
 
 def click(operator: Operator, job: str, asset: list[str] | None = None, release: str = "") -> str:
     """Launch a job, or one partition of an asset, as the web interface does."""
-    of = find_set(Deployment.at(operator.url), "free")
+    of = find_set(Deployment.at(operator.url), "cheap")
     selector: dict[str, Any] = {
         "repositoryLocationName": of.location,
         "repositoryName": "__repository__",
@@ -103,17 +104,32 @@ ONCE = Counter(
 )
 
 
+def run_status(operator: Operator, run: str) -> str:
+    """The status of a run of any of the sets."""
+    deployment = Deployment.at(operator.url)
+    sets = [find_set(deployment, name) for name in AUTOMATIC]
+    (found,) = {one.status for of in sets for one in fetch_runs(deployment, of, {"runIds": [run]})}
+    return found
+
+
+def active(operator: Operator) -> list[Run]:
+    """Runs that wait or work."""
+    deployment = Deployment.at(operator.url)
+    wanted = {"statuses": sorted(QUEUED | RUNNING)}
+    return [run for name in AUTOMATIC for run in fetch_runs(deployment, find_set(deployment, name), wanted)]
+
+
 @dataclass
 class Story:
     """What happened by itself, and what a person did."""
 
     operator: Operator
-    server: DirectoryServer
     waiting: dict[str, Any]
     waiting_runs: Counter[str]
-    approved: Any
-    after_replanning: dict[str, Counter[str]]
+    finished_runs: Counter[str]
+    approved: subprocess.CompletedProcess[str]
     launched: tuple[int, str]
+    in_the_end: dict[str, Counter[str]]
 
 
 @pytest.fixture(scope="module")
@@ -123,49 +139,42 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         project = Project(folder, {"CENSUS_TF_CENSUS": "public", "CENSUS_TF_CENSUS_DIRECTORY": server.url})
         tiny(project, cells=CELLS, megabatch_size=CELLS, shards=SHARDS)
         for name, rule in AUTOMATIC.items():
-            placement = {} if name == "free" else {"placement": NODES}
-            project.add_set(name, organism="homo_sapiens", shards=SHARDS, auto_start=rule, **placement)
-        project.add_set("asked", organism="homo_sapiens", shards=SHARDS, auto_start={"budget": 1.0}, placement=NODES)
+            project.add_set(name, organism="homo_sapiens", shards=SHARDS, auto_start=rule, placement=NODES)
         # There before anything looks: for `launch`.
-        server.lists(r2025_01_30=entry(EARLIER, str(project.census)))
+        earlier = {"r2025_01_30": entry(EARLIER, str(project.census))}
+        server.lists(**earlier)
         assert project.command("release", "add", EARLIER).returncode == 0
         with running_locally(project, daemon=True) as operator:
-            for sensor in ("auto_start", "census_releases"):
+            for sensor in (*(f"{name}_auto_start" for name in AUTOMATIC), "census_releases"):
                 until(lambda sensor=sensor: ended_ticks(operator, sensor), f"the first look of {sensor}")
-            server.lists(
-                r2025_01_30=entry(EARLIER, str(project.census)), r2025_11_08=entry(RELEASE, str(project.census))
-            )
+            server.lists(**earlier, r2025_11_08=entry(RELEASE, str(project.census)))
             click(operator, "look_for_census_releases")
-            until(lambda: RELEASE in find_set(Deployment.at(operator.url), "free").releases, "the release's partition")
-            until(
-                lambda: all(status(operator, name)["array"] == "done" for name in ("free", "cheap")),
-                "arrays by themselves",
-            )
-            until(lambda: "waits" in str(status(operator, "dear")["approved"]).replace("wait ", "waits "), "a question")
-            until(lambda: status(operator, "asked")["approved"] is not None, "another question")
+            of = find_set(Deployment.at(operator.url), "cheap")
+            until(lambda: RELEASE in find_set(Deployment.at(operator.url), of.name).releases, "the release's partition")
+            until(lambda: status(operator, "cheap")["array"] == "done", "an array by itself")
+            for name in ("dear", "asked"):
+                until(lambda name=name: status(operator, name)["approved"], f"what {name} asks")
             # An approval that ended without one is not tried again at each look.
-            looks_done(operator, "auto_start", 2)
+            looks_done(operator, "dear_auto_start", 2)
             waiting, waiting_runs = status(operator, "dear"), runs_of(operator, "dear")
+            finished_runs = runs_of(operator, "cheap")
             approved = operator.command("approve", "dear", RELEASE)
             launched = operator.begin("launched", "launch", "asked", RELEASE)
             until(lambda: status(operator, "dear")["array"] == "done", "the array after the approval")
             ended = launched.end()
-            for name in ("free", "dear"):
-                click(operator, "__ASSET_JOB", [name, "obs_id_plan"], RELEASE)
-            until(
-                lambda: all(runs_of(operator, name)[f"obs_id_plan {RELEASE}"] == 2 for name in ("free", "dear")),
-                "plans",
-            )
-            until(lambda: status(operator, "free")["plan"] == status(operator, "dear")["plan"] == "done", "made plans")
-            looks_done(operator, "auto_start", 3)
+            again = [click(operator, "__ASSET_JOB", [name, "obs_id_plan"], RELEASE) for name in ("cheap", "dear")]
+            until(lambda: all(run_status(operator, run) == "SUCCESS" for run in again), "plans made again")
+            for name in AUTOMATIC:
+                looks_done(operator, f"{name}_auto_start", 2)
+            until(lambda: not active(operator), "the end of what that started")
             yield Story(
                 operator=operator,
-                server=server,
                 waiting=waiting,
                 waiting_runs=waiting_runs,
+                finished_runs=finished_runs,
                 approved=approved,
-                after_replanning={name: runs_of(operator, name) for name in ("free", "cheap", "dear", "asked", "tiny")},
                 launched=ended,
+                in_the_end={name: runs_of(operator, name) for name in (*AUTOMATIC, "tiny")},
             )
 
 
@@ -175,21 +184,18 @@ def at_least(runs: Counter[str]) -> Counter[str]:
 
 
 def test_a_new_release_runs_by_itself_once(story: Story, tmp_path: Path) -> None:
-    assert at_least(story.after_replanning["cheap"]) == ONCE
-    for name in ("free", "cheap"):
-        folder = story.operator.project.folder / "store" / name / RELEASE
-        (array,) = folder.glob("*/embeddings")
-        assert len(read_array(array, tmp_path).ids) == CELLS
-    assert status(story.operator, "free")["proved"] is True
+    assert at_least(story.finished_runs) == ONCE
+    array = read_array(story.operator.project.array("cheap"), tmp_path)
+    assert (len(array.ids), array.stored_values) == (CELLS, array.values.size)
+    assert status(story.operator, "cheap")["proved"] is True
 
 
 def test_a_plan_made_again_does_not_spend_gpu_time_again(story: Story) -> None:
-    runs = story.after_replanning["free"]
-    assert runs[f"obs_id_plan {RELEASE}"] == 2
-    assert [runs[f"shard_embeddings {RELEASE}|{shard}"] for shard in range(SHARDS)] == [1] * SHARDS
-    assert runs[f"embeddings_array {RELEASE}"] == 1
-    runs = story.after_replanning["dear"]
-    assert [runs[f"shard_embeddings {RELEASE}|{shard}"] for shard in range(SHARDS)] == [1] * SHARDS
+    for name in ("cheap", "dear"):
+        runs = story.in_the_end[name]
+        assert runs[f"obs_id_plan {RELEASE}"] == 2
+        assert [runs[f"shard_embeddings {RELEASE}|{shard}"] for shard in range(SHARDS)] == [1] * SHARDS
+        assert runs[f"embeddings_array {RELEASE}"] == 1
 
 
 def test_above_the_budget_shards_wait(story: Story) -> None:
@@ -219,7 +225,7 @@ def test_an_approval_lets_them_go_on(story: Story) -> None:
 def test_launch_approves_and_nothing_runs_twice(story: Story) -> None:
     code, said = story.launched
     assert code == 0, said
-    runs = story.after_replanning["asked"]
+    runs = story.in_the_end["asked"]
     # The plan, and the approval that was asked for, came by themselves; the launch did all four.
     assert runs[f"obs_id_plan {RELEASE}"] == runs[f"approval {RELEASE}"] == 2
     assert [runs[f"shard_embeddings {RELEASE}|{shard}"] for shard in range(SHARDS)] == [1] * SHARDS
@@ -227,19 +233,20 @@ def test_launch_approves_and_nothing_runs_twice(story: Story) -> None:
 
 
 def test_off_and_earlier_releases_are_left_alone(story: Story) -> None:
-    assert not story.after_replanning["tiny"]
-    assert not [key for runs in story.after_replanning.values() for key in runs if EARLIER in key]
+    assert not story.in_the_end["tiny"]
+    assert not [key for runs in story.in_the_end.values() for key in runs if EARLIER in key]
 
 
 def test_the_daemon_adds_a_release_once_also_over_restarts(story: Story) -> None:
     operator = story.operator
-    of = find_set(Deployment.at(operator.url), "free")
+    of = find_set(Deployment.at(operator.url), "cheap")
     assert of.releases == (EARLIER, RELEASE)
     (first, *_) = ticks(operator, "census_releases")
     assert (first["status"], first["skipReason"]) == ("SKIPPED", "nothing new")
     operator.stop("dagster-daemon")
     operator.serve("dagster-daemon")
     until(operator.answers, "the daemon again")
-    looks_done(operator, "auto_start", 2)
-    assert find_set(Deployment.at(operator.url), "free").releases == (EARLIER, RELEASE)
-    assert at_least(runs_of(operator, "cheap")) == ONCE
+    before = runs_of(operator, "cheap")
+    looks_done(operator, "cheap_auto_start", 2)
+    assert find_set(Deployment.at(operator.url), "cheap").releases == (EARLIER, RELEASE)
+    assert runs_of(operator, "cheap") == before
