@@ -19,6 +19,8 @@ ASSUMED_SHARE = 0.25
 """Of the roof, where nothing was measured. A guess, on the careful side: replace it with a canary."""
 
 
+LONGEST_DAYS = 36525.0
+
 LAST_SHARDS = 96
 """How many of the last shards of a set a rate is taken from."""
 
@@ -97,8 +99,8 @@ class Cost:
     """With the whole fleet at work."""
 
     def finish(self, now: datetime) -> datetime | None:
-        """Return when the fleet would be done if it started now."""
-        return None if self.days is None else now + timedelta(days=self.days)
+        """Return when the fleet would be done if it started now; never later than in a hundred years."""
+        return None if self.days is None else now + timedelta(days=min(self.days, LONGEST_DAYS))
 
     def __str__(self) -> str:
         hours = "unknown GPU hours" if self.gpu_hours is None else f"{self.gpu_hours:,.1f} GPU hours"

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import os
 import platform
 import sys
 import time
@@ -97,8 +98,16 @@ def approval_text(deployment: Deployment, of: RemoteSet, release: str) -> str | 
     return f"by {given.texts.get('approved_by', 'somebody')}, {_amount(given)}" if given else None
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container's numeric user has no name.
+        return f"user {os.getuid()}"
+
+
 def _launch(deployment: Deployment, of: RemoteSet, release: str, plan: str) -> str:
-    config = {"plan": plan, "by": f"{getpass.getuser()}, from {platform.node()}"}
+    config = {"plan": plan, "by": f"{_user()}, from {platform.node()}"}
     params: dict[str, Any] = {
         "selector": {
             "repositoryLocationName": of.location,

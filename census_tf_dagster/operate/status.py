@@ -210,12 +210,13 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
     lines = [
         f"{found.name} {status.release}",
         f"  plan    {status.plan}",
-        f"  approval {status.approval}" + (f": {status.approved}" if status.approved else ""),
         f"  shards  {len(found.shard_keys)}: {', '.join(shards)}",
         f"  cells   {status.cells_done:,} of "
         + ("an unknown number" if status.cells_planned is None else f"{status.cells_planned:,}"),
         f"  array   {status.array}; proved: {proved}" + (f"; {status.array_path}" if status.array_path else ""),
     ]
+    if status.approved:
+        lines.append(f"  gate    {'approved' if status.approval == 'done' else status.approval}: {status.approved}")
     if status.seconds_left is None:
         lines.append("  finish  shards: unknown, nothing has finished or nothing runs")
     elif status.seconds_left:
