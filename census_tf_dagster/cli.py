@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import DirectoryError, UserError
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -73,6 +73,21 @@ def build_parser() -> argparse.ArgumentParser:
     launch.add_argument("--no-wait", dest="wait", action="store_false", help="start it and return")
     launch.set_defaults(run=_launch)
 
+    approve = commands.add_parser(
+        "approve",
+        help="let the shards of a release spend what its plan says",
+        description=(
+            "Show what the current plan of a release costs, and approve it: the shards that wait for it start. The "
+            "same as materializing the set's asset `approval` in the web interface. A plan that needs more later is "
+            "not covered."
+        ),
+        epilog="example: python -m census_tf_dagster approve demo_human 2025-11-08",
+    )
+    approve.add_argument("set", help="name of the set")
+    approve.add_argument("release", help="name of the release")
+    approve.add_argument("--plan", metavar="HASH", help="approve only if this is the current plan")
+    approve.set_defaults(run=_approve)
+
     status = commands.add_parser(
         "status",
         help="show what of a set's releases is done, runs, failed or is missing, and when it should finish",
@@ -85,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     canary = commands.add_parser(
         "canary",
-        help="embed a few hundred cells of a release on this machine, judge and time them, write nothing",
+        help="embed a few hundred cells of a release on this machine, judge and time them, keep only their rate",
         description=(
             "Take a few hundred cells, spread over assays and lengths, through the very path of the set on this "
             "machine; compare them with upstream's own command (--oracle) or with fp32 of ours; say what the release "
@@ -134,7 +149,20 @@ def build_parser() -> argparse.ArgumentParser:
     remove.add_argument("--confirm", metavar="IDENTITY", help="the identity once more; without it nothing is removed")
     remove.set_defaults(run=_remove)
 
-    for command in (launch, status):
+    prune = commands.add_parser(
+        "prune",
+        help="do with old plans and arrays what retention.yaml says, when asked for twice",
+        description=(
+            "List what the deployment's retention.yaml (in the folder of sets) would remove or archive; nothing "
+            "without such a file. Nothing is done until the command is repeated with the word that it shows."
+        ),
+        epilog="example: python -m census_tf_dagster prune --confirm 0123456789ab",
+    )
+    prune.add_argument("--confirm", metavar="WORD", help="as shown without it: do it to exactly those")
+    prune.add_argument("--json", action="store_true", help="print one JSON object")
+    prune.set_defaults(run=_prune)
+
+    for command in (launch, approve, status):
         command.add_argument(
             "--url",
             default=os.environ.get("CENSUS_TF_DAGSTER_URL", "http://127.0.0.1:3000"),
@@ -148,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         code: int | None = arguments.run(arguments)
-    except UserError as error:
+    except (UserError, DirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return code or 0
@@ -163,12 +191,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from census_tf_dagster.definitions import deployed_job
-        from census_tf_dagster.operate.dry_run import describe, dry_run
+        from census_tf_dagster.operate.dry_run import describe, dry_run, measured_shards
         from census_tf_dagster.operate.shards import parse_shards
 
         shards = parse_shards(arguments.shards) if arguments.shards else None
         with deployed_job(arguments.set, arguments.release) as job:
-            print(describe(dry_run(job, shards, recompute=arguments.recompute)))
+            measured = measured_shards(arguments.url, arguments.set)
+            print(describe(dry_run(job, shards, recompute=arguments.recompute, measured=measured)))
         return 0
     from census_tf_dagster.operate.launch import LaunchRequest, launch
 
@@ -180,6 +209,12 @@ def _launch(arguments: argparse.Namespace) -> int:
         wait=arguments.wait,
     )
     return launch(arguments.url, request)
+
+
+def _approve(arguments: argparse.Namespace) -> int:
+    from census_tf_dagster.operate.approve import approve
+
+    return approve(arguments.url, arguments.set, arguments.release, arguments.plan)
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -253,6 +288,28 @@ def _remove(arguments: argparse.Namespace) -> None:
     print("removed", remove_release(resource.uri(), resource.storage(), *names, arguments.confirm))
 
 
+def _prune(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.definitions import sets_folder, store_resource
+    from census_tf_dagster.operate.prune import apply, candidates, digest
+    from census_tf_dagster.retention import read_retention
+
+    resource, retention = store_resource(), read_retention(sets_folder())
+    store, storage = resource.uri(), resource.storage()
+    chosen = candidates(store, storage, retention)
+    word = digest(chosen)
+    if arguments.confirm not in (None, word):
+        raise UserError(f"--confirm {arguments.confirm}: what would go is now {word}. Nothing was done; look again.")
+    done = apply(store, storage, retention, chosen) if arguments.confirm else []
+    if arguments.json:
+        names = [one.name for one in chosen]
+        print(json.dumps({"policy": retention.policy, "chosen": names, "word": word, "done": bool(arguments.confirm)}))
+        return
+    print(f"policy {retention.policy}: {len(chosen)} arrays")
+    print("".join(f"  {line}\n" for line in done or chosen), end="")
+    if chosen and not arguments.confirm:
+        print(f"Nothing was done. To {retention.policy} exactly these: prune --confirm {word}")
+
+
 def _instance() -> "dg.DagsterInstance":
     import dagster as dg
 
@@ -266,7 +323,11 @@ def add_release(name: str) -> None:
     from census_tf_dagster.definitions import census_resource
     from census_tf_dagster.partitions import RELEASES
 
-    uri = census_resource().uri(name)
+    census = census_resource()
+    uri = census.uri(name)
+    listed = census.listed(name)
+    if listed and listed.retraction:
+        raise UserError(f"release {name} was {listed.retraction}. Nothing was added.")
     with _instance() as instance:
         known = name in instance.get_dynamic_partitions(str(RELEASES.name))
         instance.add_dynamic_partitions(str(RELEASES.name), [name])

@@ -8,6 +8,8 @@ variable                       meaning                                     defau
 CENSUS_TF_SETS                 folder or S3 prefix (reached as the store   the demo sets of this package
                                is) with ``<set>/defs.yaml`` files
 CENSUS_TF_CENSUS               ``public``, or a location with {release}    demo-data/census/{release}
+CENSUS_TF_CENSUS_DIRECTORY     where public releases are listed            as cellxgene_census
+CENSUS_TF_RELEASES             ``lts``, or ``weekly``: those as well       lts
 CENSUS_TF_CENSUS_S3_REGION     region of the Census's bucket               us-west-2
 CENSUS_TF_CENSUS_S3_ENDPOINT   S3-compatible server of the Census          AWS
 CENSUS_TF_CENSUS_S3_SIGNED     1: with this machine's credentials          anonymous
@@ -34,7 +36,10 @@ import dagster as dg
 from census_tf_dagster.assets.common import release_job
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.placement import read_placement
+from census_tf_dagster.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.resources import CensusResource, StoreResource
+from census_tf_dagster.retention import Retention, build_retention, read_retention
 from census_tf_dagster.settings import SetSettings
 
 if TYPE_CHECKING:
@@ -55,8 +60,9 @@ def load_sets(folder: Path) -> dg.Definitions:
 
 def load_settings(folder: Path) -> dict[str, SetSettings]:
     """Load the settings of every set below `folder`, by name."""
+    deployment = read_placement(folder)
     with _component_tree(folder) as tree:
-        return {found.name: found.settings() for found in tree.get_all_components(of_type=EmbeddingSet)}
+        return {found.name: found.settings(deployment) for found in tree.get_all_components(of_type=EmbeddingSet)}
 
 
 @contextmanager
@@ -75,11 +81,36 @@ def _component_tree(folder: Path) -> Iterator[dg.ComponentTree]:
         yield dg.ComponentTree.from_module(package, project_root=folder.absolute())
 
 
-def build_definitions(sets: dg.Definitions, census: CensusResource, store: StoreResource) -> dg.Definitions:
-    """Assemble the definitions of a deployment."""
+def build_definitions(
+    sets: dg.Definitions,
+    census: CensusResource,
+    store: StoreResource,
+    kinds: Kinds = "lts",
+    retention: Retention | None = None,
+) -> dg.Definitions:
+    """Assemble the definitions of a deployment.
+
+    Parameters
+    ----------
+    sets
+        Their assets and checks.
+    census, store
+        Where they are.
+    kinds
+        Releases that are added by themselves.
+    retention
+        What becomes of old arrays; None: they are kept.
+    """
+    assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
+    plans = [key for asset in assets for key in asset.keys if key.path[-1] == "obs_id_plan"]
     return dg.Definitions.merge(
         sets,
-        dg.Definitions(resources={"census": census, "store": store}, executor=dg.in_process_executor),
+        build_release_watch(kinds, plans),
+        build_retention(retention or Retention()),
+        dg.Definitions(
+            resources={"census": census, "store": store},
+            executor=dg.in_process_executor,
+        ),
     )
 
 
@@ -99,6 +130,7 @@ def census_resource(environment: Mapping[str, str] = os.environ) -> CensusResour
     """Return this deployment's Census."""
     return CensusResource(
         location=environment.get("CENSUS_TF_CENSUS", "demo-data/census/{release}"),
+        directory=environment.get("CENSUS_TF_CENSUS_DIRECTORY", ""),
         s3_region=environment.get("CENSUS_TF_CENSUS_S3_REGION", "us-west-2"),
         s3_endpoint=environment.get("CENSUS_TF_CENSUS_S3_ENDPOINT", ""),
         s3_anonymous=environment.get("CENSUS_TF_CENSUS_S3_SIGNED", "") != "1",
@@ -134,4 +166,6 @@ def deployed_job(set_name: str, release: str) -> Iterator["Job"]:
 @dg.definitions
 def defs() -> dg.Definitions:
     """Return the definitions that Dagster's tools load."""
-    return build_definitions(load_sets(sets_folder()), census_resource(), store_resource())
+    kinds = read_kinds(os.environ.get("CENSUS_TF_RELEASES", "lts"))
+    folder = sets_folder()
+    return build_definitions(load_sets(folder), census_resource(), store_resource(), kinds, read_retention(folder))

@@ -1,18 +1,22 @@
-"""The component behind a set's YAML: organism x model, from which the three assets come."""
+"""The component behind a set's YAML: organism x model, from which its four assets come."""
 
 from typing import Literal, Self
 
 import dagster as dg
 from pydantic import BaseModel, Field
 
+from census_tf_dagster.assets.approval import build_approval
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
+from census_tf_dagster.automation import automation_sensor
+from census_tf_dagster.errors import UserError
 from census_tf_dagster.names import normalise
-from census_tf_dagster.placement import Placement, read_placement, shard_tags
+from census_tf_dagster.placement import Placement, effective, read_placement, shard_tags
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
+from census_tf_dagster.spending import Budget, Spending
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
@@ -56,6 +60,11 @@ class EmbeddingSet(dg.Component, dg.Model):
         description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
+    auto_start: Literal["off", "on"] | bool | Budget = Field(
+        default="off",
+        description="Whether new releases start by themselves: off, on, or {budget: US dollars a release}; what costs "
+        "more waits for a person's approval.",
+    )
     publication: Publication | None = Field(
         default=None,
         description="What the array says of itself once it is published (CxG_embedding_info). May be added later.",
@@ -76,8 +85,14 @@ class EmbeddingSet(dg.Component, dg.Model):
             raise TypeError(f"attributes are {type(attributes).__name__}; expected {cls.__name__}")
         return cls.model_validate(context.resolution_context.resolve_value(attributes.model_dump(exclude_unset=True)))
 
-    def settings(self) -> SetSettings:
-        """Return the set as plain values."""
+    def settings(self, deployment: Placement | None = None) -> SetSettings:
+        """Return the set as plain values.
+
+        Parameters
+        ----------
+        deployment
+            The placement that its own replaces entries of: prices and fleet are taken from it.
+        """
         return SetSettings(
             name=self.name,
             organism=self.organism,
@@ -93,17 +108,37 @@ class EmbeddingSet(dg.Component, dg.Model):
             device=self.device,
             publication=self.publication,
             checkpoint_fingerprint=self.checkpoint_fingerprint,
+            spending=self._spending(effective(self.placement, deployment)),
+        )
+
+    def _spending(self, nodes: Placement) -> Spending:
+        budget = self.auto_start.budget if isinstance(self.auto_start, Budget) else None
+        if budget is not None and nodes.usd_per_gpu_hour is None:
+            raise UserError(
+                f"set {self.name!r}: auto_start has a budget of {budget:,.2f} USD, and nothing says what an hour of a "
+                "GPU costs: set usd_per_gpu_hour in placement.yaml, or in the set's own `placement`."
+            )
+        return Spending(
+            # YAML reads an unquoted on or off as true or false.
+            auto_start=budget is not None or self.auto_start in (True, "on"),
+            budget_usd=budget,
+            gpu_type=nodes.gpu_type,
+            usd_per_gpu_hour=nodes.usd_per_gpu_hour,
+            fleet_gpus=nodes.fleet_gpus,
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Build the set's three assets and the checks of the last."""
-        settings = self.settings()
-        placement = shard_tags(self.device, self.placement, read_placement(context.defs_module_path))
+        """Build the set's four assets, the checks of the last, and what starts them by itself."""
+        deployment = read_placement(context.defs_module_path)
+        settings = self.settings(deployment)
+        placement = shard_tags(self.device, self.placement, deployment)
         return dg.Definitions(
             assets=[
                 build_obs_id_plan(settings),
+                build_approval(settings),
                 build_shard_embeddings(settings, placement),
                 build_embeddings_array(settings),
             ],
+            sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings)],
         )

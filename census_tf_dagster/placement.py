@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.spending import GpuType
 
 FILE = "placement.yaml"
 """In the folder of sets."""
@@ -91,6 +92,17 @@ class Placement(_Strict):
     memory_gib: int | None = Field(default=None, ge=1, description="Memory of a shard.")
     disk_gib: int | None = Field(default=None, ge=1, description="Disk of a shard.")
     purchase: Purchase = Field(default="on_demand", description="Kind of node.")
+    gpu_type: GpuType | None = Field(
+        default=None, description="GPU of these nodes: what is assumed of its speed before anything was measured."
+    )
+    usd_per_gpu_hour: float | None = Field(
+        default=None,
+        gt=0,
+        description="Price of an hour of such a node, divided by its GPUs: what costs are told with.",
+    )
+    fleet_gpus: int | None = Field(
+        default=None, ge=1, description="GPUs that work at once: what finish times are told with."
+    )
     ecs: Ecs | None = Field(default=None, description="For a deployment on ECS.")
     kubernetes: Kubernetes | None = Field(default=None, description="For a deployment on Kubernetes.")
 
@@ -207,4 +219,9 @@ def shard_tags(device: str, own: Placement | None, deployment: Placement | None)
     """
     if device == "cpu" and own is None:
         return {}
-    return (deployment or Placement()).replaced_by(own or Placement()).tags()
+    return effective(own, deployment).tags()
+
+
+def effective(own: Placement | None, deployment: Placement | None) -> Placement:
+    """Return a deployment's placement with what a set's own replaces."""
+    return (deployment or Placement()).replaced_by(own or Placement())

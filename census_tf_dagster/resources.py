@@ -9,6 +9,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.names import is_local, normalise, require_name
 
 if TYPE_CHECKING:
+    from census_tf_dagster.census.directory import ListedRelease
     from census_tf_dagster.storage import Storage
 
 PUBLIC = "public"
@@ -22,14 +23,45 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     location
         ``public``: releases of the CELLxGENE Census by their names (2025-11-08), read without an account.
         Otherwise a path or S3 prefix with ``{release}`` in it.
+    directory
+        Address of the directory that lists public releases; empty: where cellxgene_census looks.
     s3_region, s3_endpoint, s3_anonymous
         How S3 is reached. The default suits the public Census.
     """
 
     location: str = PUBLIC
+    directory: str = ""
     s3_region: str = "us-west-2"
     s3_endpoint: str = ""
     s3_anonymous: bool = True
+
+    @property
+    def is_public(self) -> bool:
+        """Whether releases are those of the public directory."""
+        return self.location == PUBLIC
+
+    def listed(self, release: str) -> "ListedRelease | None":
+        """Return what the public directory says of a release; None for a Census of the deployment's own.
+
+        Raises
+        ------
+        UserError
+            When it lists no such release.
+        """
+        if not self.is_public:
+            return None
+        from census_tf_dagster.census.directory import read_directory
+
+        directory = read_directory(self.directory)
+        found = directory.find(release)
+        if found is None:
+            wrong = [text for text in directory.malformed if text.startswith(f"{release}:")]
+            names = ", ".join(one.name for one in directory.releases[:5])
+            raise UserError(
+                f"release {release!r} is not in the public Census directory; the last ones are {names}."
+                + (f" Its entry is malformed: {wrong[0]}" if wrong else "")
+            )
+        return found
 
     def uri(self, release: str) -> str:
         """Resolve a release name.
@@ -40,14 +72,8 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             When there is no such release.
         """
         require_name(release, "release")
-        if self.location == PUBLIC:
-            import cellxgene_census
-
-            try:
-                description = cellxgene_census.get_census_version_description(release)
-            except ValueError as error:
-                raise UserError(f"release {release!r} is not in the public Census directory: {error}") from error
-            return str(description["soma"]["uri"]).rstrip("/")
+        if listed := self.listed(release):
+            return listed.uri
         if "{release}" not in self.location:
             raise UserError(f"the Census location {self.location!r} must be 'public' or contain '{{release}}'.")
         uri = normalise(self.location.format(release=release))

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
@@ -91,6 +91,30 @@ class S3Object:
     size: int
     etag: str
     etag_is_md5: bool
+
+
+ARCHIVE_CLASS = "GLACIER_IR"
+"""S3's class for what is read about once a quarter: a fraction of the price, still readable within milliseconds."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object of S3.
+
+    Attributes
+    ----------
+    bucket, key
+        Its name.
+    written
+        When it was written, in seconds since 1970.
+    archived
+        Whether it is in the storage class of `ARCHIVE_CLASS`.
+    """
+
+    bucket: str
+    key: str
+    written: float
+    archived: bool
 
 
 class S3Objects:
@@ -201,6 +225,22 @@ class S3Objects:
         bucket, key = _split(uri)
         if self._ask(uri, lambda: self._client.put_object(Bucket=bucket, Key=key, Body=content)) is None:
             raise UserError(f"there is no bucket {bucket!r} for {uri}.")
+
+    def below(self, uri: str) -> Iterator[StoredObject]:
+        """Yield the objects below the prefix `uri`."""
+        bucket, key = _split(uri)
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key.rstrip('/')}/")
+        for one in self._ask(uri, lambda: [found for page in pages for found in page.get("Contents", ())]) or ():
+            archived = one.get("StorageClass") == ARCHIVE_CLASS
+            yield StoredObject(bucket, one["Key"], one["LastModified"].timestamp(), archived)
+
+    def archive(self, one: StoredObject) -> None:
+        """Copy an object onto itself in the storage class of `ARCHIVE_CLASS`; a reader sees it all the time."""
+        source = {"Bucket": one.bucket, "Key": one.key}
+        # Not a plain copy_object: that ends at 5 GB.
+        extra = {"StorageClass": ARCHIVE_CLASS, "MetadataDirective": "COPY"}
+        uri = f"s3://{one.bucket}/{one.key}"
+        self._ask(uri, lambda: self._client.copy(source, one.bucket, one.key, ExtraArgs=extra))
 
     def make_bucket(self, uri: str) -> None:
         """Make the bucket of `uri` when there is none.

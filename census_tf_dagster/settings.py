@@ -1,9 +1,10 @@
 """A set's settings as plain values. Imports nothing heavy, so that definitions load light."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from census_tf_dagster.publication import Publication
+from census_tf_dagster.spending import Spending
 
 DEFAULT_COMPUTE_PRECISION: Literal["fp16"] = "fp16"
 """The fastest whose relative RMS against fp32 stays below 1e-3: measured 7e-4 on a random model, where bf16 has
@@ -28,3 +29,4 @@ class SetSettings:
     device: str
     publication: Publication | None
     checkpoint_fingerprint: str | None = None
+    spending: Spending = field(default_factory=Spending)

@@ -88,6 +88,23 @@ class Storage:
         """Return the bytes of all files below the folder `uri`."""
         return int(self._vfs.dir_size(uri))
 
+    def last_written(self, uri: str) -> float:
+        """Return when a file below the folder `uri` was written last, in seconds since 1970; 0 for an empty folder."""
+        if not is_local(uri):
+            return max((one.written for one in self._objects.below(uri)), default=0.0)
+        files = (Path(folder) / name for folder, _, names in os.walk(_path(uri)) for name in names)
+        return max((file.stat().st_mtime for file in files), default=0.0)
+
+    def is_archived(self, uri: str) -> bool:
+        """Tell whether every object below the prefix `uri` was archived."""
+        return not is_local(uri) and all(one.archived for one in self._objects.below(uri))
+
+    def archive_folder(self, uri: str) -> None:
+        """Move every object below the prefix `uri` to the storage class for what is rarely read; names stay."""
+        for one in self._objects.below(uri):
+            if not one.archived:
+                self._objects.archive(one)
+
     def remove_folder(self, uri: str) -> None:
         """Delete the folder `uri` and all below it."""
         self._vfs.remove_dir(uri)

@@ -111,8 +111,9 @@ class Operator:
         """How often each (asset, partition) ran."""
         results = Deployment.at(self.url).ask(RUNS)["runsOrError"]["results"]
         return Counter(
-            ("/".join(run["assetSelection"][0]["path"]), tag["value"])
+            ("/".join(asset["path"]), tag["value"])
             for run in results
+            for asset in run["assetSelection"] or ()
             for tag in run["tags"]
             if tag["key"] == "dagster/partition"
         )

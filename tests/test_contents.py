@@ -48,7 +48,7 @@ def test_inspect_shows_what_is_there_and_remove_asks_twice(project: Project) -> 
     assert not folder.exists()
 
 
-def test_canary_judges_by_fp32_and_writes_nothing(project: Project) -> None:
+def test_canary_judges_by_fp32_and_keeps_only_its_rate(project: Project) -> None:
     tiny(project, compute_precision="bf16")
     done = project.command("canary", "tiny", RELEASE, "--cells", "40", "--json")
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,13 @@ def test_canary_judges_by_fp32_and_writes_nothing(project: Project) -> None:
     assert found["assays"] == 4
     assert found["release_cells"] == 200
     assert found["release_hours"] > 0
-    assert not (project.folder / "store").exists()
+    # Nothing but its rate, which the next plan's cost is told with.
+    assert [path.name for path in (project.folder / "store").rglob("*") if path.is_file()] == ["canary.json"]
+    shown = project.command("launch", "tiny", RELEASE, "--dry-run")
+    assert "(rate: measured: the canary of this set on CPU)" in shown.stdout
+    (project.folder / "store" / "tiny" / "canary.json").write_text('{"tokens": -1}')
+    damaged = project.command("launch", "tiny", RELEASE, "--dry-run")
+    assert "canary.json is damaged" in damaged.stderr
 
 
 def test_canary_of_fp32_wants_an_oracle(project: Project) -> None:

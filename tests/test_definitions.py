@@ -22,18 +22,19 @@ def demo_assets() -> dict[str, dg.AssetsDefinition]:
     return {asset.key.to_user_string(): asset for asset in assets}
 
 
-def test_three_assets_a_set_in_one_group() -> None:
-    names = ("obs_id_plan", "shard_embeddings", "embeddings_array")
+def test_four_assets_a_set_in_one_group() -> None:
+    names = ("obs_id_plan", "approval", "shard_embeddings", "embeddings_array")
     sets = ("demo_human", "demo_marmoset", "demo_mouse")
     found = demo_assets()
     assert sorted(found) == sorted(f"{s}/{name}" for s in sets for name in names)
     for key, asset in found.items():
         assert set(asset.group_names_by_key.values()) == {key.split("/")[0]}
         assert all(asset.descriptions_by_key.values())
-    plan, shards, array = (found[f"demo_human/{name}"] for name in names)
-    assert plan.partitions_def == array.partitions_def == RELEASES
+    plan, approval, shards, array = (found[f"demo_human/{name}"] for name in names)
+    assert plan.partitions_def == approval.partitions_def == array.partitions_def == RELEASES
     assert shards.partitions_def == shard_partitions(4)
-    assert shards.asset_deps[shards.key] == {plan.key}
+    assert approval.asset_deps[approval.key] == {plan.key}
+    assert shards.asset_deps[shards.key] == {plan.key, approval.key}
     assert array.asset_deps[array.key] == {shards.key}
 
 
@@ -84,6 +85,8 @@ BAD = [
     ("storage_precision", "fp16", "'fp16' is not one of"),
     ("name", "../else", "does not match"),
     ("organism", "homo sapiens", "does not match"),
+    ("auto_start", "maybe", "is not valid under any of the given schemas"),
+    ("auto_start", {"budget": 0}, "is not valid under any of the given schemas"),
     ("shard", 4, "('shard' was unexpected)"),
 ]
 

@@ -138,7 +138,7 @@ def test_launch_survives_its_interruption(story: Story) -> None:
 
 
 def test_plan_shards_and_array_run_once(story: Story, tmp_path: Path) -> None:
-    expected = {("tiny/obs_id_plan", RELEASE): 1, ("tiny/embeddings_array", RELEASE): 1}
+    expected = {(f"tiny/{asset}", RELEASE): 1 for asset in ("obs_id_plan", "approval", "embeddings_array")}
     expected |= {("tiny/shard_embeddings", f"{RELEASE}|{shard}"): 1 for shard in range(4)}
     assert {key: n for key, n in story.runs.items() if key[0].startswith("tiny/")} == expected
     array = read_array(story.operator.project.array("tiny"), tmp_path)

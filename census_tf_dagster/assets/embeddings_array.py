@@ -4,6 +4,7 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import evaluations
 from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
+from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.partitions import BY_RELEASE, RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -25,6 +26,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
         partitions_def=RELEASES,
         deps=[dg.AssetDep(asset_key(settings, "shard_embeddings"), partition_mapping=BY_RELEASE)],
         kinds={"tiledb"},
+        automation_condition=once_for_new_partitions(settings.spending),
         description=(
             f"The TileDB-SOMA array with the embedding of every planned cell of {settings.organism}, proved: exactly "
             "the planned cells, each with all its values, all finite."

@@ -4,10 +4,13 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.gate import cost_metadata, last_shards
+from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.names import is_local
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
+from census_tf_dagster.spending import utc_now
 
 
 def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
@@ -18,6 +21,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
         group_name=settings.name,
         partitions_def=RELEASES,
         kinds={"tiledb", "parquet"},
+        automation_condition=once_for_new_partitions(settings.spending),
         description=(
             f"Which cells of {settings.organism} are embedded, in which shard and write. Lists the matching obs ids, "
             "writes the immutable plan and the list of planned ids, and creates the empty array."
@@ -26,11 +30,15 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
     def obs_id_plan(
         context: dg.AssetExecutionContext, census: CensusResource, store: StoreResource
     ) -> dg.MaterializeResult[None]:
+        from census_tf_dagster.census.plan import read_plan
+        from census_tf_dagster.steps.estimate import estimate, tokens_left
         from census_tf_dagster.steps.finishing import array_state
         from census_tf_dagster.steps.planning import make_plan
 
         with partition_job(settings, context.partition_key, census, store) as job:
             summary = make_plan(job)
+            tokens = tokens_left(job, read_plan(job.store, job.folder.plan))
+            cost = estimate(job, tokens, last_shards(context.instance, settings))
             if array_state(job) == "stale":
                 report_stale(context, settings, context.partition_key)
         totals = summary.totals
@@ -39,6 +47,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
             f"{totals.megabatches} megabatches; the checkpoint knows {summary.known_genes:,} of "
             f"{summary.expressed_genes:,} expressed genes"
         )
+        context.log.info(str(cost))
         ours, theirs = summary.storage_versions
         if ours != theirs:
             context.log.warning(
@@ -48,6 +57,9 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
         here, there = store.s3_region, "" if is_local(census.location) else census.s3_region
         if here and there and here != there:
             context.log.warning(f"the Census is in {there}, the store in {here}: what crosses regions is paid for.")
+        listed = census.listed(context.partition_key)
+        for warning in listed.objections(cost.finish(utc_now())) if listed else []:
+            context.log.warning(warning)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(totals.plan),
             metadata={
@@ -55,6 +67,8 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "primary_cells": totals.primary_cells,
                 "duplicate_cells": totals.cells - totals.primary_cells,
                 "tokens": totals.tokens,
+                **cost_metadata(cost, settings),
+                "release_deleted_from": str((listed and listed.deleted_from) or "stays"),
                 "shards": totals.shards,
                 "megabatches": totals.megabatches,
                 "bytes_to_write": summary.estimated_bytes,

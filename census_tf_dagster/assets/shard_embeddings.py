@@ -8,6 +8,8 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
+from census_tf_dagster.assets.gate import must_be_approved, require_approval
+from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -33,8 +35,11 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         key=key,
         group_name=settings.name,
         partitions_def=shard_partitions(settings.shards),
-        deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
+        deps=[
+            dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in ("obs_id_plan", "approval")
+        ],
         kinds={"torch", "tiledb"},
+        automation_condition=once_for_new_partitions(settings.spending),
         op_tags=placement,
         description=(
             f"Embeddings of one shard of {settings.organism}: counts from the Census, tokens, model, committed to the "
@@ -44,7 +49,9 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
     def shard_embeddings(
         context: dg.AssetExecutionContext, config: ShardConfig, census: CensusResource, store: StoreResource
     ) -> dg.MaterializeResult[None]:
+        from census_tf_dagster.census.plan import read_plan
         from census_tf_dagster.steps.embedding import SetAsideError, ShardSummary, embed_shard
+        from census_tf_dagster.steps.estimate import tokens_left
         from census_tf_dagster.steps.finishing import array_state
 
         keys = context.partition_key
@@ -70,6 +77,9 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 context.log_event(dg.AssetObservation(asset_key=key, partition=str(keys), metadata=metadata))
 
         with partition_job(settings, release, census, store, require_device=True) as job:
+            if must_be_approved(context, settings):
+                plan = read_plan(job.store, job.folder.plan)
+                require_approval(context, settings, release, plan.totals.plan, tokens_left(job, plan))
             try:
                 summary = embed_shard(job, shard, recompute=config.recompute, report=show)
             except SetAsideError as error:

@@ -136,6 +136,7 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
             started = time.monotonic()
             plan = materialize(dg.AssetKey([name, "obs_id_plan"]), RELEASE)
             print(f"{name}: planned {plan['cells']} cells in {plan['shards']} shards", flush=True)
+            materialize(dg.AssetKey([name, "approval"]), RELEASE)
             for shard in range(plan["shards"]):
                 done = materialize(dg.AssetKey([name, "shard_embeddings"]), f"{RELEASE}|{shard}")
                 print(f"{name}: shard {shard} has {done['cells']} cells", flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.runs import RECOMPUTE_TAG
-from census_tf_dagster.operate.sets import ARRAY, PLAN, SHARDS, RemoteSet
+from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, SHARDS, RemoteSet
 from census_tf_dagster.operate.shards import compact, ranges
 
 LAUNCH_TAG = "census_tf/launch"
@@ -58,6 +58,7 @@ class Work:
     """What a backfill does for a release."""
 
     plan: bool
+    """The plan, and its approval: who launches has approved."""
     shards: tuple[int, ...]
     array: bool
     recompute: bool
@@ -95,7 +96,7 @@ class Backfill:
 
 
 def start(deployment: Deployment, of: RemoteSet, release: str, work: Work) -> str:
-    """Start a backfill; return its id. Dagster runs its plan, then its shards, then its array, once each.
+    """Start a backfill; return its id. Dagster runs plan, approval, shards and array in this order, once each.
 
     Raises
     ------
@@ -103,7 +104,8 @@ def start(deployment: Deployment, of: RemoteSet, release: str, work: Work) -> st
         With Dagster's message when it refuses.
     """
     targets = [(SHARDS, [(of.partition(release, a), of.partition(release, b)) for a, b in ranges(work.shards)])]
-    targets += [(asset, [(release, release)]) for asset, wanted in ((PLAN, work.plan), (ARRAY, work.array)) if wanted]
+    wanted_too = ((PLAN, work.plan), (APPROVAL, work.plan), (ARRAY, work.array))
+    targets += [(asset, [(release, release)]) for asset, wanted in wanted_too if wanted]
     tags = {LAUNCH_TAG: f"{of.name}/{release}"}
     params: dict[str, object] = {
         "title": f"launch {of.name} {release}",

@@ -1,8 +1,15 @@
 """What a launch would do and write, worked out without doing or writing any of it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from census_tf_dagster.census.plan import Plan
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.runs import materializations
+from census_tf_dagster.operate.sets import SHARDS, find_set
+from census_tf_dagster.spending import LAST_SHARDS, Cost, Throughput, utc_now
+from census_tf_dagster.steps.estimate import estimate, to_compute
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import PlanSummary, survey
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -25,6 +32,8 @@ class DryRun:
         Writes that are missing.
     bytes_to_write
         Estimated, for the missing cells.
+    cost
+        What computing them takes.
     """
 
     plan: PlanSummary
@@ -33,10 +42,24 @@ class DryRun:
     cells_to_compute: int
     megabatches_to_compute: int
     bytes_to_write: int
+    cost: Cost
 
 
-def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> DryRun:
+def dry_run(
+    job: Job, shards: tuple[int, ...] | None, *, recompute: bool, measured: Iterable[Throughput] = ()
+) -> DryRun:
     """Work out what a launch of some shards (None: all) would do.
+
+    Parameters
+    ----------
+    job
+        The opened set and release.
+    shards
+        Their numbers.
+    recompute
+        Whether cells that are there would be computed again.
+    measured
+        What the last shards of this set have done.
 
     Raises
     ------
@@ -47,11 +70,11 @@ def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> Dry
     plan = Plan(found.summary.totals, found.megabatches, job.folder.plan)
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]
-    todo = batches
+    todo = to_compute(batches)
     if job.store.holds_files(job.folder.array):
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         if not recompute:
-            todo = missing_megabatches(array, plan, batches)
+            todo = missing_megabatches(array, plan, todo)
     cells_to_compute = sum(batch.cells for batch in todo)
     return DryRun(
         plan=found.summary,
@@ -60,7 +83,25 @@ def dry_run(job: Job, shards: tuple[int, ...] | None, *, recompute: bool) -> Dry
         cells_to_compute=cells_to_compute,
         megabatches_to_compute=len(todo),
         bytes_to_write=found.summary.estimated_bytes * cells_to_compute // plan.totals.cells,
+        cost=estimate(job, sum(batch.tokens for batch in todo), measured),
     )
+
+
+def measured_shards(url: str, name: str) -> list[Throughput]:
+    """Ask a deployment what shards of a set have done on their last release; nothing when it does not answer."""
+    try:
+        deployment = Deployment.at(url)
+        found = find_set(deployment, name)
+    except UserError:
+        # The estimate then says what else it stands on.
+        return []
+    for release in reversed(found.releases):
+        partitions = [found.partition(release, shard) for shard in range(len(found.shard_keys))]
+        stored = sorted(materializations(deployment, found, SHARDS, partitions).values(), key=lambda one: one.at)
+        figures = ({**one.numbers, **one.figures, **one.texts} for one in stored[-LAST_SHARDS:])
+        if done := [one for found_figures in figures if (one := Throughput.of(found_figures))]:
+            return done
+    return []
 
 
 def describe(result: DryRun) -> str:
@@ -68,6 +109,8 @@ def describe(result: DryRun) -> str:
     plan = result.plan
     ours, theirs = plan.storage_versions
     differ = "" if ours == theirs else f"storage version: {ours}, the Census has {theirs} (docs/publish.md)\n"
+    finish = result.cost.finish(utc_now())
+    done = f"; started now, shards would be done on {finish:%Y-%m-%d}" if finish else ""
     return (
         f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary), {plan.totals.tokens:,} tokens, "
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
@@ -76,6 +119,7 @@ def describe(result: DryRun) -> str:
         f"{differ}"
         f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} "
         f"cells in {result.megabatches_to_compute:,} writes, about {result.bytes_to_write:,} bytes\n"
+        f"cost: {result.cost}{done}\n"
         f"into {plan.root}\n"
         "Nothing was started and nothing written."
     )

@@ -151,7 +151,8 @@ def _outcome(
     deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill, runs: Mapping[tuple[str, str], Run]
 ) -> int:
     """Print how it ended; return the exit code."""
-    failed = [run for run in runs.values() if _state(run) != "done"]
+    # A run may hold the plan and its approval: told once.
+    failed = list({run.id: run for run in runs.values() if _state(run) != "done"}.values())
     if backfill.status in SUCCEEDED and not failed:
         took = duration(time.time() - backfill.created)
         print(f"done: {of.name} {release}: {backfill.work}, {took} after the launch")

@@ -1,7 +1,7 @@
 """Runs and materializations of a set, as the webserver tells them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -31,7 +31,13 @@ MATERIALIZATIONS = """query Materializations($asset: AssetKeyInput!, $partitions
     ... on AssetNode {
       latestMaterializationByPartition(partitions: $partitions) {
         runId timestamp partition
-        metadataEntries { label ... on IntMetadataEntry { intRepr } ... on PathMetadataEntry { path } }
+        metadataEntries {
+          label
+          ... on IntMetadataEntry { intRepr }
+          ... on FloatMetadataEntry { floatValue }
+          ... on PathMetadataEntry { path }
+          ... on TextMetadataEntry { text }
+        }
       }
     }
   }
@@ -83,6 +89,8 @@ class Materialization:
     at: float
     numbers: Mapping[str, int]
     paths: Mapping[str, str]
+    figures: Mapping[str, float] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def fetch_runs(deployment: Deployment, of: RemoteSet, runs_filter: Mapping[str, object]) -> list[Run]:
@@ -132,6 +140,8 @@ def materializations(
             at=float(one["timestamp"]) / 1000,
             numbers={entry["label"]: int(entry["intRepr"]) for entry in one["metadataEntries"] if "intRepr" in entry},
             paths={entry["label"]: entry["path"] for entry in one["metadataEntries"] if "path" in entry},
+            figures={entry["label"]: entry["floatValue"] for entry in one["metadataEntries"] if "floatValue" in entry},
+            texts={entry["label"]: entry["text"] for entry in one["metadataEntries"] if "text" in entry},
         )
         for one in node["latestMaterializationByPartition"]
         if one is not None

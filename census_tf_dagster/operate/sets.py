@@ -8,7 +8,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.shards import compact
 
-PLAN, SHARDS, ARRAY = "obs_id_plan", "shard_embeddings", "embeddings_array"
+PLAN, APPROVAL, SHARDS, ARRAY = "obs_id_plan", "approval", "shard_embeddings", "embeddings_array"
 
 CATALOG = """{
   assetNodes {
@@ -30,7 +30,7 @@ class RemoteSet:
 
     name: str
     location: str
-    """The code location that holds its three assets."""
+    """The code location that holds its assets."""
     releases: tuple[str, ...]
     shard_keys: tuple[str, ...]
     """Partition keys of the shards in the dimension ``shard``: zero-padded, at the index that is their number."""
@@ -78,7 +78,7 @@ def find_set(deployment: Deployment, name: str) -> RemoteSet:
     Raises
     ------
     UserError
-        When no code location has its three assets, with the sets that there are and the code locations that do not
+        When no code location has its assets, with the sets that there are and the code locations that do not
         load; or when its partitions are not those of this package.
     """
     answer = deployment.ask(CATALOG)

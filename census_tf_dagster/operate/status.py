@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
+from census_tf_dagster.operate.approve import approval_text
 from census_tf_dagster.operate.backfills import find_going
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.runs import (
@@ -19,7 +20,7 @@ from census_tf_dagster.operate.runs import (
     materializations,
     seconds_left,
 )
-from census_tf_dagster.operate.sets import ARRAY, PLAN, SHARDS, RemoteSet, find_set
+from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact
 
 RECENT_RUNS = 50
@@ -62,7 +63,10 @@ class ReleaseStatus:
 
     release: str
     plan: str
-    """``missing``, ``queued``, ``running``, ``failed`` or ``done``; so is `array`."""
+    """``missing``, ``queued``, ``running``, ``failed`` or ``done``; so are `approval` and `array`."""
+    approval: str
+    approved: str | None
+    """What was approved last, and by whom; or what an approval is asked for."""
     shards: ShardStates
     array: str
     array_path: str | None
@@ -120,11 +124,12 @@ def show_status(url: str, name: str, release: str | None, *, as_json: bool) -> N
 
 def release_statuses(deployment: Deployment, found: RemoteSet, release: str | None = None) -> list[ReleaseStatus]:
     """Return the state of one release, or of those that have anything, in the order they were added."""
-    keys = [found.key(asset) for asset in (PLAN, SHARDS, ARRAY)]
+    keys = [found.key(asset) for asset in (PLAN, APPROVAL, SHARDS, ARRAY)]
     nodes = deployment.ask(PARTITIONS, keys=keys)["assetNodes"]
     recorded = {node["assetKey"]["path"][1]: node["assetPartitionStatuses"] for node in nodes}
     states: dict[tuple[str, ...], str] = {
         **{(PLAN, partition): state for partition, state in _states(recorded.get(PLAN))},
+        **{(APPROVAL, partition): state for partition, state in _states(recorded.get(APPROVAL))},
         **{(ARRAY, partition): state for partition, state in _states(recorded.get(ARRAY))},
         **{(SHARDS, *keys): state for keys, state in _shard_states(recorded.get(SHARDS), found.releases)},
     }
@@ -175,6 +180,8 @@ def _release_status(
     return ReleaseStatus(
         release=release,
         plan=states.get((PLAN, release), "missing"),
+        approval=states.get((APPROVAL, release), "missing"),
+        approved=approval_text(deployment, found, release),
         shards=ShardStates(**{state: tuple(numbers) for state, numbers in by_state.items()}),
         array=states.get((ARRAY, release), "missing"),
         array_path=array.paths.get("array") if array else None,
@@ -208,6 +215,8 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
         + ("an unknown number" if status.cells_planned is None else f"{status.cells_planned:,}"),
         f"  array   {status.array}; proved: {proved}" + (f"; {status.array_path}" if status.array_path else ""),
     ]
+    if status.approved:
+        lines.append(f"  gate    {'approved' if status.approval == 'done' else status.approval}: {status.approved}")
     if status.seconds_left is None:
         lines.append("  finish  shards: unknown, nothing has finished or nothing runs")
     elif status.seconds_left:

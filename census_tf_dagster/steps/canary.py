@@ -19,6 +19,8 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.devices import Device, open_devices
 from census_tf_dagster.inference.prepare import prepare
 from census_tf_dagster.inference.tokens import Tokenizer
+from census_tf_dagster.spending import Throughput
+from census_tf_dagster.steps.estimate import write_canary
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import survey
 
@@ -61,7 +63,7 @@ class CanaryResult:
 
 
 def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> CanaryResult:
-    """Embed some cells, spread over assays and lengths, and compare; write nothing.
+    """Embed some cells, spread over assays and lengths, and compare; keep nothing of it but how fast it was.
 
     Parameters
     ----------
@@ -90,6 +92,7 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
         packed = tokenizer(read)
         ours = device.embed(packed)
         seconds = time.monotonic() - started
+        speed = Throughput(tokens=len(packed.tokens), seconds=seconds, devices=1, device=str(device.about["name"]))
     if oracle is not None:
         judge, reference = "upstream's own command in float32", _ask_oracle(job, read, oracle)
     elif precision == "fp32":
@@ -98,6 +101,7 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
         judge = "this project's model in fp32 (name upstream's command with --oracle for an independent judge)"
         with _devices(job, tokenizer, "fp32") as (device, *_):
             reference = device.embed(packed)
+    write_canary(job, speed)
     norms = np.linalg.norm(reference, axis=1)
     centre = reference.mean(axis=0)
     a, b = ours - centre, reference - centre

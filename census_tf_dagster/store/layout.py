@@ -20,6 +20,16 @@ class ReleaseFolder:
         return cls(f"{store}/{set_name}/{release}/{identity.digest[:12]}")
 
     @property
+    def store(self) -> str:
+        """The store."""
+        return self.root.rsplit("/", 3)[0]
+
+    @property
+    def canary(self) -> str:
+        """What the last canary of the set found of its speed."""
+        return f"{self.root.rsplit('/', 2)[0]}/canary.json"
+
+    @property
     def plan(self) -> str:
         """Folder of the plans."""
         return f"{self.root}/plan"

@@ -1,0 +1,235 @@
+"""The Census release directory: which releases there are, for how long, and which were withdrawn.
+
+It is read with cellxgene_census's own function, in a process of its own: that function waits for ever where a server
+does not answer, and follows aliases that name each other without end. Who looks (a sensor, in Dagster's code server)
+stays light and has an answer in time.
+"""
+
+import calendar
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+from urllib.parse import urlparse
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from census_tf_dagster.errors import DirectoryError, UserError
+
+PATIENCE_SECONDS = 45.0
+"""Dagster gives a sensor 60 seconds."""
+
+WEEKLY_MONTHS = 1
+"""How long weekly releases stay: "available for public access for 1 month" (Census data releases, November 2025)."""
+
+NAME = re.compile(r"\d{4}-\d{2}-\d{2}")
+"""Releases are named by their day; other names (stable, latest, V2) are aliases, which come and go."""
+
+UNREACHABLE = "the Census release directory cannot be reached"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class _Flags(_Model):
+    lts: bool = False
+    retracted: bool = False
+
+
+class Retraction(_Model):
+    """Why a release was withdrawn, as the directory says."""
+
+    date: str
+    reason: str | None = None
+    info_url: str | None = None
+    replaced_by: str | None = None
+
+    def __str__(self) -> str:
+        more = [self.reason, f"replaced by {self.replaced_by}" if self.replaced_by else None, self.info_url]
+        return "; ".join([f"retracted on {self.date}", *(part for part in more if part)])
+
+
+class _Soma(_Model):
+    uri: str = Field(min_length=1)
+
+
+class _Entry(_Model):
+    release_build: str = Field(pattern=rf"^{NAME.pattern}$")
+    soma: _Soma
+    flags: _Flags = _Flags()
+    retraction: Retraction | None = None
+
+
+@dataclass(frozen=True)
+class ListedRelease:
+    """A release in the directory.
+
+    Attributes
+    ----------
+    name
+        Its day, such as 2025-11-08.
+    built
+        Day of its build.
+    long_term
+        Kept for at least five years; otherwise it is a weekly one.
+    retraction
+        Why it was withdrawn; None when it was not.
+    uri
+        Where its SOMA objects are.
+    """
+
+    name: str
+    built: date
+    long_term: bool
+    retraction: Retraction | None
+    uri: str
+
+    @property
+    def deleted_from(self) -> date | None:
+        """The first day on which a weekly release may be gone, by policy; None for long-term ones.
+
+        The directory does not say it, and publication follows the build by some days: this is the earliest day.
+        """
+        return None if self.long_term else _months_later(self.built, WEEKLY_MONTHS)
+
+    @property
+    def kind(self) -> str:
+        """``long-term`` or ``weekly``."""
+        return "long-term" if self.long_term else "weekly"
+
+    def objections(self, finish: datetime | None) -> list[str]:
+        """Say why no work on it should start by itself; nothing when it may.
+
+        Parameters
+        ----------
+        finish
+            When the work would end; None when that is unknown, and only a release that stays is safe.
+        """
+        found = [f"the release was {self.retraction}"] if self.retraction else []
+        if self.deleted_from is not None and (finish is None or finish.date() >= self.deleted_from):
+            when = (
+                f"on {finish:%Y-%m-%d}"
+                if finish
+                else "on a day that nobody knows yet (no measured rate, or no fleet_gpus)"
+            )
+            found.append(f"the weekly release may be deleted from {self.deleted_from}, and the work would end {when}")
+        return found
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What the directory lists: releases, the last one first, and what is wrong with entries that are none."""
+
+    releases: tuple[ListedRelease, ...]
+    malformed: tuple[str, ...]
+
+    def find(self, name: str) -> ListedRelease | None:
+        """Return a release by its name."""
+        return next((one for one in self.releases if one.name == name), None)
+
+
+def read_directory(url: str = "", patience: float = PATIENCE_SECONDS) -> Directory:
+    """Read the Census release directory.
+
+    Parameters
+    ----------
+    url
+        Where it is; empty: where cellxgene_census looks.
+    patience
+        Seconds that reading may take.
+
+    Raises
+    ------
+    UserError
+        When `url` is no http address.
+    DirectoryError
+        When it does not answer in time, or answers something that is no directory.
+    """
+    if url and (urlparse(url).scheme not in ("http", "https") or not urlparse(url).netloc):
+        raise UserError(f"the Census directory's address is {url!r}; expected http(s)://HOST/.../release.json.")
+    where = f" at {url}" if url else ""
+    command = [sys.executable, "-W", "ignore", "-m", __name__, url]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise DirectoryError(f"{UNREACHABLE}{where}: no answer in {patience:.0f} s.") from error
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError as error:
+        raise DirectoryError(f"the Census release directory{where} was not read: {done.stderr[-1000:]}") from error
+    if "unreachable" in answer:
+        raise DirectoryError(f"{UNREACHABLE}{where}: {answer['unreachable']}")
+    if "malformed" in answer:
+        raise DirectoryError(f"the Census release directory{where} is malformed: {answer['malformed']}")
+    return parse_directory(answer["directory"])
+
+
+def parse_directory(entries: dict[str, Any]) -> Directory:
+    """Check what cellxgene_census made of the directory, entry by entry; aliases are left out.
+
+    Raises
+    ------
+    DirectoryError
+        When no entry is a release.
+    """
+    releases: list[ListedRelease] = []
+    malformed: list[str] = []
+    for name in sorted((name for name in entries if NAME.fullmatch(name)), reverse=True):
+        try:
+            releases.append(_release(name, _Entry.model_validate(entries[name])))
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            malformed.append(f"{name}: {wrong}")
+        except ValueError as error:
+            malformed.append(f"{name}: {error}")
+    if not releases:
+        raise DirectoryError(
+            "the Census release directory is malformed: no entry is a release named by its day. "
+            + ("; ".join(malformed) or f"it has: {', '.join(sorted(entries)[:10]) or 'nothing'}")
+        )
+    return Directory(tuple(releases), tuple(malformed))
+
+
+def _release(name: str, entry: _Entry) -> ListedRelease:
+    retraction = entry.retraction
+    if entry.flags.retracted and retraction is None:
+        retraction = Retraction(date="an unknown day")
+    return ListedRelease(
+        name=name,
+        built=date.fromisoformat(entry.release_build),
+        long_term=entry.flags.lts,
+        retraction=retraction if entry.flags.retracted else None,
+        uri=entry.soma.uri.rstrip("/"),
+    )
+
+
+def _months_later(day: date, months: int) -> date:
+    year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
+    return date(year, month + 1, min(day.day, calendar.monthrange(year, month + 1)[1]))
+
+
+def _ask(url: str) -> dict[str, Any]:
+    """Ask for the directory, in the process that `read_directory` starts."""
+    import requests
+    from cellxgene_census import _release_directory as upstream
+    from cellxgene_census import get_census_version_directory
+
+    if url:
+        # Its own name for the address; there is no argument for it.
+        upstream.CELL_CENSUS_RELEASE_DIRECTORY_URL = url
+    try:
+        return {"directory": get_census_version_directory(lts=None, retracted=None)}
+    except requests.exceptions.JSONDecodeError as error:
+        return {"malformed": f"it is no JSON ({error})"}
+    except requests.RequestException as error:
+        return {"unreachable": f"{type(error).__name__}: {error}"}
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        return {"malformed": f"it is JSON of another form ({type(error).__name__}: {error})"}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_ask(sys.argv[1])))

@@ -1,0 +1,94 @@
+"""A deployment's policy for old plans and arrays, and the schedule that follows it.
+
+The policy stands in ``retention.yaml`` in the folder of sets; without that file everything is kept.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import dagster as dg
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.resources import StoreResource
+
+FILE = "retention.yaml"
+"""In the folder of sets."""
+
+WEEKLY = "0 7 * * 1"
+
+
+class Retention(BaseModel):
+    """What becomes of old plans and arrays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    policy: Literal["keep", "expire", "archive"] = Field(
+        default="keep", description="expire deletes; archive moves to a cheaper storage class of S3."
+    )
+    releases: int = Field(default=2, ge=1, description="The newest releases of each set that stay as they are.")
+    days: int = Field(default=30, ge=1, description="What was written to in so many days stays as it is.")
+
+
+def read_retention(folder: Path) -> Retention:
+    """Read the policy of a deployment from its folder of sets.
+
+    Raises
+    ------
+    UserError
+        Naming the file, the entry and what is wrong with it.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Retention()
+    try:
+        return Retention.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML mapping: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'file'}: {one['msg']}" for one in error.errors())
+        raise UserError(f"{path}: {problems}") from error
+
+
+def build_retention(retention: Retention) -> dg.Definitions:
+    """Build the job that follows a policy, and its schedule."""
+
+    @dg.op(description="Lists what the policy would touch, and does it to what an earlier run listed a week ago.")
+    def prune_old_arrays(context: dg.OpExecutionContext, store: StoreResource) -> None:
+        from census_tf_dagster.operate.prune import announce, apply, candidates
+
+        uri, storage = store.uri(), store.storage()
+        busy = frozenset(_busy(context.instance))
+        chosen = [one for one in candidates(uri, storage, retention) if one.of not in busy]
+        due = announce(uri, storage, chosen)
+        for one in chosen:
+            context.log.info(f"{'now' if one in due else 'in a week'}: {retention.policy} {one}")
+        for line in apply(uri, storage, retention, due):
+            context.log.warning(line)
+        context.log.info(f"policy {retention.policy}: {len(chosen)} listed, {len(due)} done")
+
+    @dg.job(description="Follows retention.yaml: lists what would go, and a week later does it.")
+    def retention_job() -> None:
+        prune_old_arrays()
+
+    schedule = dg.ScheduleDefinition(
+        name="retention_weekly",
+        job=retention_job,
+        cron_schedule=WEEKLY,
+        description="Off until somebody switches it on. Its first run only lists.",
+    )
+    return dg.Definitions(jobs=[retention_job], schedules=[schedule])
+
+
+def _busy(instance: dg.DagsterInstance) -> set[tuple[str, str]]:
+    """Return the sets and releases that runs wait for or work on."""
+    waiting = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
+    working = (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
+    runs = instance.get_runs(dg.RunsFilter(statuses=[*waiting, *working]))
+    return {
+        (key.path[0], run.tags["dagster/partition"].partition("|")[0])
+        for run in runs
+        for key in run.asset_selection or ()
+        if "dagster/partition" in run.tags
+    }

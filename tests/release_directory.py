@@ -1,0 +1,80 @@
+"""A local HTTP server that plays the Census release directory, and what it may answer."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from typing import Any
+
+
+def entry(build: str, uri: str = "", *, lts: bool = True, **more: Any) -> dict[str, Any]:
+    """An entry as the real directory has it."""
+    uri = uri or f"s3://cellxgene-data-public/cell-census/{build}/soma/"
+    return {
+        "release_date": None,
+        "release_build": build,
+        "soma": {"uri": uri, "relative_uri": f"/cell-census/{build}/soma/", "s3_region": "us-west-2"},
+        "h5ads": {"uri": f"{uri}h5ads/", "relative_uri": f"/cell-census/{build}/h5ads/", "s3_region": "us-west-2"},
+        "flags": {"lts": lts, "retracted": False},
+        **more,
+    }
+
+
+def retracted(build: str, **more: Any) -> dict[str, Any]:
+    """An entry of a release that was withdrawn."""
+    why = {"date": "2025-12-01", "reason": "wrong counts", "info_url": None, "replaced_by": "2025-12-08"}
+    return {**entry(build), "flags": {"lts": True, "retracted": True}, "retraction": why, **more}
+
+
+@dataclass
+class DirectoryServer:
+    """What the server answers; a test changes it."""
+
+    port: int = 0
+    body: bytes = b"{}"
+    status: int = 200
+    silent: bool = False
+    looks: int = 0
+    over: Event = field(default_factory=Event)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/cellxgene-census/v1/release.json"
+
+    def lists(self, **entries: Any) -> None:
+        """Answer with entries, named as arguments are: r2025_11_08, stable."""
+        names = {name.removeprefix("r").replace("_", "-") if name[1:2].isdigit() else name: name for name in entries}
+        self.body = json.dumps({name: entries[given] for name, given in names.items()}).encode()
+
+
+@contextmanager
+def directory_server() -> Iterator[DirectoryServer]:
+    """Serve until the end of the block."""
+    state = DirectoryServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.looks += 1
+            if state.silent:
+                state.over.wait(60)
+                return
+            self.send_response(state.status)
+            self.end_headers()
+            self.wfile.write(state.body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        state.port = server.server_port
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield state
+        finally:
+            state.over.set()
+            server.shutdown()
+            thread.join()
