@@ -50,6 +50,16 @@ class EmbeddingSet(dg.Component, dg.Model):
         default="bfloat16",
         description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are.",
     )
+    gene_order: Literal["census", "vocabulary"] = Field(
+        default="census",
+        description="Order in which the model sees a cell's genes. census: as in the release's var, as upstream and the "
+        "forerunner have it. vocabulary: as in the checkpoint, so that it is the same in each release.",
+    )
+    reuse: bool = Field(
+        default=False,
+        description="Copy cells that an earlier release's array of this set has already (docs/reuse.md); adds the asset "
+        "reused_embeddings.",
+    )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
     publication: Publication | None = Field(
         default=None,
@@ -87,6 +97,8 @@ class EmbeddingSet(dg.Component, dg.Model):
             storage_precision=self.storage_precision,
             device=self.device,
             publication=self.publication,
+            gene_order=self.gene_order,
+            reuse=self.reuse,
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:

@@ -27,3 +27,5 @@ class SetSettings:
     storage_precision: str
     device: str
     publication: Publication | None
+    gene_order: Literal["census", "vocabulary"] = "census"
+    reuse: bool = False
