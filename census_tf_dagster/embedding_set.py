@@ -1,4 +1,4 @@
-"""The component behind a set's YAML: organism x model, from which the three assets come."""
+"""The component behind a set's YAML: organism x model, from which its assets come."""
 
 from typing import Literal, Self
 
@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
+from census_tf_dagster.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.names import normalise
 from census_tf_dagster.placement import Placement, read_placement, shard_tags
@@ -52,13 +53,13 @@ class EmbeddingSet(dg.Component, dg.Model):
     )
     gene_order: Literal["census", "vocabulary"] = Field(
         default="census",
-        description="Order in which the model sees a cell's genes. census: as in the release's var, as upstream and the "
-        "forerunner have it. vocabulary: as in the checkpoint, so that it is the same in each release.",
+        description="Order in which the model sees a cell's genes. census: as in var, as upstream has it. "
+        "vocabulary: as in the checkpoint, so that it is the same in each release.",
     )
     reuse: bool = Field(
         default=False,
-        description="Copy cells that an earlier release's array of this set has already (docs/reuse.md); adds the asset "
-        "reused_embeddings.",
+        description="Copy cells that an earlier release's array of this set has already (docs/reuse.md): adds the "
+        "asset reused_embeddings.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
     publication: Publication | None = Field(
@@ -102,13 +103,14 @@ class EmbeddingSet(dg.Component, dg.Model):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Build the set's three assets and the checks of the last."""
+        """Build the set's assets, one more where it reuses cells, and the checks of the last."""
         settings = self.settings()
         placement = shard_tags(self.device, self.placement, read_placement(context.defs_module_path))
         return dg.Definitions(
             assets=[
                 build_obs_id_plan(settings),
                 build_shard_embeddings(settings, placement),
+                *([build_reused_embeddings(settings)] if settings.reuse else []),
                 build_embeddings_array(settings),
             ],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings)],

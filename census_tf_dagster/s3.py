@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
@@ -117,6 +119,20 @@ class S3Objects:
         bucket, key = _split(uri)
         if self._ask(uri, lambda: self._client.put_object(Bucket=bucket, Key=key, Body=content)) is None:
             raise UserError(f"there is no bucket {bucket!r} for {uri}.")
+
+    def upload(self, uri: str, path: Path) -> None:
+        """Replace an object by a file's content, in parts: a reader sees the old or the new one.
+
+        Raises
+        ------
+        StoreError
+            When the store stays unreachable.
+        """
+        bucket, key = _split(uri)
+        try:
+            self._ask(uri, lambda: self._client.upload_file(str(path), bucket, key))
+        except S3UploadFailedError as error:
+            raise StoreError(f"{uri} cannot be written: {error}") from error
 
     def make_bucket(self, uri: str) -> None:
         """Make the bucket of `uri` when there is none.

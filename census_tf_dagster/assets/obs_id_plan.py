@@ -39,6 +39,10 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
             f"{totals.megabatches} megabatches; the checkpoint knows {summary.known_genes:,} of "
             f"{summary.expressed_genes:,} expressed genes"
         )
+        if settings.reuse:
+            context.log.info(summary.reuse())
+            for reason in summary.passed_over:
+                context.log.info(f"not reused: {reason}")
         ours, theirs = summary.storage_versions
         if ours != theirs:
             context.log.warning(
@@ -55,6 +59,11 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "primary_cells": totals.primary_cells,
                 "duplicate_cells": totals.cells - totals.primary_cells,
                 "tokens": totals.tokens,
+                "cells_to_compute": totals.cells_to_compute,
+                "tokens_to_compute": totals.tokens_to_compute,
+                "cells_reused": totals.cells_reused,
+                "tokens_reused": totals.tokens_reused,
+                "reused_from": totals.source.root if totals.source else "nothing",
                 "shards": totals.shards,
                 "megabatches": totals.megabatches,
                 "bytes_to_write": summary.estimated_bytes,
