@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from census_tf_dagster.census.plan import divide, plan_totals, read_plan, write_plan
+from census_tf_dagster.census.division import divide
+from census_tf_dagster.census.plan import plan_totals, read_plan, write_plan
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = ReleaseFolder.of(place, "s", "r", identity)
         joinids = np.arange(cells, dtype=np.int64)
-        batches = divide(joinids, np.full(cells, 1800, np.int32), 1, 16384)
+        batches = divide(joinids, np.full(cells, 1800, np.int32), 1, 16384).megabatches
         write_plan(storage, folder.plan, joinids, batches, plan_totals(joinids, batches, 1, 0))
         array = EmbeddingsArray.create(folder.array, storage, identity, cells)
         rows: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""The component behind a set's YAML: organism x model, from which its four assets come."""
+"""The component behind a set's YAML: organism x model, from which its assets come."""
 
 from typing import Literal, Self
 
@@ -9,6 +9,7 @@ from census_tf_dagster.assets.approval import build_approval
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
+from census_tf_dagster.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.automation import automation_sensor
 from census_tf_dagster.errors import UserError
@@ -58,6 +59,16 @@ class EmbeddingSet(dg.Component, dg.Model):
     storage_precision: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",
         description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are.",
+    )
+    gene_order: Literal["census", "vocabulary"] = Field(
+        default="census",
+        description="Order in which the model sees a cell's genes. census: as in var, as upstream has it. "
+        "vocabulary: as in the checkpoint, so that it is the same in each release.",
+    )
+    reuse: bool = Field(
+        default=False,
+        description="Copy cells that an earlier release's array of this set has already (docs/reuse.md): adds the "
+        "asset reused_embeddings.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
     auto_start: Literal["off", "on"] | bool | Budget = Field(
@@ -109,6 +120,8 @@ class EmbeddingSet(dg.Component, dg.Model):
             publication=self.publication,
             checkpoint_fingerprint=self.checkpoint_fingerprint,
             spending=self._spending(effective(self.placement, deployment)),
+            gene_order=self.gene_order,
+            reuse=self.reuse,
         )
 
     def _spending(self, nodes: Placement) -> Spending:
@@ -128,7 +141,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Build the set's four assets, the checks of the last, and what starts them by itself."""
+        """Build the set's assets, one more where it reuses cells, the checks of the last, and what starts them."""
         deployment = read_placement(context.defs_module_path)
         settings = self.settings(deployment)
         placement = shard_tags(self.device, self.placement, deployment)
@@ -137,6 +150,7 @@ class EmbeddingSet(dg.Component, dg.Model):
                 build_obs_id_plan(settings),
                 build_approval(settings),
                 build_shard_embeddings(settings, placement),
+                *([build_reused_embeddings(settings)] if settings.reuse else []),
                 build_embeddings_array(settings),
             ],
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],

@@ -10,6 +10,9 @@ from census_tf_dagster.errors import UserError
 NUMERIC_VERSION = 2
 """Raised by hand when the code of this project may produce other values than before."""
 
+OF_THE_RELEASE = {"census_uri", "census_build_date", "value_filter", "mod", "gene_fingerprint"}
+"""Fields that may differ between two arrays of which one has values that the other can take."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -35,6 +38,15 @@ class Identity:
     def to_json(self) -> str:
         """Serialise with sorted keys: equal identities give equal strings."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    def values_differ(self, other: "Identity") -> list[str]:
+        """Return the fields that differ of those that decide a cell's value, whatever release it is in.
+
+        The others say which release and which of its cells; of the genes' order, which is a matter of each dataset,
+        `census.cell_keys` takes care.
+        """
+        names = (field.name for field in fields(self) if field.name not in OF_THE_RELEASE)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     @property
     def digest(self) -> str:

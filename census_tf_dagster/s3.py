@@ -242,6 +242,17 @@ class S3Objects:
         uri = f"s3://{one.bucket}/{one.key}"
         self._ask(uri, lambda: self._client.copy(source, one.bucket, one.key, ExtraArgs=extra))
 
+    def upload(self, uri: str, path: Path) -> None:
+        """Replace an object by a file's content, in parts: a reader sees the old or the new one.
+
+        Raises
+        ------
+        StoreError
+            When the store stays unreachable.
+        """
+        bucket, key = _split(uri)
+        self._ask(uri, lambda: self._client.upload_file(str(path), bucket, key))
+
     def make_bucket(self, uri: str) -> None:
         """Make the bucket of `uri` when there is none.
 

@@ -30,3 +30,5 @@ class SetSettings:
     publication: Publication | None
     checkpoint_fingerprint: str | None = None
     spending: Spending = field(default_factory=Spending)
+    gene_order: Literal["census", "vocabulary"] = "census"
+    reuse: bool = False

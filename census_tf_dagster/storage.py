@@ -6,8 +6,12 @@ Knows nothing of arrays' contents.
 
 import io
 import os
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import tiledb
 import tiledbsoma
@@ -158,6 +162,22 @@ class Storage:
     def find_object(self, uri: str) -> S3Object | None:
         """Return what S3 says of the object at `uri`; None when there is none."""
         return self._objects.find(uri)
+
+    @contextmanager
+    def writing(self, uri: str) -> Iterator[IO[bytes]]:
+        """Replace the file at `uri` piece by piece; it is there as a whole once this ends without an error."""
+        folder = _path(uri).parent if is_local(uri) else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{uri.rsplit('/', 1)[-1]}.{uuid.uuid4().hex}"
+        try:
+            with partial.open("wb") as file:
+                yield file
+            if is_local(uri):
+                partial.replace(_path(uri))
+            else:
+                self._objects.upload(uri, partial)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def download(self, uri: str, path: Path, expected: S3Object) -> None:
         """Copy an object of S3 to the local `path`, atomically.

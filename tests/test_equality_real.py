@@ -1,7 +1,9 @@
 """Real cells through Dagster's command line, against upstream's own command."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -31,6 +33,7 @@ def check(
     seq_len: int,
     mod: int = 1,
     block_len: int = 128,
+    **attributes: Any,
 ) -> int:
     """Take a file to the final array and compare every planned cell; return how many there were."""
     name, label = ORGANISMS[real_file.stem]
@@ -40,8 +43,9 @@ def check(
     build_census(str(project.census), RELEASE, [organism_from_h5ad(real_file, name, label)])
     # One gene in ten is outside the vocabulary.
     known = [gene for i, gene in enumerate(genes) if i % 10]
+    random.Random(0).shuffle(known)
     build_checkpoint(project.checkpoint, {name: known}, sorted(set(assays)), seq_len=seq_len, block_len=block_len)
-    project.add_set("real", organism=name, mod=mod, megabatch_size=50)
+    project.add_set("real", organism=name, mod=mod, megabatch_size=50, **attributes)
     to_the_array(project, "real")
 
     chosen = np.arange(0, adata.n_obs, mod)
@@ -50,7 +54,10 @@ def check(
     assert np.array_equal(stored.ids, chosen)
     assert stored.stored_values == len(chosen) * 64
     counts = scipy.sparse.csr_matrix(adata.X)[chosen]
-    reference = oracle.embed(project.checkpoint, as_upstream_input(counts, genes, [assays[i] for i in chosen]))
+    given = as_upstream_input(counts, genes, [assays[i] for i in chosen])
+    if attributes.get("gene_order") == "vocabulary":
+        given = given[:, known].copy()
+    reference = oracle.embed(project.checkpoint, given)
     assert relative_errors(stored.values, reference).max() <= BOUND
     return len(chosen)
 
@@ -72,6 +79,15 @@ def in_process(project: Project, name: str) -> None:
 def test_all_cells_at_a_short_window(project: Project, real_file: Path, oracle: Oracle) -> None:
     """A window of 63 genes is filled and overrun by many of these cells."""
     assert check(project, real_file, oracle, by_command, seq_len=63, block_len=64) in (500, 1107)
+
+
+@pytest.mark.oracle
+def test_vocabulary_order_is_upstreams_on_a_var_in_that_order(
+    project: Project, real_file: Path, oracle: Oracle
+) -> None:
+    """A window of 63 genes is overrun, so that the order decides also which genes are seen."""
+    options = {"seq_len": 63, "block_len": 64, "gene_order": "vocabulary"}
+    assert check(project, real_file, oracle, in_process, **options) in (500, 1107)
 
 
 @pytest.mark.oracle

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from census_tf_dagster.census.plan import Plan, divide, plan_totals, read_plan, write_plan
+from census_tf_dagster.census.division import divide
+from census_tf_dagster.census.plan import Plan, plan_totals, read_plan, write_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
 
 
 def write(storage: Storage, folder: Path, joinids: np.ndarray, shards: int, size: int) -> Plan:
-    batches = divide(joinids, np.full(len(joinids), 5, np.int32), shards, size)
+    batches = divide(joinids, np.full(len(joinids), 5, np.int32), shards, size).megabatches
     return write_plan(storage, str(folder), joinids, batches, plan_totals(joinids, batches, shards, 7))
 
 
@@ -22,7 +23,7 @@ def test_shards_are_ascending_and_balanced_by_tokens() -> None:
     rng = np.random.default_rng(0)
     joinids = np.sort(rng.choice(100_000, 20_000, replace=False))
     tokens = np.where(joinids < 50_000, 90, 1800).astype(np.int32)
-    batches = divide(joinids, tokens, shards=7, megabatch_size=500)
+    batches = divide(joinids, tokens, shards=7, megabatch_size=500).megabatches
     assert [b.index for b in batches] == list(range(len(batches)))
     assert sum(b.cells for b in batches) == 20_000
     assert all(earlier.last < later.first for earlier, later in itertools.pairwise(batches))
@@ -34,7 +35,7 @@ def test_shards_are_ascending_and_balanced_by_tokens() -> None:
 
 @pytest.mark.parametrize("cells", [1, 2, 5])
 def test_fewer_cells_than_shards_leave_shards_empty(cells: int) -> None:
-    batches = divide(np.arange(cells) * 3, np.full(cells, 10, np.int32), shards=8, megabatch_size=4)
+    batches = divide(np.arange(cells) * 3, np.full(cells, 10, np.int32), shards=8, megabatch_size=4).megabatches
     assert sum(b.cells for b in batches) == cells
     assert len({b.shard for b in batches}) == cells
 

@@ -24,7 +24,10 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
         key=asset_key(settings, "embeddings_array"),
         group_name=settings.name,
         partitions_def=RELEASES,
-        deps=[dg.AssetDep(asset_key(settings, "shard_embeddings"), partition_mapping=BY_RELEASE)],
+        deps=[
+            dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE)
+            for name in ("shard_embeddings", *(["reused_embeddings"] if settings.reuse else []))
+        ],
         kinds={"tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         description=(

@@ -48,6 +48,10 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
             f"{summary.expressed_genes:,} expressed genes"
         )
         context.log.info(str(cost))
+        if settings.reuse:
+            context.log.info(summary.reuse())
+            for reason in summary.passed_over:
+                context.log.info(f"not reused: {reason}")
         ours, theirs = summary.storage_versions
         if ours != theirs:
             context.log.warning(
@@ -67,6 +71,11 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "primary_cells": totals.primary_cells,
                 "duplicate_cells": totals.cells - totals.primary_cells,
                 "tokens": totals.tokens,
+                "cells_to_compute": totals.cells_to_compute,
+                "tokens_to_compute": totals.tokens_to_compute,
+                "cells_reused": totals.cells_reused,
+                "tokens_reused": totals.tokens_reused,
+                "reused_from": totals.source.root if totals.source else "nothing",
                 **cost_metadata(cost, settings),
                 "release_deleted_from": str((listed and listed.deleted_from) or "stays"),
                 "shards": totals.shards,

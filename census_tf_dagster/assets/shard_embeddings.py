@@ -107,6 +107,7 @@ def _figures(summary: "ShardSummary") -> dict[str, Any]:
         "seconds_load": round(times.load, 3),
         "seconds_work": round(summary.seconds, 3),
         "seconds_proof": round(summary.proof_seconds, 3),
+        "proved": summary.proved,
     }
     if summary.megabatches_computed:
         figures |= {

@@ -2,15 +2,18 @@
 
 A plan is two Parquet files named by the plan's content hash, and a pointer to the current one:
 
-- ``<hash>.obs_ids.parquet``: soma_joinid, **one row group per megabatch**, so that a worker reads just its own;
-- ``<hash>.megabatches.parquet``: a row per megabatch (shard, first and last joinid, cells, tokens);
+- ``<hash>.obs_ids.parquet``: soma_joinid, **one row group per megabatch**, so that a worker reads just its own; in a
+  plan that reuses cells also source_joinid, where they stand in the earlier array;
+- ``<hash>.megabatches.parquet``: a row per megabatch (shard, first and last joinid, cells, tokens, whether reused);
 - ``current.json``: the hash, and the totals that people ask for.
+
+Beside them, for sets with `reuse`, ``<hash>.keys.parquet`` lets a later release find these cells (`key_file`).
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -25,6 +28,9 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
 
 Int64Array = npt.NDArray[np.int64]
+
+_ID_COLUMNS = ("soma_joinid", "source_joinid")
+_OF_REUSE = ("cells_reused", "tokens_reused", "source")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Megabatch:
         Smallest and largest soma_joinid.
     cells, tokens
         How many cells, and how many tokens they make at most.
+    reused
+        Whether they are copied from an earlier array, not computed.
     """
 
     index: int
@@ -49,11 +57,39 @@ class Megabatch:
     last: int
     cells: int
     tokens: int
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """The earlier array that a plan copies cells from.
+
+    Attributes
+    ----------
+    release, root
+        Its release, and its folder in the store.
+    identity
+        Digest of its identity.
+    """
+
+    release: str
+    root: str
+    identity: str
 
 
 @dataclass(frozen=True)
 class PlanTotals:
-    """What a plan amounts to, as `current.json` and the asset's metadata show it."""
+    """What a plan amounts to, as `current.json` and the asset's metadata show it.
+
+    Attributes
+    ----------
+    plan
+        Its content hash.
+    cells, primary_cells, tokens
+        Of the whole plan.
+    cells_reused, tokens_reused, source
+        Of the cells that are copied, and the array that they are copied from.
+    """
 
     plan: str
     shards: int
@@ -61,6 +97,19 @@ class PlanTotals:
     cells: int
     primary_cells: int
     tokens: int
+    cells_reused: int = 0
+    tokens_reused: int = 0
+    source: Source | None = None
+
+    @property
+    def cells_to_compute(self) -> int:
+        """Cells that go through the model."""
+        return self.cells - self.cells_reused
+
+    @property
+    def tokens_to_compute(self) -> int:
+        """Tokens of the cells that go through the model, at most."""
+        return self.tokens - self.tokens_reused
 
 
 @dataclass(frozen=True)
@@ -70,6 +119,11 @@ class Plan:
     totals: PlanTotals
     megabatches: tuple[Megabatch, ...]
     folder: str
+
+    @property
+    def keys(self) -> str:
+        """Where the keys of its cells stand, if the set reuses cells."""
+        return f"{self.folder}/{self.totals.plan}.keys.parquet"
 
     def shard(self, shard: int) -> tuple[Megabatch, ...]:
         """Return the megabatches of one shard; empty when the plan has fewer cells than shards.
@@ -93,17 +147,31 @@ class Plan:
 
     def read_ids(self, storage: Storage, batches: Iterable[Megabatch]) -> list[Int64Array]:
         """Read the soma_joinids, int64 ascending, of each of some megabatches."""
+        return [ids for ids, _ in self._read(storage, batches, ["soma_joinid"])]
+
+    def read_copies(self, storage: Storage, batch: Megabatch) -> tuple[Int64Array, Int64Array]:
+        """Read the soma_joinids of a megabatch that is reused, and those of the same cells in the earlier array."""
+        ((ids, sources),) = self._read(storage, [batch], ["soma_joinid", "source_joinid"])
+        return ids, sources
+
+    def _read(
+        self, storage: Storage, batches: Iterable[Megabatch], columns: list[str]
+    ) -> list[tuple[Int64Array, Int64Array]]:
+        """Read the first and the last of some columns."""
         found = []
         try:
             with storage.open(f"{self.folder}/{self.totals.plan}.obs_ids.parquet") as file:
                 parquet = pq.ParquetFile(file)
                 for batch in batches:
-                    ids = parquet.read_row_group(batch.index)["soma_joinid"].to_numpy()
+                    table = parquet.read_row_group(batch.index, columns=columns)
+                    ids = table["soma_joinid"].to_numpy()
                     if (len(ids), ids[0], ids[-1]) != (batch.cells, batch.first, batch.last) or (
                         np.diff(ids) <= 0
                     ).any():
                         raise ValueError(f"megabatch {batch.index} holds other ids than the index says")
-                    found.append(ids)
+                    if table[columns[-1]].null_count:
+                        raise ValueError(f"megabatch {batch.index} lacks {columns[-1]}")
+                    found.append((ids, table[columns[-1]].to_numpy()))
         except (ValueError, pa.ArrowInvalid, tiledb.TileDBError) as error:
             raise UserError(
                 f"the plan at {self.folder} is damaged ({error}): materialize obs_id_plan again."
@@ -111,46 +179,31 @@ class Plan:
         return found
 
 
-def divide(
-    joinids: Int64Array, tokens: npt.NDArray[np.int32], shards: int, megabatch_size: int
-) -> tuple[Megabatch, ...]:
-    """Cut ascending joinids into shards of about equal tokens, and those into megabatches.
+def plan_totals(
+    joinids: Int64Array,
+    megabatches: tuple[Megabatch, ...],
+    shards: int,
+    primary_cells: int,
+    sources: Int64Array | None = None,
+    source: Source | None = None,
+) -> PlanTotals:
+    """Sum a division up, and name it by the hash of its content.
 
     Parameters
     ----------
-    joinids
-        Ascending soma_joinids, ``(n,)``.
-    tokens
-        Tokens of each of those cells, ``(n,)``.
-    shards
-        Number of shards; some stay empty when there are fewer cells.
-    megabatch_size
-        Cells in a megabatch; the last of a shard may be smaller.
+    joinids, megabatches
+        Ascending, and how they are divided.
+    shards, primary_cells
+        As `PlanTotals` has them.
+    sources, source
+        For a plan that reuses cells: where each stands in the earlier array (-1: it is computed), and that array.
     """
-    running = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
-    targets = running[-1] * np.arange(1, shards, dtype=np.float64) / shards
-    edges = [0, *np.searchsorted(running[1:], targets, side="left").tolist(), len(joinids)]
-    batches: list[Megabatch] = []
-    for shard in range(shards):
-        for start in range(edges[shard], edges[shard + 1], megabatch_size):
-            stop = min(start + megabatch_size, edges[shard + 1])
-            batches.append(
-                Megabatch(
-                    index=len(batches),
-                    shard=shard,
-                    first=int(joinids[start]),
-                    last=int(joinids[stop - 1]),
-                    cells=stop - start,
-                    tokens=int(running[stop] - running[start]),
-                )
-            )
-    return tuple(batches)
-
-
-def plan_totals(joinids: Int64Array, megabatches: tuple[Megabatch, ...], shards: int, primary_cells: int) -> PlanTotals:
-    """Sum a division up, and name it by the hash of its content."""
-    digest = hashlib.sha256(joinids.astype("<i8").tobytes())
+    digest = hashlib.sha256(np.ascontiguousarray(joinids, "<i8").data)
     digest.update(json.dumps([shards, [(batch.shard, batch.cells) for batch in megabatches]]).encode())
+    copied = [batch for batch in megabatches if batch.reused]
+    if copied and sources is not None and source is not None:
+        digest.update(np.ascontiguousarray(sources, "<i8").data)
+        digest.update(json.dumps(asdict(source), sort_keys=True).encode())
     return PlanTotals(
         plan=digest.hexdigest()[:16],
         shards=shards,
@@ -158,20 +211,52 @@ def plan_totals(joinids: Int64Array, megabatches: tuple[Megabatch, ...], shards:
         cells=len(joinids),
         primary_cells=primary_cells,
         tokens=sum(batch.tokens for batch in megabatches),
+        cells_reused=sum(batch.cells for batch in copied),
+        tokens_reused=sum(batch.tokens for batch in copied),
+        source=source if copied else None,
     )
 
 
 def write_plan(
-    storage: Storage, folder: str, joinids: Int64Array, megabatches: tuple[Megabatch, ...], totals: PlanTotals
+    storage: Storage,
+    folder: str,
+    joinids: Int64Array,
+    megabatches: tuple[Megabatch, ...],
+    totals: PlanTotals,
+    sources: Int64Array | None = None,
 ) -> Plan:
-    """Write a plan below `folder` and make it the current one; equal plans are equal files."""
+    """Write a plan below `folder` and make it the current one; equal plans are equal files.
+
+    Parameters
+    ----------
+    joinids
+        In the order of the megabatches.
+    sources
+        Where each cell stands in the earlier array, in the same order; None for a plan that reuses nothing.
+    """
     index = pa.Table.from_pylist([asdict(batch) for batch in megabatches])
+    if sources is None:
+        index = index.drop_columns(["reused"])
     # Written again when they are there: the same content, and whole again should one have been damaged.
-    storage.write(f"{folder}/{totals.plan}.megabatches.parquet", _parquet_bytes(index, [len(index)]))
-    ids = pa.table({"soma_joinid": joinids})
-    storage.write(f"{folder}/{totals.plan}.obs_ids.parquet", _parquet_bytes(ids, [b.cells for b in megabatches]))
-    storage.write(f"{folder}/current.json", json.dumps(asdict(totals), indent=1).encode())
+    storage.write(f"{folder}/{totals.plan}.megabatches.parquet", _parquet_bytes([index]))
+    ids = _parquet_bytes(_id_tables(joinids, megabatches, sources))
+    storage.write(f"{folder}/{totals.plan}.obs_ids.parquet", ids)
+    content = {key: value for key, value in asdict(totals).items() if sources is not None or key not in _OF_REUSE}
+    storage.write(f"{folder}/current.json", json.dumps(content, indent=1).encode())
     return Plan(totals, megabatches, folder)
+
+
+def _id_tables(
+    joinids: Int64Array, megabatches: tuple[Megabatch, ...], sources: Int64Array | None
+) -> Iterator[pa.Table]:
+    start = 0
+    for batch in megabatches:
+        part = slice(start, start + batch.cells)
+        columns = {"soma_joinid": pa.array(joinids[part])}
+        if sources is not None:
+            columns["source_joinid"] = pa.array(sources[part]) if batch.reused else pa.nulls(batch.cells, pa.int64())
+        yield pa.table(columns)
+        start += batch.cells
 
 
 def read_plan(storage: Storage, folder: str) -> Plan:
@@ -186,7 +271,9 @@ def read_plan(storage: Storage, folder: str) -> Plan:
     if not storage.exists(pointer):
         raise UserError(f"there is no plan at {folder}: materialize obs_id_plan of this release first.")
     try:
-        totals = PlanTotals(**json.loads(storage.read(pointer)))
+        content = json.loads(storage.read(pointer))
+        source = content.get("source")
+        totals = PlanTotals(**{**content, "source": source and Source(**source)})
         rows = pq.read_table(io.BytesIO(storage.read(f"{folder}/{totals.plan}.megabatches.parquet"))).to_pylist()
         plan = Plan(totals, tuple(Megabatch(**row) for row in rows), folder)
     except (ValueError, TypeError, pa.ArrowInvalid) as error:
@@ -198,18 +285,20 @@ def read_plan(storage: Storage, folder: str) -> Plan:
 
 def write_obs_ids(storage: Storage, uri: str, joinids: Int64Array) -> None:
     """Write the consumers' list of planned ids: one Parquet column, soma_joinid, ascending."""
-    storage.write(uri, _parquet_bytes(pa.table({"soma_joinid": joinids}), [len(joinids)]))
+    storage.write(uri, _parquet_bytes([pa.table({"soma_joinid": joinids})]))
 
 
-def _parquet_bytes(table: pa.Table, row_groups: list[int]) -> bytes:
+def _parquet_bytes(row_groups: Iterable[pa.Table]) -> bytes:
     sink = io.BytesIO()
-    # Ascending ids take about a byte each when delta-encoded.
-    encoding = {"soma_joinid": "DELTA_BINARY_PACKED"} if "soma_joinid" in table.column_names else None
-    with pq.ParquetWriter(
-        sink, table.schema, compression="zstd", use_dictionary=False, column_encoding=encoding
-    ) as writer:
-        start = 0
-        for rows in row_groups:
-            writer.write_table(table.slice(start, rows), row_group_size=rows)
-            start += rows
+    writer = None
+    for table in row_groups:
+        if writer is None:
+            # Ascending ids take about a byte each when delta-encoded.
+            encoding = {name: "DELTA_BINARY_PACKED" for name in table.column_names if name in _ID_COLUMNS}
+            writer = pq.ParquetWriter(
+                sink, table.schema, compression="zstd", use_dictionary=False, column_encoding=encoding or None
+            )
+        writer.write_table(table, row_group_size=len(table))
+    if writer is not None:
+        writer.close()
     return sink.getvalue()

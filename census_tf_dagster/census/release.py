@@ -1,9 +1,11 @@
 """One organism of one Census release: its gene axis, its obs axis, and what identifies them."""
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import cellxgene_census
 import numpy as np
@@ -17,6 +19,7 @@ from census_tf_dagster.storage import Storage
 OBS_COLUMNS = {"soma_joinid", "nnz", "is_primary_data"}
 MEASUREMENT = "RNA"
 LAYER = "raw"
+PRESENCE = "feature_dataset_presence_matrix"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class OrganismRelease:
     build_date: str
     organism: str
     experiment: tiledbsoma.Experiment
+    info: tiledbsoma.Collection[Any]
     storage: Storage
 
     @property
@@ -123,8 +127,36 @@ class OrganismRelease:
             fingerprint=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         )
 
-    def iter_obs(self, value_filter: str | None) -> Iterator[pa.Table]:
-        """Yield tables of soma_joinid, nnz and is_primary_data of the matching cells, in any order.
+    def dataset_versions(self) -> dict[str, tuple[int, str]]:
+        """Return joinid and version of each dataset that has exactly one; empty where the Census does not say."""
+        if "datasets" not in self.info:
+            return {}
+        table = self.info["datasets"]
+        columns = ["soma_joinid", "dataset_id", "dataset_version_id"]
+        if not set(columns) <= set(table.keys()):
+            return {}
+        rows = table.read(column_names=columns).concat().to_pylist()
+        often = Counter(row["dataset_id"] for row in rows)
+        return {
+            row["dataset_id"]: (int(row["soma_joinid"]), row["dataset_version_id"])
+            for row in rows
+            if row["dataset_id"] and row["dataset_version_id"] and often[row["dataset_id"]] == 1
+        }
+
+    def presence(self, datasets: int) -> npt.NDArray[np.bool_] | None:
+        """Return which genes each dataset has, bool ``(datasets, genes)`` by joinids; None: the Census does not say."""
+        if PRESENCE not in (measurement := self.experiment.ms[MEASUREMENT]):
+            return None
+        matrix = measurement[PRESENCE]
+        if not isinstance(matrix, tiledbsoma.SparseNDArray):
+            return None
+        found = np.zeros((max(datasets, matrix.shape[0]), matrix.shape[1]), np.bool_)
+        for table in matrix.read().tables():
+            found[table["soma_dim_0"].to_numpy(), table["soma_dim_1"].to_numpy()] = table["soma_data"].to_numpy()
+        return found
+
+    def iter_obs(self, value_filter: str | None, columns: Iterable[str] = ()) -> Iterator[pa.Table]:
+        """Yield tables of soma_joinid, nnz, is_primary_data and `columns` of the matching cells, in any order.
 
         Raises
         ------
@@ -132,14 +164,14 @@ class OrganismRelease:
             When `value_filter` cannot be parsed or names a column that does not exist.
         """
         try:
-            yield from self.obs.read(value_filter=value_filter, column_names=sorted(OBS_COLUMNS))
+            yield from self.obs.read(value_filter=value_filter, column_names=sorted(OBS_COLUMNS | set(columns)))
         except (SyntaxError, ValueError, KeyError, tiledbsoma.SOMAError) as error:
             if value_filter is None or "IO Error" in str(error) or "S3" in str(error):
                 raise
-            columns = ", ".join(name for name in self.obs.keys() if not name.startswith("soma_"))  # noqa: SIM118
+            known = ", ".join(name for name in self.obs.keys() if not name.startswith("soma_"))  # noqa: SIM118
             raise UserError(
                 f"value_filter {value_filter!r} was not understood ({error}). Expected a SOMA filter such as "
-                f"\"tissue_general == 'lung' and is_primary_data == True\" over the obs columns: {columns}."
+                f"\"tissue_general == 'lung' and is_primary_data == True\" over the obs columns: {known}."
             ) from error
 
 
@@ -174,4 +206,4 @@ def open_release(uri: str, organism: str, storage: Storage) -> Iterator[Organism
         missing = OBS_COLUMNS - set(experiment.obs.keys())
         if missing:
             raise UserError(f"obs of {organism} in {uri} lacks the columns {', '.join(sorted(missing))}.")
-        yield OrganismRelease(uri, build_date, organism, experiment, storage)
+        yield OrganismRelease(uri, build_date, organism, experiment, census["census_info"], storage)

@@ -11,7 +11,7 @@ import json
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ class Checkpoint:
     pretrained
         Embedding files that replace the genes' rows, for species outside the vocabulary. Special tokens
         keep the checkpoint's.
+    pretrained_genes
+        Position of each of their genes: one file after the other, each in its own order.
     fingerprint
         SHA-256 over all of the content that inference uses.
     """
@@ -58,14 +60,20 @@ class Checkpoint:
     aux_vocab: Mapping[str, int]
     gene_rows: Mapping[str, int]
     pretrained: tuple[Path, ...]
-    pretrained_genes: frozenset[str]
+    pretrained_genes: Mapping[str, int]
     fingerprint: str
 
     def knows(self, gene: str) -> bool:
         """Tell whether a gene id gets a token."""
-        if self.pretrained:
-            return gene in self.pretrained_genes
-        return gene in self.gene_rows
+        return gene in self._vocabulary
+
+    def in_vocabulary_order(self, genes: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some genes that get a token, in the order in which the vocabulary lists them."""
+        return tuple(sorted((gene for gene in genes if self.knows(gene)), key=self._vocabulary.__getitem__))
+
+    @property
+    def _vocabulary(self) -> Mapping[str, int]:
+        return self.pretrained_genes if self.pretrained else self.gene_rows
 
 
 def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path | None = None) -> Checkpoint:
@@ -130,7 +138,7 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path |
             raise UserError(f"the vocabulary of {folder} has no {token}; it is not TranscriptFormer's.")
     if not all(0 <= row < len(aux_vocab) for row in aux_vocab.values()):
         raise UserError(f"{folder}: the tokens of {aux_columns[0]}_vocab.json must be 0 to {len(aux_vocab) - 1}.")
-    pretrained_genes: frozenset[str] = frozenset()
+    pretrained_genes: dict[str, int] = {}
     if pretrained:
         # Upstream keeps the old row numbers of START and PAD after exchanging the matrix, so another order
         # of special tokens would silently take other rows.
@@ -139,7 +147,8 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path |
                 f"{folder}: special tokens {special_tokens} are not in upstream's order {SPECIAL_TOKENS}; pretrained "
                 "embeddings cannot be used with it."
             )
-        pretrained_genes = frozenset(name for path in pretrained for name in read_gene_names(path))
+        listed = unique_in_order(name for path in pretrained for name in read_gene_names(path))
+        pretrained_genes = {gene: position for position, gene in enumerate(listed)}
 
     _require_tensors_only(folder / "model_weights.pt")
     digest = hashlib.sha256(json.dumps([config["model"], aux_vocab, genes], sort_keys=True).encode())

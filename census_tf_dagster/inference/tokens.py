@@ -3,18 +3,21 @@
 The rules are upstream's (`process_batch` and `Transcriptformer.forward` of TranscriptFormer 0.6.1):
 
 1. explicit zeros are dropped, then genes outside the vocabulary;
-2. genes stand in `var` order; the first ``seq_len`` count, and the last of those is never an input;
+2. genes stand in `var` order, or by choice in the vocabulary's, as if `var` had that order; the first ``seq_len``
+   count, and the last of those is never an input;
 3. counts are clipped to 30; a key's attention score gets ``log1p(count + eps)``, with count 1 for the assay
    and START tokens;
 4. an assay outside the vocabulary (or called ``unknown``) is masked as a key. As it is not pooled either, such
    a cell simply has no assay token here.
 
-Tokens are rows of the model's embedding table: assays first, START, then the known genes of this `var`. So a
-count's column becomes a token by one look-up, and the table holds only genes that can occur.
+Tokens are rows of the model's embedding table: assays first, START, then the known genes of this `var`, in the
+order in which they stand in a cell. So a count's column becomes a token by one look-up, and the table holds only genes
+that can occur.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numba
 import numpy as np
@@ -23,6 +26,8 @@ import numpy.typing as npt
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.inference.checkpoint import UNKNOWN, Checkpoint
 from census_tf_dagster.inference.packing import PackedCells
+
+GeneOrder = Literal["census", "vocabulary"]
 
 CLIP_COUNTS = 30
 """Upstream's command line default, which wins over the checkpoint's configuration."""
@@ -37,7 +42,7 @@ class Tokenizer:
     row_of_column
         Embedding table row of each `var` column, int32 ``(n_genes,)``; -1 outside the vocabulary.
     known_genes
-        The ids that got rows, in row order.
+        The ids that got rows, in row order: the order in which a cell's genes stand.
     assay_rows
         Table row of each known assay.
     start_row
@@ -46,6 +51,8 @@ class Tokenizer:
         The window.
     eps
         Added to a count before its logarithm.
+    reorders
+        Whether that order differs from the columns', so that each cell's counts are put into it.
     """
 
     row_of_column: npt.NDArray[np.int32]
@@ -54,12 +61,13 @@ class Tokenizer:
     start_row: int
     seq_len: int
     eps: float
+    reorders: bool = False
 
     @classmethod
-    def build(cls, gene_ids: Sequence[str], checkpoint: Checkpoint) -> "Tokenizer":
+    def build(cls, gene_ids: Sequence[str], checkpoint: Checkpoint, gene_order: GeneOrder = "census") -> "Tokenizer":
         """Lay out the embedding table for a gene axis."""
         start_row = len(checkpoint.aux_vocab)
-        known = tuple(gene for gene in gene_ids if checkpoint.knows(gene))
+        known = genes_in_order(gene_ids, checkpoint, gene_order)
         row_of_gene = {gene: start_row + 1 + i for i, gene in enumerate(known)}
         return cls(
             row_of_column=np.array([row_of_gene.get(gene, -1) for gene in gene_ids], dtype=np.int32),
@@ -71,6 +79,7 @@ class Tokenizer:
             start_row=start_row,
             seq_len=checkpoint.shape.seq_len,
             eps=checkpoint.shape.log_counts_eps,
+            reorders=gene_order == "vocabulary" and known != genes_in_order(gene_ids, checkpoint, "census"),
         )
 
     def __call__(self, cells: Cells) -> PackedCells:
@@ -80,17 +89,66 @@ class Tokenizer:
             raise ValueError(f"gene joinid {cells.columns.max()} in X, but var ends at {len(self.row_of_column) - 1}")
         # Counts are whole numbers, so there are only so many biases.
         counts = np.arange(CLIP_COUNTS + 1, dtype=np.float32)
+        indptr, columns, values, row_of_column = cells.indptr, cells.columns, cells.values, self.row_of_column
+        if self.reorders:
+            indptr, columns, values = _by_row(indptr, columns, values, row_of_column, np.float32(CLIP_COUNTS))
+            # What were columns are rows now.
+            row_of_column = np.arange(self.start_row + 1 + len(self.known_genes), dtype=np.int32)
         packed = _pack(
-            cells.indptr,
-            cells.columns,
-            cells.values,
-            self.row_of_column,
+            indptr,
+            columns,
+            values,
+            row_of_column,
             assay_rows,
             np.int32(self.start_row),
             self.seq_len - 1,
             np.log1p(counts + np.float32(self.eps)),
         )
         return PackedCells(*packed)
+
+
+def genes_in_order(gene_ids: Sequence[str], checkpoint: Checkpoint, gene_order: GeneOrder) -> tuple[str, ...]:
+    """Return the genes of an axis that get a token, in the order in which the model sees them.
+
+    Parameters
+    ----------
+    gene_ids
+        The axis, in `var` order.
+    checkpoint
+        Whose vocabulary decides.
+    gene_order
+        ``census``: as in `var`. ``vocabulary``: as the checkpoint lists them, whatever the order of `var`.
+    """
+    if gene_order == "vocabulary":
+        return checkpoint.in_vocabulary_order(gene_ids)
+    return tuple(gene for gene in gene_ids if checkpoint.knows(gene))
+
+
+@numba.njit(cache=True, nogil=True)
+def _by_row(indptr, columns, values, row_of_column, clip):  # type: ignore[no-untyped-def]
+    """Return CSR without zeros and unknown genes, each cell's entries ascending by row; counts clipped."""
+    starts = np.zeros(len(indptr), np.int64)
+    rows = np.empty(len(columns), np.int32)
+    counts = np.empty(len(columns), np.float32)
+    keys = np.empty(0, np.int64)
+    at = 0
+    for cell in range(len(indptr) - 1):
+        if len(keys) < indptr[cell + 1] - indptr[cell]:
+            keys = np.empty(indptr[cell + 1] - indptr[cell], np.int64)
+        n = 0
+        for i in range(indptr[cell], indptr[cell + 1]):
+            row = row_of_column[columns[i]]
+            if values[i] != 0 and row >= 0:
+                # A clipped count fits the lower byte, so that one sort of whole numbers moves both.
+                keys[n] = (np.int64(row) << 8) | np.int64(min(values[i], clip))
+                n += 1
+        keys[:n].sort()
+        for i in range(n):
+            rows[at] = keys[i] >> 8
+            counts[at] = keys[i] & 255
+            at += 1
+        starts[cell + 1] = at
+    return starts, rows[:at], counts[:at]
 
 
 @numba.njit(cache=True, nogil=True)

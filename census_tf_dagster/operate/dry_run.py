@@ -26,9 +26,9 @@ class DryRun:
         The plan it would write, or finds written.
     shards
         The shards it would run.
-    cells, cells_to_compute
+    cells, cells_to_compute, cells_to_copy
         Cells of these shards, and those that are not committed yet.
-    megabatches_to_compute
+    megabatches_to_compute, megabatches_to_copy
         Writes that are missing.
     bytes_to_write
         Estimated, for the missing cells.
@@ -40,7 +40,9 @@ class DryRun:
     shards: tuple[int, ...]
     cells: int
     cells_to_compute: int
+    cells_to_copy: int
     megabatches_to_compute: int
+    megabatches_to_copy: int
     bytes_to_write: int
     cost: Cost
 
@@ -67,23 +69,27 @@ def dry_run(
         As planning would, or when a shard does not exist.
     """
     found = survey(job)
-    plan = Plan(found.summary.totals, found.megabatches, job.folder.plan)
+    plan = Plan(found.summary.totals, found.division.megabatches, job.folder.plan)
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]
     todo = to_compute(batches)
     if job.store.holds_files(job.folder.array):
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         if not recompute:
-            todo = missing_megabatches(array, plan, todo)
-    cells_to_compute = sum(batch.cells for batch in todo)
+            todo = missing_megabatches(array, plan, batches)
+    copy = [batch for batch in todo if batch.reused]
+    compute = [batch for batch in todo if not batch.reused]
+    cells_to_copy, cells_to_compute = (sum(batch.cells for batch in some) for some in (copy, compute))
     return DryRun(
         plan=found.summary,
         shards=chosen,
         cells=sum(batch.cells for batch in batches),
         cells_to_compute=cells_to_compute,
-        megabatches_to_compute=len(todo),
-        bytes_to_write=found.summary.estimated_bytes * cells_to_compute // plan.totals.cells,
-        cost=estimate(job, sum(batch.tokens for batch in todo), measured),
+        cells_to_copy=cells_to_copy,
+        megabatches_to_compute=len(compute),
+        megabatches_to_copy=len(copy),
+        bytes_to_write=found.summary.estimated_bytes * (cells_to_compute + cells_to_copy) // plan.totals.cells,
+        cost=estimate(job, sum(batch.tokens for batch in compute), measured),
     )
 
 
@@ -111,14 +117,20 @@ def describe(result: DryRun) -> str:
     differ = "" if ours == theirs else f"storage version: {ours}, the Census has {theirs} (docs/publish.md)\n"
     finish = result.cost.finish(utc_now())
     done = f"; started now, shards would be done on {finish:%Y-%m-%d}" if finish else ""
+    reuse = "".join(f"not reused: {reason}\n" for reason in plan.passed_over)
+    if plan.totals.source is not None or plan.passed_over:
+        reuse = f"reuse: {plan.reuse()}\n{reuse}"
+    copies = ""
+    if result.cells_to_copy:
+        copies = f", and copy {result.cells_to_copy:,} in {result.megabatches_to_copy:,}"
     return (
         f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary), {plan.totals.tokens:,} tokens, "
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
         f"genes: the checkpoint knows {plan.known_genes:,} of {plan.expressed_genes:,} expressed "
         f"({plan.known_share:.1%} of all entries)\n"
-        f"{differ}"
+        f"{differ}{reuse}"
         f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} "
-        f"cells in {result.megabatches_to_compute:,} writes, about {result.bytes_to_write:,} bytes\n"
+        f"cells in {result.megabatches_to_compute:,} writes{copies}, about {result.bytes_to_write:,} bytes\n"
         f"cost: {result.cost}{done}\n"
         f"into {plan.root}\n"
         "Nothing was started and nothing written."

@@ -18,7 +18,7 @@ from census_tf_dagster.census.cells import Cells, read_cells
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.devices import Device, open_devices
 from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.inference.tokens import Tokenizer
+from census_tf_dagster.inference.tokens import Tokenizer, genes_in_order
 from census_tf_dagster.spending import Throughput
 from census_tf_dagster.steps.estimate import write_canary
 from census_tf_dagster.steps.job import Job
@@ -47,7 +47,7 @@ class CanaryResult:
     cells_per_second, tokens_per_second
         Of reading, tokenizing and the model together, warm, on this machine.
     release_cells, release_hours
-        Cells of the release, and how long one machine like this one would take, by tokens.
+        Cells of the release, and how long one machine like this one would take, by tokens; reused cells take none.
     """
 
     cells: int
@@ -81,7 +81,7 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
     """
     found = survey(job)
     joinids = _spread(job, found.joinids, cells)
-    tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint)
+    tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint, job.settings.gene_order)
     precision = job.settings.compute_precision
     # Warm: compilation and first touches are no part of the rate.
     warm = tokenizer(read_cells(job.release, joinids[:8], job.checkpoint.aux_column))
@@ -116,7 +116,7 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
         cells_per_second=len(joinids) / seconds,
         tokens_per_second=len(packed.tokens) / seconds,
         release_cells=len(found.joinids),
-        release_hours=found.summary.totals.tokens / (len(packed.tokens) / seconds) / 3600,
+        release_hours=found.summary.tokens_to_compute / (len(packed.tokens) / seconds) / 3600,
     )
 
 
@@ -145,8 +145,12 @@ def _ask_oracle(job: Job, cells: Cells, command: Path) -> npt.NDArray[np.float32
     counts = scipy.sparse.csr_matrix((cells.values, cells.columns, cells.indptr), shape=(len(cells.joinids), n_genes))
     obs = pd.DataFrame({job.checkpoint.aux_column: list(cells.assays)}, index=cells.joinids.astype(str))
     var = pd.DataFrame({"ensembl_id": list(job.genes.ids)}, index=list(job.genes.ids))
+    adata = anndata.AnnData(X=counts, obs=obs, var=var)
+    if job.settings.gene_order == "vocabulary":
+        # Upstream knows no other order than that of `var`.
+        adata = adata[:, list(genes_in_order(job.genes.ids, job.checkpoint, "vocabulary"))].copy()
     with tempfile.TemporaryDirectory() as folder:
-        anndata.AnnData(X=counts, obs=obs, var=var).write_h5ad(Path(folder) / "cells.h5ad")
+        adata.write_h5ad(Path(folder) / "cells.h5ad")
         arguments = [str(command.absolute()), "inference", "--checkpoint-path", str(job.checkpoint.folder)]
         arguments += ["--data-file", f"{folder}/cells.h5ad", "--output-path", folder, "--precision", "32"]
         arguments += ["--device", job.settings.device]

@@ -9,7 +9,7 @@ from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.pipeline import TRIES, Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import ProofError, is_proved, prove_shard
+from census_tf_dagster.store.proof import require_shard
 
 MOST_SET_ASIDE = 8
 """With more, the fault is hardly in the cells: stop spending."""
@@ -24,7 +24,8 @@ class ShardSummary:
     plan
         Hash of the plan it works on.
     cells, cells_computed, cells_before
-        Cells of the shard, those that this run computed, and those that were there before it.
+        Cells of the shard that are computed (reused ones are `copy_shard`'s), those that this run computed, and those
+        that were there before it.
     tokens_computed
         Tokens that went through the model.
     seconds
@@ -33,6 +34,8 @@ class ShardSummary:
         What each stage has done.
     proof_seconds
         Time of reading back.
+    proved
+        Whether the shard was read back; while cells that it reuses are not copied, it is left to whoever copies them.
     """
 
     plan: str
@@ -45,6 +48,7 @@ class ShardSummary:
     seconds: float = 0.0
     times: Times = field(default_factory=Times)
     proof_seconds: float = 0.0
+    proved: bool = False
 
     def cells_per_second(self) -> float:
         """Return the rate of this run, loading excluded; 0 before anything was computed."""
@@ -114,7 +118,7 @@ def embed_shard(
         When what was read back is not what was planned.
     """
     plan = read_plan(job.store, job.folder.plan)
-    batches = plan.shard(shard)
+    batches = [batch for batch in plan.shard(shard) if not batch.reused]
     array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
     todo = list(batches) if recompute else missing_megabatches(array, plan, batches)
     cells = sum(batch.cells for batch in batches)
@@ -147,9 +151,6 @@ def embed_shard(
     started = time.monotonic()
     if summary.megabatches_computed:
         array.gather_metadata()
-    if summary.megabatches_computed or not is_proved(array, plan, job.folder, shard):
-        problems = prove_shard(array, plan, job.folder, shard)
-        if problems:
-            raise ProofError(f"shard {shard} was read back: {problems}. Run it with `recompute: true`.")
+    summary.proved = require_shard(array, plan, job.folder, shard, changed=bool(summary.megabatches_computed))
     summary.proof_seconds = time.monotonic() - started
     return summary

@@ -1,5 +1,6 @@
 """What all three steps start from: a set's settings, the places, and the identity that follows."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.fetch import fetch
+from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.settings import SetSettings
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.layout import ReleaseFolder
@@ -85,8 +87,8 @@ def open_job(
             organism=settings.organism,
             value_filter=settings.value_filter,
             mod=settings.mod,
-            gene_order="census",
-            gene_fingerprint=genes.fingerprint,
+            gene_order=settings.gene_order,
+            gene_fingerprint=_gene_fingerprint(settings, genes, checkpoint),
             checkpoint_fingerprint=checkpoint.fingerprint,
             compute_precision=settings.compute_precision,
             storage_precision=settings.storage_precision,
@@ -94,3 +96,11 @@ def open_job(
         )
         folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
         yield Job(settings, release, opened, genes, checkpoint, identity, store, folder, cache)
+
+
+def _gene_fingerprint(settings: SetSettings, genes: Genes, checkpoint: Checkpoint) -> str:
+    """Return what identifies the order of genes: of all of `var`, or just of what decides where it is of no account."""
+    if settings.gene_order == "census":
+        return genes.fingerprint
+    seen = genes_in_order(genes.ids, checkpoint, settings.gene_order)
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()

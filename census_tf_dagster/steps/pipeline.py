@@ -188,7 +188,7 @@ def outcomes(
     read: queue.Queue[tuple[int, Cells]] = queue.Queue(maxsize=1)
     tokenized: queue.Queue[tuple[int, PackedCells]] = queue.Queue(maxsize=1)
     results: queue.Queue[tuple[Outcome, Device | None]] = queue.Queue(maxsize=1)
-    tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint)
+    tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint, job.settings.gene_order)
 
     def put(target: "queue.Queue[Any]", item: object, time_of: StageTime | None = None) -> None:
         line.wait(lambda: target.put(item, timeout=POLL_SECONDS), time_of)

@@ -1,6 +1,5 @@
 """What of a plan is committed already: fragments matched against megabatches, data read only in doubt."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,29 +8,38 @@ from census_tf_dagster.census.plan import Megabatch, Plan
 from census_tf_dagster.store.array import EmbeddingsArray, Fragment
 
 
-def missing_megabatches(array: EmbeddingsArray, plan: Plan, batches: Sequence[Megabatch]) -> list[Megabatch]:
+def missing_megabatches(
+    array: EmbeddingsArray, plan: Plan, batches: Sequence[Megabatch], committed: Sequence[Fragment] | None = None
+) -> list[Megabatch]:
     """Return those of `batches` whose cells are not all in the array.
 
     A fragment with exactly a megabatch's joinid range and number of values *is* that megabatch: planned ids
-    of one identity are always the same, and a write commits whole or not at all. Where fragments only
+    of one identity are always the same, and a write commits whole or not at all. So it is no reason to read ids for
+    another megabatch whose range it overlaps, as ranges of copied and computed cells may. Where other fragments
     overlap (after consolidation, or under an earlier plan with other boundaries), ids are read.
+
+    Parameters
+    ----------
+    array, plan, batches
+        What is looked at.
+    committed
+        The array's fragments, when they were listed already.
     """
-    committed: dict[tuple[int, int], list[Fragment]] = defaultdict(list)
-    fragments = array.fragments()
-    for fragment in fragments:
-        committed[fragment.first, fragment.last].append(fragment)
+    fragments = array.fragments() if committed is None else committed
+    planned = {(batch.first, batch.last, batch.cells * array.n_features) for batch in plan.megabatches}
+    whole = {key for one in fragments if (key := (one.first, one.last, one.values)) in planned}
+    others = [one for one in fragments if (one.first, one.last, one.values) not in whole]
+    firsts = np.array([fragment.first for fragment in others], dtype=np.int64)
+    lasts = np.array([fragment.last for fragment in others], dtype=np.int64)
     missing: list[Megabatch] = []
     doubtful: list[Megabatch] = []
-    firsts = np.array([fragment.first for fragment in fragments], dtype=np.int64)
-    lasts = np.array([fragment.last for fragment in fragments], dtype=np.int64)
     for batch in batches:
-        values = batch.cells * array.n_features
-        if any(fragment.values == values for fragment in committed[batch.first, batch.last]):
+        if (batch.first, batch.last, batch.cells * array.n_features) in whole:
             continue
         overlapped = bool(np.any((firsts <= batch.last) & (lasts >= batch.first)))
         (doubtful if overlapped else missing).append(batch)
-    for batch, planned in zip(doubtful, plan.read_ids(array.storage, doubtful), strict=True):
+    for batch, ids in zip(doubtful, plan.read_ids(array.storage, doubtful), strict=True):
         present = array.joinids_between(batch.first, batch.last)
-        if not np.isin(planned, present, assume_unique=True).all():
+        if not np.isin(ids, present, assume_unique=True).all():
             missing.append(batch)
     return sorted(missing, key=lambda batch: batch.index)

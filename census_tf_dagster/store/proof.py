@@ -17,6 +17,7 @@ from census_tf_dagster.census.plan import Plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.store.array import EmbeddingsArray, Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
+from census_tf_dagster.store.progress import missing_megabatches
 from census_tf_dagster.store.readback import Problems, read_back
 
 READERS = min(len(os.sched_getaffinity(0)), 8)
@@ -90,9 +91,57 @@ def prove_shard(
     return problems
 
 
+def require_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int, *, changed: bool) -> bool:
+    """Prove a shard if all of it is committed; return whether it is proved.
+
+    Copied and computed cells of a shard are committed by two runs: the one that ends last finds all committed, and
+    reads the shard back.
+
+    Parameters
+    ----------
+    array, plan, folder, shard
+        What is read.
+    changed
+        Whether this run has committed anything; if not, a proof that still holds is enough.
+
+    Raises
+    ------
+    ProofError
+        When what was read back is not what was planned.
+    """
+    if not changed and is_proved(array, plan, folder, shard):
+        return True
+    if missing_megabatches(array, plan, plan.shard(shard)):
+        return False
+    if problems := prove_shard(array, plan, folder, shard):
+        raise ProofError(f"shard {shard} was read back: {problems}. {mend(plan)}.")
+    return True
+
+
+def mend(plan: Plan) -> str:
+    """Return what to do about cells that are wrong."""
+    runs = "shard_embeddings, or reused_embeddings for copied cells," if plan.totals.cells_reused else "its shard"
+    return f"Run {runs} with `recompute: true`"
+
+
 def proved_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> set[int]:
     """Return the shards whose proof covers all that is committed in their range; reads metadata only."""
     return _still_covered(array, plan, _read_proofs(array, plan, folder))
+
+
+def _require_committed(array: EmbeddingsArray, plan: Plan, shards: list[int]) -> None:
+    missing = missing_megabatches(array, plan, [batch for shard in shards for batch in plan.shard(shard)])
+    found = {
+        asset: sorted({batch.shard for batch in missing if batch.reused == reused})
+        for asset, reused in (("shard_embeddings", False), ("reused_embeddings", True))
+    }
+    if missing:
+        unfinished = {batch.shard for batch in missing}
+        what = "; ".join(f"{asset} of {len(them)}, e.g. {them[:10]}" for asset, them in found.items() if them)
+        raise UserError(
+            f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {sorted(unfinished)[:10]}: "
+            f"materialize these partitions first: {what}."
+        )
 
 
 def _read_proofs(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, Proof]:
@@ -184,18 +233,16 @@ def prove_release(
     Raises
     ------
     UserError
-        When shards have not finished, naming them.
+        When shards have not finished, naming them. One without a proof whose cells are all there is read.
     ProofError
         When the proofs contradict the plan.
     """
     proofs = _read_proofs(array, plan, folder)
-    unfinished = [shard for shard in range(plan.totals.shards) if shard not in proofs]
-    if unfinished:
-        raise UserError(
-            f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {unfinished[:10]}: "
-            "materialize shard_embeddings of these partitions first."
-        )
-    again = sorted(set(proofs) - (set() if full else _still_covered(array, plan, proofs)))
+    unproved = [shard for shard in range(plan.totals.shards) if shard not in proofs]
+    if unproved:
+        _require_committed(array, plan, unproved)
+    covered_still = set() if full else _still_covered(array, plan, proofs)
+    again = [shard for shard in range(plan.totals.shards) if shard not in covered_still]
     problems = Problems()
     with ThreadPoolExecutor(max_workers=READERS) as pool:
         committed = array.fragments() if again else []

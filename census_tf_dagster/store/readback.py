@@ -81,7 +81,7 @@ def read_back(array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...]
     array, plan
         What is read, and what it must hold.
     batches
-        Ascending megabatches, all planned cells between `first` and `last`.
+        Megabatches by their first joinid, all planned cells between `first` and `last`.
     first, last
         The range, inclusive.
     """
@@ -122,13 +122,28 @@ def _parts(
     array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...], first: int, last: int
 ) -> Iterator[tuple[Ids, int, int]]:
     """Yield some planned cells at a time with the range they answer for: together without a gap."""
-    ends = [batch.first - 1 for batch in batches[1:]] + [last]
-    for number, (batch, end) in enumerate(zip(batches, ends, strict=True)):
-        (planned,) = plan.read_ids(array.storage, [batch])
+    groups = _overlapping(batches)
+    ends = [group[0].first - 1 for group in groups[1:]] + [last]
+    for number, (group, end) in enumerate(zip(groups, ends, strict=True)):
+        planned = np.concatenate(plan.read_ids(array.storage, group))
+        if len(group) > 1:
+            planned.sort()
         for at in range(0, len(planned), CELLS_AT_ONCE):
             low = first if number == at == 0 else int(planned[at])
             high = end if at + CELLS_AT_ONCE >= len(planned) else int(planned[at + CELLS_AT_ONCE]) - 1
             yield planned[at : at + CELLS_AT_ONCE], low, high
+
+
+def _overlapping(batches: tuple[Megabatch, ...]) -> list[list[Megabatch]]:
+    """Group megabatches whose ranges overlap, as those of copied and computed cells may."""
+    groups: list[list[Megabatch]] = []
+    end = -1
+    for batch in batches:
+        if batch.first > end:
+            groups.append([])
+        groups[-1].append(batch)
+        end = max(end, batch.last)
+    return groups
 
 
 def _columns(table: pa.Table) -> tuple[Ids, Ids, npt.NDArray[np.float32]]:
