@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
+from census_tf_dagster.assets.quality import build_quality_checks
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.names import normalise
 from census_tf_dagster.placement import Placement, read_placement, shard_tags
@@ -90,7 +91,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Build the set's three assets and the checks of the last."""
+        """Build the set's three assets and their checks."""
         settings = self.settings()
         placement = shard_tags(self.device, self.placement, read_placement(context.defs_module_path))
         return dg.Definitions(
@@ -99,5 +100,5 @@ class EmbeddingSet(dg.Component, dg.Model):
                 build_shard_embeddings(settings, placement),
                 build_embeddings_array(settings),
             ],
-            asset_checks=[build_proved_check(settings), build_rule_checks(settings)],
+            asset_checks=[build_proved_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
         )

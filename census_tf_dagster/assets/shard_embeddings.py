@@ -8,6 +8,7 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
+from census_tf_dagster.assets.quality import shard_check, shard_check_spec
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -36,6 +37,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
         kinds={"torch", "tiledb"},
         op_tags=placement,
+        check_specs=[shard_check_spec(settings)],
         description=(
             f"Embeddings of one shard of {settings.organism}: counts from the Census, tokens, model, committed to the "
             "array megabatch by megabatch. Run again, it does only what is missing."
@@ -43,9 +45,10 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
     )
     def shard_embeddings(
         context: dg.AssetExecutionContext, config: ShardConfig, census: CensusResource, store: StoreResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> dg.MaterializeResult:  # type: ignore[type-arg]
         from census_tf_dagster.steps.embedding import SetAsideError, ShardSummary, embed_shard
         from census_tf_dagster.steps.finishing import array_state
+        from census_tf_dagster.steps.upstream import find_upstream
 
         keys = context.partition_key
         if not isinstance(keys, dg.MultiPartitionKey):
@@ -71,7 +74,8 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
 
         with partition_job(settings, release, census, store, require_device=True) as job:
             try:
-                summary = embed_shard(job, shard, recompute=config.recompute, report=show)
+                upstream = find_upstream()
+                summary = embed_shard(job, shard, recompute=config.recompute, upstream=upstream, report=show)
             except SetAsideError as error:
                 # A retry by itself would meet the same cells.
                 metadata = {"set_aside": [str(one) for one in error.failed]}
@@ -79,7 +83,9 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
             if summary.megabatches_computed:
                 # Once more: the array may have been proved between the first commit and the last.
                 tell_if_stale()
-        return dg.MaterializeResult(metadata=_figures(summary))
+        return dg.MaterializeResult(
+            metadata=_figures(summary), check_results=[shard_check(settings, summary.judgement)]
+        )
 
     return shard_embeddings
 

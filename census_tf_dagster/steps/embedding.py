@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from census_tf_dagster.census.plan import Megabatch, read_plan
+from census_tf_dagster.quality.judgement import Judgement
 from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.judging import judging
 from census_tf_dagster.steps.pipeline import TRIES, Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.progress import missing_megabatches
@@ -32,7 +35,9 @@ class ShardSummary:
     times
         What each stage has done.
     proof_seconds
-        Time of reading back.
+        Time of reading back, and of waiting for upstream's own code beside it.
+    judgement
+        What that made of a few cells; None for a shard without cells.
     """
 
     plan: str
@@ -45,6 +50,7 @@ class ShardSummary:
     seconds: float = 0.0
     times: Times = field(default_factory=Times)
     proof_seconds: float = 0.0
+    judgement: Judgement | None = None
 
     def cells_per_second(self) -> float:
         """Return the rate of this run, loading excluded; 0 before anything was computed."""
@@ -85,7 +91,12 @@ class SetAsideError(Exception):
 
 
 def embed_shard(
-    job: Job, shard: int, *, recompute: bool = False, report: Callable[[ShardSummary], None] = lambda _: None
+    job: Job,
+    shard: int,
+    *,
+    recompute: bool = False,
+    upstream: Path | None = None,
+    report: Callable[[ShardSummary], None] = lambda _: None,
 ) -> ShardSummary:
     """Embed one shard of the current plan.
 
@@ -101,6 +112,8 @@ def embed_shard(
         Which shard.
     recompute
         Compute and write all of it again, whatever is there.
+    upstream
+        Upstream's ``transcriptformer``, which judges a few cells; None: it is not here.
     report
         Called after each committed megabatch.
 
@@ -146,9 +159,13 @@ def embed_shard(
     started = time.monotonic()
     if summary.megabatches_computed:
         array.gather_metadata()
-    if summary.megabatches_computed or not is_proved(array, plan, job.folder, shard):
-        problems = prove_shard(array, plan, job.folder, shard)
-        if problems:
-            raise ProofError(f"shard {shard} was read back: {problems}. Run it with `recompute: true`.")
+    anew = bool(summary.megabatches_computed) or not is_proved(array, plan, job.folder, shard)
+    # The devices are free now, and reading back does not need them.
+    with judging(job, plan, array, shard, upstream, anew=anew) as judge:
+        if anew:
+            problems = prove_shard(array, plan, job.folder, shard)
+            if problems:
+                raise ProofError(f"shard {shard} was read back: {problems}. Run it with `recompute: true`.")
+        summary.judgement = judge()
     summary.proof_seconds = time.monotonic() - started
     return summary
