@@ -109,9 +109,13 @@ def genes_histogram(genes: npt.NDArray[np.int64], window: int, title: str, note:
     axes.axvline(window + 1, color=INK, lw=1)
     over = int(genes[window + 1 :].sum())
     top = axes.get_ylim()[1]
-    axes.text(window, top * 0.97, f"  the model's window: {window:,} genes", color=INK, fontsize=9, va="top")
-    share = f"  {over:,} cells ({over / total:.1%}) express more"
-    axes.text(window, top * 0.90, share, color=ACCENT, fontsize=9, va="top", weight="bold" if over else "normal")
+    side = "right" if window > 0.6 * last else "left"
+    lines = (
+        (f"  the model's window: {window:,} genes  ", INK),
+        (f"  {over:,} cells ({over / total:.1%}) express more  ", ACCENT if over else INK),
+    )
+    for height, (text, shade) in zip((0.97, 0.90), lines, strict=True):
+        axes.text(window, top * height, text, color=shade, fontsize=9, va="top", ha=side)
     axes.set_xlim(0, last)
     axes.set_xlabel("expressed genes of a cell", color=INK)
     axes.set_ylabel("share of the planned cells", color=INK)

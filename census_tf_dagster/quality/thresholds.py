@@ -15,7 +15,7 @@ but how long they are stays near 0; trained ones are expected far above (not mea
 LEAST_DEVIATIONS = 5.0
 """And that in standard deviations of the shuffles, so that a small sample is no evidence by luck."""
 
-LEAST_LABELLED = 100
+LEAST_LABELLED = 200
 """Cells with a known cell type; with fewer, neighbours say nothing."""
 
 MOST_SHIFT = 0.5

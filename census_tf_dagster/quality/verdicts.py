@@ -140,8 +140,7 @@ def of_judgements(found: Sequence[Judgement | None]) -> Verdict:
         return Verdict(False, text, grave=True, figures=figures)
     if missing:
         reasons = sorted({one.not_done for one in found if one is not None and one.not_done})
-        why = f" ({reasons[0]})" if reasons else ""
-        return Verdict(
-            False, f"{missing} of {len(found)} shards were not compared with upstream{why}.", figures=figures
-        )
+        why = f" {reasons[0]}" if reasons else ""
+        text = f"{missing} of {len(found)} shards were not compared with upstream's own code.{why}"
+        return Verdict(False, text, figures=figures)
     return Verdict(True, f"All {len(done)} shards agree with upstream's own code.", figures=figures)

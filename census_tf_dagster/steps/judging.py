@@ -21,7 +21,7 @@ from census_tf_dagster.store.array import EmbeddingsArray
 CELLS = 8
 PATIENCE_SECONDS = 1800.0
 """A process that hangs must not keep a GPU node."""
-NOT_INSTALLED = "transcriptformer is not installed on the worker (docs/quality.md says how)."
+NOT_INSTALLED = "transcriptformer is not installed on the worker; docs/quality.md says how."
 
 
 @contextmanager
