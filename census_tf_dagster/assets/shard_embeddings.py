@@ -107,6 +107,10 @@ def _figures(summary: "ShardSummary") -> dict[str, Any]:
     if summary.megabatches_computed:
         figures |= {
             "devices": ", ".join(str(device["name"]) for device in times.devices),
+            "device_count": len(times.devices),
+            # What is paid for, at the price of a device's hour.
+            "device_seconds": round((times.load + summary.seconds + summary.proof_seconds) * len(times.devices), 1),
+            "tokens_per_second": round(summary.tokens_per_second(), 1),
             "attention": times.devices[0]["attention"],
             "row_fill": round(times.fill(), 4),
             "limited_by": times.limit(),

@@ -5,6 +5,8 @@ largest cosine after that mean was taken away.
 """
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,9 +208,13 @@ class Distribution:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Distribution":
-        """Read what `to_bytes` gave; anything else raises ValueError, KeyError or OSError."""
-        with np.load(io.BytesIO(content), allow_pickle=False) as found:
-            read = cls(tuple(str(name) for name in found["types"]), found["cells"], found["means"], found["deviations"])
+        """Read what `to_bytes` gave; anything else is a ValueError."""
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as found:
+                types = tuple(str(name) for name in found["types"])
+                read = cls(types, found["cells"], found["means"], found["deviations"])
+        except (KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"no distribution: {error}") from error
         if read.means.shape != read.deviations.shape or not len(read.types) == len(read.cells) == len(read.means):
             raise ValueError("the arrays of a distribution do not fit each other")
         return read

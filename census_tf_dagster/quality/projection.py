@@ -29,9 +29,6 @@ def project(embeddings: Embeddings, neighbours: Neighbours) -> npt.NDArray[np.fl
     start = _principal_components(embeddings)
     if len(embeddings) < LEAST_CELLS:
         return start
-    # Compiles for ten seconds: only who draws imports it.
-    import umap
-
     n = len(embeddings)
     itself = np.arange(n, dtype=np.int32)[:, None]
     known = (
@@ -39,8 +36,12 @@ def project(embeddings: Embeddings, neighbours: Neighbours) -> npt.NDArray[np.fl
         np.hstack([np.zeros((n, 1), np.float32), neighbours.distances]),
     )
     with warnings.catch_warnings():
-        # No index comes with these neighbours; nothing is added to the picture later.
+        # Of a part that is not used. And these neighbours come without an index: nothing is added later.
+        warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
         warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
+        # Compiles for ten seconds: only who draws imports it.
+        import umap
+
         layout = umap.UMAP(
             n_neighbors=known[0].shape[1],
             min_dist=0.3,

@@ -80,5 +80,5 @@ def read_distribution(storage: Storage, folder: str) -> Distribution | None:
         return None
     try:
         return Distribution.from_bytes(storage.read(uri))
-    except (ValueError, KeyError, OSError):
+    except ValueError:
         return None

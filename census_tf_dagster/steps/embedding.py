@@ -56,6 +56,10 @@ class ShardSummary:
         """Return the rate of this run, loading excluded; 0 before anything was computed."""
         return self.cells_computed / self.seconds if self.seconds else 0.0
 
+    def tokens_per_second(self) -> float:
+        """Return the rate in tokens: what compares shards of long and of short cells."""
+        return self.tokens_computed / self.seconds if self.seconds else 0.0
+
     def seconds_left(self) -> float:
         """Return how long the rest will take at this rate; 0 before anything was computed."""
         rate = self.cells_per_second()
