@@ -9,6 +9,7 @@ from census_tf_dagster.assets.approval import build_approval
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
+from census_tf_dagster.assets.quality import build_quality_checks
 from census_tf_dagster.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.automation import automation_sensor
@@ -154,5 +155,5 @@ class EmbeddingSet(dg.Component, dg.Model):
                 build_embeddings_array(settings),
             ],
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
-            asset_checks=[build_proved_check(settings), build_rule_checks(settings)],
+            asset_checks=[build_proved_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
         )

@@ -9,6 +9,7 @@ import dagster as dg
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
 from census_tf_dagster.assets.gate import must_be_approved, require_approval
+from census_tf_dagster.assets.quality import shard_check, shard_check_spec
 from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
@@ -41,6 +42,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         kinds={"torch", "tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         op_tags=placement,
+        check_specs=[shard_check_spec(settings)],
         description=(
             f"Embeddings of one shard of {settings.organism}: counts from the Census, tokens, model, committed to the "
             "array megabatch by megabatch. Run again, it does only what is missing."
@@ -48,11 +50,12 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
     )
     def shard_embeddings(
         context: dg.AssetExecutionContext, config: ShardConfig, census: CensusResource, store: StoreResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> dg.MaterializeResult:  # type: ignore[type-arg]
         from census_tf_dagster.census.plan import read_plan
         from census_tf_dagster.steps.embedding import SetAsideError, ShardSummary, embed_shard
         from census_tf_dagster.steps.estimate import tokens_left
         from census_tf_dagster.steps.finishing import array_state
+        from census_tf_dagster.steps.upstream import find_upstream
 
         keys = context.partition_key
         if not isinstance(keys, dg.MultiPartitionKey):
@@ -81,7 +84,8 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 plan = read_plan(job.store, job.folder.plan)
                 require_approval(context, settings, release, plan.totals.plan, tokens_left(job, plan))
             try:
-                summary = embed_shard(job, shard, recompute=config.recompute, report=show)
+                upstream = find_upstream()
+                summary = embed_shard(job, shard, recompute=config.recompute, upstream=upstream, report=show)
             except SetAsideError as error:
                 # A retry by itself would meet the same cells.
                 metadata = {"set_aside": [str(one) for one in error.failed]}
@@ -89,7 +93,9 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
             if summary.megabatches_computed:
                 # Once more: the array may have been proved between the first commit and the last.
                 tell_if_stale()
-        return dg.MaterializeResult(metadata=_figures(summary))
+        return dg.MaterializeResult(
+            metadata=_figures(summary), check_results=[shard_check(settings, summary.judgement)]
+        )
 
     return shard_embeddings
 
@@ -112,6 +118,10 @@ def _figures(summary: "ShardSummary") -> dict[str, Any]:
     if summary.megabatches_computed:
         figures |= {
             "devices": ", ".join(str(device["name"]) for device in times.devices),
+            "device_count": len(times.devices),
+            # What is paid for, at the price of a device's hour.
+            "device_seconds": round((times.load + summary.seconds + summary.proof_seconds) * len(times.devices), 1),
+            "tokens_per_second": round(summary.tokens_per_second(), 1),
             "attention": times.devices[0]["attention"],
             "row_fill": round(times.fill(), 4),
             "limited_by": times.limit(),

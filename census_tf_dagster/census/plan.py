@@ -112,6 +112,11 @@ class PlanTotals:
         return self.tokens - self.tokens_reused
 
 
+def to_compute(batches: Iterable[Megabatch]) -> list[Megabatch]:
+    """Return those of some megabatches that go through the model; the others are copied."""
+    return [batch for batch in batches if not batch.reused]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A written plan. Ids stay in the file until they are asked for."""

@@ -89,6 +89,16 @@ class OrganismRelease:
         """Return the TileDB storage version of obs: consumers want an embedding in the same one."""
         return self.storage.storage_version(self.obs.uri)
 
+    def dataset_titles(self) -> dict[str, str]:
+        """Return the titles of the release's datasets by their ids; empty when it does not tell."""
+        try:
+            uri = f"{self.uri}/census_info/datasets"
+            with tiledbsoma.DataFrame.open(uri, context=self.storage.soma_context) as frame:
+                rows = frame.read(column_names=["dataset_id", "dataset_title"]).concat().to_pylist()
+        except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError):
+            return {}
+        return {str(row["dataset_id"]): str(row["dataset_title"]) for row in rows}
+
     def genes(self) -> Genes:
         """Read the gene axis.
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from census_tf_dagster.census.plan import Plan
+from census_tf_dagster.census.plan import Plan, to_compute
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.runs import materializations
 from census_tf_dagster.operate.sets import SHARDS, find_set
 from census_tf_dagster.spending import LAST_SHARDS, Cost, Throughput, utc_now
-from census_tf_dagster.steps.estimate import estimate, to_compute
+from census_tf_dagster.steps.estimate import estimate
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import PlanSummary, survey
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -72,13 +72,13 @@ def dry_run(
     plan = Plan(found.summary.totals, found.division.megabatches, job.folder.plan)
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]
-    todo = to_compute(batches)
+    todo = batches
     if job.store.holds_files(job.folder.array):
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         if not recompute:
             todo = missing_megabatches(array, plan, batches)
     copy = [batch for batch in todo if batch.reused]
-    compute = [batch for batch in todo if not batch.reused]
+    compute = to_compute(todo)
     cells_to_copy, cells_to_compute = (sum(batch.cells for batch in some) for some in (copy, compute))
     return DryRun(
         plan=found.summary,

@@ -1,31 +1,29 @@
 """A canary: a few hundred cells through the very path of a set, judged and timed, before money is spent."""
 
-import subprocess
-import tempfile
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
-import scipy.sparse
 
-from census_tf_dagster.census.cells import Cells, read_cells
+from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.devices import Device, open_devices
 from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.inference.tokens import Tokenizer, genes_in_order
+from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.spending import Throughput
 from census_tf_dagster.steps.estimate import write_canary
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import survey
+from census_tf_dagster.steps.upstream import upstream_running
 
 CANDIDATES = 20_000
 SEED = 0
+PATIENCE_SECONDS = 24 * 3600.0
+"""Upstream takes hours for a few hundred cells of a large model on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,9 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
         seconds = time.monotonic() - started
         speed = Throughput(tokens=len(packed.tokens), seconds=seconds, devices=1, device=str(device.about["name"]))
     if oracle is not None:
-        judge, reference = "upstream's own command in float32", _ask_oracle(job, read, oracle)
+        judge = "upstream's own command in float32"
+        with upstream_running(job, read, oracle) as answer:
+            reference = answer(PATIENCE_SECONDS)
     elif precision == "fp32":
         raise UserError("an fp32 set has no other judge than upstream's own command: name it with --oracle.")
     else:
@@ -136,32 +136,3 @@ def _spread(job: Job, planned: npt.NDArray[np.int64], cells: int) -> npt.NDArray
     share = -(-cells // len(groups))
     chosen = [group[np.unique(np.linspace(0, len(group) - 1, share).astype(int))] for group in groups]
     return np.sort(np.concatenate(chosen))
-
-
-def _ask_oracle(job: Job, cells: Cells, command: Path) -> npt.NDArray[np.float32]:
-    if len(job.checkpoint.pretrained) > 1:
-        raise UserError("upstream's command takes one pretrained embedding file; this set has more.")
-    n_genes = len(job.genes.ids)
-    counts = scipy.sparse.csr_matrix((cells.values, cells.columns, cells.indptr), shape=(len(cells.joinids), n_genes))
-    obs = pd.DataFrame({job.checkpoint.aux_column: list(cells.assays)}, index=cells.joinids.astype(str))
-    var = pd.DataFrame({"ensembl_id": list(job.genes.ids)}, index=list(job.genes.ids))
-    adata = anndata.AnnData(X=counts, obs=obs, var=var)
-    if job.settings.gene_order == "vocabulary":
-        # Upstream knows no other order than that of `var`.
-        adata = adata[:, list(genes_in_order(job.genes.ids, job.checkpoint, "vocabulary"))].copy()
-    with tempfile.TemporaryDirectory() as folder:
-        adata.write_h5ad(Path(folder) / "cells.h5ad")
-        arguments = [str(command.absolute()), "inference", "--checkpoint-path", str(job.checkpoint.folder)]
-        arguments += ["--data-file", f"{folder}/cells.h5ad", "--output-path", folder, "--precision", "32"]
-        arguments += ["--device", job.settings.device]
-        if job.settings.device == "cpu":
-            arguments.append("--disable-compile-block-mask")
-        for path in job.checkpoint.pretrained:
-            arguments += ["--pretrained-embedding", str(path)]
-        try:
-            done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
-        except OSError as error:
-            raise UserError(f"the oracle {command} cannot be run: {error}") from error
-        if done.returncode:
-            raise UserError(f"the oracle {command} failed:\n{done.stderr[-2000:]}")
-        return np.asarray(anndata.read_h5ad(Path(folder) / "embeddings.h5ad").obsm["embeddings"])

@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from census_tf_dagster.census.plan import Megabatch, read_plan
+from census_tf_dagster.census.plan import Megabatch, read_plan, to_compute
+from census_tf_dagster.quality.judgement import Judgement
 from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.judging import judging
 from census_tf_dagster.steps.pipeline import TRIES, Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import require_shard
+from census_tf_dagster.store.proof import is_proved, require_shard
 
 MOST_SET_ASIDE = 8
 """With more, the fault is hardly in the cells: stop spending."""
@@ -33,9 +36,11 @@ class ShardSummary:
     times
         What each stage has done.
     proof_seconds
-        Time of reading back.
+        Time of reading back, and of waiting for upstream's own code beside it.
     proved
         Whether the shard was read back; while cells that it reuses are not copied, it is left to whoever copies them.
+    judgement
+        What that made of a few cells; None for a shard without cells.
     """
 
     plan: str
@@ -49,10 +54,15 @@ class ShardSummary:
     times: Times = field(default_factory=Times)
     proof_seconds: float = 0.0
     proved: bool = False
+    judgement: Judgement | None = None
 
     def cells_per_second(self) -> float:
         """Return the rate of this run, loading excluded; 0 before anything was computed."""
         return self.cells_computed / self.seconds if self.seconds else 0.0
+
+    def tokens_per_second(self) -> float:
+        """Return the rate in tokens: what compares shards of long and of short cells."""
+        return self.tokens_computed / self.seconds if self.seconds else 0.0
 
     def seconds_left(self) -> float:
         """Return how long the rest will take at this rate; 0 before anything was computed."""
@@ -89,7 +99,12 @@ class SetAsideError(Exception):
 
 
 def embed_shard(
-    job: Job, shard: int, *, recompute: bool = False, report: Callable[[ShardSummary], None] = lambda _: None
+    job: Job,
+    shard: int,
+    *,
+    recompute: bool = False,
+    upstream: Path | None = None,
+    report: Callable[[ShardSummary], None] = lambda _: None,
 ) -> ShardSummary:
     """Embed one shard of the current plan.
 
@@ -105,6 +120,8 @@ def embed_shard(
         Which shard.
     recompute
         Compute and write all of it again, whatever is there.
+    upstream
+        Upstream's ``transcriptformer``, which judges a few cells; None: it is not here.
     report
         Called after each committed megabatch.
 
@@ -118,7 +135,7 @@ def embed_shard(
         When what was read back is not what was planned.
     """
     plan = read_plan(job.store, job.folder.plan)
-    batches = [batch for batch in plan.shard(shard) if not batch.reused]
+    batches = to_compute(plan.shard(shard))
     array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
     todo = list(batches) if recompute else missing_megabatches(array, plan, batches)
     cells = sum(batch.cells for batch in batches)
@@ -151,6 +168,10 @@ def embed_shard(
     started = time.monotonic()
     if summary.megabatches_computed:
         array.gather_metadata()
-    summary.proved = require_shard(array, plan, job.folder, shard, changed=bool(summary.megabatches_computed))
+    anew = bool(summary.megabatches_computed) or not is_proved(array, plan, job.folder, shard)
+    # The devices are free now, and reading back does not need them.
+    with judging(job, plan, array, shard, upstream, anew=anew) as judge:
+        summary.proved = not anew or require_shard(array, plan, job.folder, shard, changed=True)
+        summary.judgement = judge()
     summary.proof_seconds = time.monotonic() - started
     return summary

@@ -4,17 +4,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from census_tf_dagster.census.plan import Megabatch, Plan
+from census_tf_dagster.census.plan import Plan, to_compute
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.spending import Cost, Throughput, choose_rate, cost_of
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.progress import missing_megabatches
-
-
-def to_compute(batches: Iterable[Megabatch]) -> list[Megabatch]:
-    """Return those of some megabatches that go through the model."""
-    return list(batches)
 
 
 def tokens_left(job: Job, plan: Plan) -> int:

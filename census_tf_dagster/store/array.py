@@ -256,17 +256,17 @@ class EmbeddingsArray:
             yield from array.read(coords=(coords, slice(None))).tables()
 
     @contextmanager
-    def reading(self) -> Iterator[Callable[[int, int], Iterator[pa.Table]]]:
+    def reading(self) -> Iterator[Callable[[slice | pa.Array], Iterator[pa.Table]]]:
         """Open the array once, however often it is asked: what opening costs grows with the fragments.
 
         Yields
         ------
         Callable
-            Gives all stored values with joinids in a range, both ends inclusive, as tables of soma_dim_0, soma_dim_1
-            and soma_data.
+            Gives all stored values with joinids in a range, both ends inclusive, or of a list, as tables of soma_dim_0,
+            soma_dim_1 and soma_data.
         """
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
-            yield lambda first, last: array.read(coords=(slice(first, last), slice(None))).tables()
+            yield lambda joinids: array.read(coords=(joinids, slice(None))).tables()
 
     def gather_metadata(self) -> None:
         """Gather what fragments say of themselves in one file.

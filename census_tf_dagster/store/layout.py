@@ -52,3 +52,12 @@ class ReleaseFolder:
     def proof(self, plan: str, shard: int) -> str:
         """Return where the proof of a shard stands."""
         return f"{self.root}/proofs/{plan}/{shard:05d}.json"
+
+    @property
+    def qc(self) -> str:
+        """Folder of the quality report: `report.json`, pictures, the distribution that the next release is held to."""
+        return f"{self.root}/qc"
+
+    def judgement(self, plan: str, shard: int) -> str:
+        """Return where stands what upstream's own code made of some cells of a shard."""
+        return f"{self.qc}/upstream/{plan}/{shard:05d}.json"

@@ -86,9 +86,9 @@ def read_back(array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...]
         The range, inclusive.
     """
     found = Problems()
-    with array.reading() as values_between:
+    with array.reading() as values_of:
         for planned, low, high in _parts(array, plan, batches, first, last):
-            _look_at(planned, values_between(low, high), array.n_features, found)
+            _look_at(planned, values_of(slice(low, high)), array.n_features, found)
     return found
 
 

@@ -1,0 +1,1 @@
+"""What finished embeddings are worth: a sample measured and pictured, and which cells of a release they cover."""

@@ -1,0 +1,146 @@
+"""What the figures mean: whether each check passes, and a sentence that says why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from census_tf_dagster.quality.judgement import Judgement
+from census_tf_dagster.quality.measures import Agreement, Dimensions, Drift
+from census_tf_dagster.quality.thresholds import (
+    LEAST_DEVIATIONS,
+    LEAST_EXCESS,
+    LEAST_LABELLED,
+    MOST_SHIFT,
+    MOST_SPREAD,
+)
+
+NAMED = 10
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One check's outcome.
+
+    Attributes
+    ----------
+    passed
+        Whether it holds, or there is nothing to look at.
+    text
+        For a person.
+    grave
+        Whether a failure is certainly a fault; otherwise it is a reason to look.
+    figures
+        What it rests on.
+    """
+
+    passed: bool
+    text: str
+    grave: bool = False
+    figures: dict[str, float | int | str] = field(default_factory=dict)
+
+
+def of_neighbours(found: Agreement | None) -> Verdict:
+    """Judge whether neighbours share a cell type more often than by chance."""
+    if found is None or found.excess is None or found.deviations is None or found.cells < LEAST_LABELLED:
+        few = found is not None and found.cells < LEAST_LABELLED
+        why = f"fewer than {LEAST_LABELLED} cells of the sample have a cell type" if few else "cell types cannot differ"
+        return Verdict(True, f"Nothing to compare: {why}.")
+    figures: dict[str, float | int | str] = {
+        "share": found.share,
+        "share_shuffled": found.baseline,
+        "excess": found.excess,
+        "deviations": found.deviations,
+        "cells": found.cells,
+        "cell_types": found.labels,
+    }
+    passed = found.excess >= LEAST_EXCESS and found.deviations >= LEAST_DEVIATIONS
+    text = (
+        f"{found.share:.1%} of a cell's neighbours share its cell type, {found.baseline:.1%} when types are shuffled "
+        f"within each dataset: {found.excess:.2f} of the way from chance to perfect (at least {LEAST_EXCESS}), "
+        f"{found.deviations:,.0f} standard deviations (at least {LEAST_DEVIATIONS:g})."
+    )
+    return Verdict(passed, text, figures=figures)
+
+
+def of_dimensions(found: Dimensions) -> Verdict:
+    """Judge whether each dimension tells something; a constant one is certainly a fault."""
+    figures: dict[str, float | int | str] = {
+        "dimensions": found.dimensions,
+        "constant": len(found.constant),
+        "collapsed": len(found.collapsed),
+        "effective_rank": found.effective_rank,
+    }
+    if not found.collapsed:
+        text = (
+            f"All {found.dimensions:,} dimensions vary; the variance is that of {found.effective_rank:,.1f} equal ones."
+        )
+        return Verdict(True, text, figures=figures)
+    text = (
+        f"{len(found.collapsed):,} of {found.dimensions:,} dimensions hardly vary over the sample, "
+        f"{len(found.constant):,} of them not at all: {', '.join(map(str, found.collapsed[:NAMED]))}"
+        f"{', ...' if len(found.collapsed) > NAMED else ''}."
+    )
+    return Verdict(False, text, grave=bool(found.constant), figures=figures)
+
+
+def of_drift(found: Drift | None, before: str | None) -> Verdict:
+    """Judge how far cell types have moved since an earlier release."""
+    if before is None:
+        return Verdict(True, "Nothing to compare: no earlier release of this set has a report by the same checkpoint.")
+    if found is None:
+        return Verdict(True, f"Nothing to compare: the samples of this release and of {before} share no cell type.")
+    figures: dict[str, float | int | str] = {
+        "previous_release": before,
+        "cell_types": found.types,
+        "shift": found.shift,
+        "spread": found.spread,
+        "worst_cell_type": found.worst_type,
+        "worst_shift": found.worst_shift,
+    }
+    text = (
+        f"Since {before}, {found.types} cell types have moved by {found.shift:.2f} standard deviations (median; at "
+        f"most {MOST_SHIFT}), and their spread by a factor of {2**found.spread:.2f} (at most {2**MOST_SPREAD:.2f}). "
+        f"Most: {found.worst_type}, by {found.worst_shift:.2f}."
+    )
+    return Verdict(found.shift <= MOST_SHIFT and found.spread <= MOST_SPREAD, text, figures=figures)
+
+
+def of_judgement(found: Judgement) -> Verdict:
+    """Judge a shard by what upstream's own code made of a few of its cells."""
+    if found.not_done:
+        return Verdict(False, f"Not done: {found.not_done}")
+    figures: dict[str, float | int | str] = {
+        "cells": len(found.joinids),
+        "worst_cell": found.worst_cell,
+        "relative_rms": found.relative_rms,
+        "centred_cosine": found.centred_cosine,
+        "bound": found.bound,
+        "seconds": found.seconds,
+    }
+    text = (
+        f"{len(found.joinids)} cells of the array against upstream's own code in float32, on the same device: the "
+        f"worst differs by {found.worst_cell:.1e} of its norm (at most {found.bound:.1e})."
+    )
+    return Verdict(found.worst_cell <= found.bound, text, grave=True, figures=figures)
+
+
+def of_judgements(found: Sequence[Judgement | None]) -> Verdict:
+    """Judge all shards of a release together."""
+    done = {one.shard: one for one in found if one is not None and not one.not_done}
+    wrong = sorted(shard for shard, one in done.items() if one.worst_cell > one.bound)
+    missing = len(found) - len(done)
+    figures: dict[str, float | int | str] = {"shards": len(found), "shards_compared": len(done)}
+    if done:
+        figures["worst_cell"] = max(one.worst_cell for one in done.values())
+        figures["bound"] = max(one.bound for one in done.values())
+    if wrong:
+        text = (
+            f"{len(wrong)} of {len(done)} shards that were compared differ from upstream's own code: {wrong[:NAMED]}. "
+            "Their check says by how much."
+        )
+        return Verdict(False, text, grave=True, figures=figures)
+    if missing:
+        reasons = sorted({one.not_done for one in found if one is not None and one.not_done})
+        why = f" {reasons[0]}" if reasons else ""
+        text = f"{missing} of {len(found)} shards were not compared with upstream's own code.{why}"
+        return Verdict(False, text, figures=figures)
+    return Verdict(True, f"All {len(done)} shards agree with upstream's own code.", figures=figures)
