@@ -63,7 +63,7 @@ def test_another_numeric_version_begins_anew_beside_the_old_array(
             # A shard that was queued before the move, and the array: one error, and nothing is written.
             for step in (lambda: embed_shard(job, 1), lambda: finish_array(job)):
                 with pytest.raises(
-                    UserError, match="there is no plan at .*materialize obs_id_plan of this release first"
+                    UserError, match=r"there is no plan at .*materialize obs_id_plan of this release first"
                 ):
                     step()
             assert files_of(project) == before
