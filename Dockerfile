@@ -66,8 +66,8 @@ COPY deploy/images/entrypoint deploy/images/healthcheck /opt/dagster/
 COPY deploy/ecs/dagster.yaml /opt/dagster/ecs/
 ARG SETS=census_tf_dagster/defs
 COPY ${SETS} /opt/census_tf/sets
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    pip install --no-deps --no-index /dist/*.whl
+COPY --from=wheel /dist /opt/census_tf/dist
+RUN pip install --no-deps --no-index /opt/census_tf/dist/*.whl
 ENV DAGSTER_HOME=/opt/dagster/dagster_home \
     CENSUS_TF_SETS=/opt/census_tf/sets \
     CENSUS_TF_CACHE=/var/cache/census-tf \
@@ -88,8 +88,8 @@ COPY deploy/images/entrypoint deploy/images/healthcheck /opt/dagster/
 COPY deploy/ecs/dagster.yaml /opt/dagster/ecs/
 ARG SETS=census_tf_dagster/defs
 COPY ${SETS} /opt/census_tf/sets
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    pip install --no-deps --no-index /dist/*.whl
+COPY --from=wheel /dist /opt/census_tf/dist
+RUN pip install --no-deps --no-index /opt/census_tf/dist/*.whl
 # Which GPUs a container sees is the platform's to say (NVIDIA_VISIBLE_DEVICES); with `all` here, a container that
 # asked for none would see every one. NVIDIA_REQUIRE_CUDA: torch is built for CUDA 13.0, and a node whose driver is too
 # old refuses to start the container instead of failing its run.
