@@ -73,6 +73,14 @@ def test_marks_say_something(page: str) -> None:
     assert text.count("<!-- not run:") == len([one for one in blocks(page) if one.reason is not None])
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_hides_in_a_sentence(page: str) -> None:
+    text = BLOCK.sub("", (REPOSITORY / page).read_text())
+    spoken = re.findall(r"`([^`]+)`", text)
+    tools = {"aws", "kubectl", "helm", "docker", "python", "python3", "make", "pip", "dagster"}
+    assert not [one for one in spoken if one.split()[0] in tools and len(one.split()) > 1]
+
+
 def test_an_unmarked_block_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test of this test: a command that fails makes a page fail."""
     page = tmp_path / "page.md"

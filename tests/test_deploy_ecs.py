@@ -319,10 +319,15 @@ def test_the_runs_role_is_enough_for_a_release(enforced: Stack, project: Project
         "CENSUS_TF_STORE_S3_ENDPOINT": enforced.endpoint,
         **enforced.credentials("RunRole"),
     }
+    logs = {"bucket": given["CENSUS_TF_LOG_BUCKET"], "prefix": "dagster", "endpoint_url": enforced.endpoint}
+    home = {"compute_logs": {"module": "dagster_aws.s3", "class": "S3ComputeLogManager", "config": logs}}
+    (project.folder / "dagster_home" / "dagster.yaml").write_text(yaml.safe_dump(home))
     enforced.enforce(on=True)
     assert project.command("release", "add", RELEASE).returncode == 0
     project.materialize_all("tiny", shards=2)
     enforced.enforce(on=False)
+    printed = enforced.client("s3").list_objects_v2(Bucket=logs["bucket"], Prefix="dagster/storage/")["Contents"]
+    assert {one["Key"].rpartition(".")[2] for one in printed} >= {"err", "out"}
     (array,) = {
         one["Key"].partition("/embeddings/")[0]
         for one in enforced.client("s3").list_objects_v2(Bucket=bucket, Prefix="store/tiny/")["Contents"]
