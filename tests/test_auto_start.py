@@ -1,6 +1,5 @@
 """Releases run by themselves, within limits: a real daemon and webserver beside a directory played over HTTP."""
 
-import json
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.runs import QUEUED, RUNNING, Run, fetch_runs, materializations
 from census_tf_dagster.operate.sets import find_set
+from census_tf_dagster.operate.status import ReleaseStatus, release_statuses
 from tests.builders import tiny
 from tests.deployment import Operator, running_locally, until
 from tests.release_directory import directory_server, entry
@@ -80,11 +80,10 @@ def looks_done(operator: Operator, sensor: str, more: int = 1) -> None:
     until(lambda: ended_ticks(operator, sensor) >= before + more, f"{more} more looks of {sensor}")
 
 
-def status(operator: Operator, name: str) -> dict[str, Any]:
-    done = operator.command("status", name, RELEASE, "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    found: dict[str, Any]
-    (found,) = json.loads(done.stdout)["releases"]
+def status(operator: Operator, name: str) -> ReleaseStatus:
+    """What `status` shows, without a process for each look."""
+    deployment = Deployment.at(operator.url)
+    (found,) = release_statuses(deployment, find_set(deployment, name), RELEASE)
     return found
 
 
@@ -124,7 +123,7 @@ class Story:
     """What happened by itself, and what a person did."""
 
     operator: Operator
-    waiting: dict[str, Any]
+    waiting: ReleaseStatus
     waiting_runs: Counter[str]
     finished_runs: Counter[str]
     approved: subprocess.CompletedProcess[str]
@@ -151,16 +150,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             click(operator, "look_for_census_releases")
             of = find_set(Deployment.at(operator.url), "cheap")
             until(lambda: RELEASE in find_set(Deployment.at(operator.url), of.name).releases, "the release's partition")
-            until(lambda: status(operator, "cheap")["array"] == "done", "an array by itself")
+            until(lambda: status(operator, "cheap").array == "done", "an array by itself")
             for name in ("dear", "asked"):
-                until(lambda name=name: status(operator, name)["approved"], f"what {name} asks")
+                until(lambda name=name: status(operator, name).approved, f"what {name} asks")
             # An approval that ended without one is not tried again at each look.
             looks_done(operator, "dear_auto_start", 2)
             waiting, waiting_runs = status(operator, "dear"), runs_of(operator, "dear")
             finished_runs = runs_of(operator, "cheap")
             approved = operator.command("approve", "dear", RELEASE)
             launched = operator.begin("launched", "launch", "asked", RELEASE)
-            until(lambda: status(operator, "dear")["array"] == "done", "the array after the approval")
+            until(lambda: status(operator, "dear").array == "done", "the array after the approval")
             ended = launched.end()
             again = [click(operator, "__ASSET_JOB", [name, "obs_id_plan"], RELEASE) for name in ("cheap", "dear")]
             until(lambda: all(run_status(operator, run) == "SUCCESS" for run in again), "plans made again")
@@ -187,7 +186,7 @@ def test_a_new_release_runs_by_itself_once(story: Story, tmp_path: Path) -> None
     assert at_least(story.finished_runs) == ONCE
     array = read_array(story.operator.project.array("cheap"), tmp_path)
     assert (len(array.ids), array.stored_values) == (CELLS, array.values.size)
-    assert status(story.operator, "cheap")["proved"] is True
+    assert status(story.operator, "cheap").proved is True
 
 
 def test_a_plan_made_again_does_not_spend_gpu_time_again(story: Story) -> None:
@@ -199,11 +198,11 @@ def test_a_plan_made_again_does_not_spend_gpu_time_again(story: Story) -> None:
 
 
 def test_above_the_budget_shards_wait(story: Story) -> None:
-    assert story.waiting["plan"] == "done"
-    assert story.waiting["approval"] == "missing"
-    assert story.waiting["shard_counts"]["missing"] == SHARDS
+    assert story.waiting.plan == "done"
+    assert story.waiting.approval == "missing"
+    assert story.waiting.shards.missing == tuple(range(SHARDS))
     assert at_least(story.waiting_runs) == Counter([f"obs_id_plan {RELEASE}", f"approval {RELEASE}"])
-    asked = story.waiting["approved"]
+    asked = str(story.waiting.approved)
     assert asked.startswith(f"The shards of dear {RELEASE} wait for your approval: it costs ")
     assert "USD above the budget of 1.00 USD a release" in asked
     assert "ASSUMED: 25% of the arithmetic that a L40S can do" in asked
@@ -214,7 +213,7 @@ def test_an_approval_lets_them_go_on(story: Story) -> None:
     assert (story.approved.returncode, story.approved.stderr) == (0, "")
     assert "tokens to compute" in story.approved.stdout
     after = status(story.operator, "dear")
-    assert (after["array"], after["proved"], after["approval"]) == ("done", True, "done")
+    assert (after.array, after.proved, after.approval) == ("done", True, "done")
     deployment = Deployment.at(story.operator.url)
     given = materializations(deployment, find_set(deployment, "dear"), "approval", [RELEASE])[RELEASE]
     assert ", from " in given.texts["approved_by"]
@@ -225,6 +224,9 @@ def test_an_approval_lets_them_go_on(story: Story) -> None:
 def test_launch_approves_and_nothing_runs_twice(story: Story) -> None:
     code, said = story.launched
     assert code == 0, said
+    assert "plan done; shards 2/2 done" in said
+    shown = story.operator.command("status", "asked", RELEASE).stdout
+    assert "  gate    approved: by a person, in Dagster, plan " in shown
     runs = story.in_the_end["asked"]
     # The plan, and the approval that was asked for, came by themselves; the launch did all four.
     assert runs[f"obs_id_plan {RELEASE}"] == runs[f"approval {RELEASE}"] == 2

@@ -78,7 +78,7 @@ class _Watch:
 
     def __init__(self, deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill) -> None:
         self.deployment, self.of, self.release, self.backfill = deployment, of, release, backfill
-        self.by_id: dict[str, Run] = {}
+        self.by_id: dict[tuple[str, str], Run] = {}
         self.runs: Mapping[tuple[str, str], Run] = {}
         self.progress = Progress(None, 0, 0, 0, len(backfill.work.shards), None)
         self.partitions = [of.partition(release, shard) for shard in backfill.work.shards]
@@ -90,7 +90,8 @@ class _Watch:
         wanted: dict[str, object] = {"tags": [{"key": "dagster/backfill", "value": self.backfill.id}]}
         if self.by_id:
             wanted["updatedAfter"] = max(run.updated for run in self.by_id.values()) - OVERLAP_SECONDS
-        self.by_id.update({run.id: run for run in fetch_runs(self.deployment, self.of, wanted)})
+        # One run may hold the plan and its approval.
+        self.by_id.update({(run.id, run.asset): run for run in fetch_runs(self.deployment, self.of, wanted)})
         self.runs = latest(self.by_id.values())
         states = [_state(self.runs.get((SHARDS, partition))) for partition in self.partitions]
         done = states.count("done")
