@@ -8,7 +8,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.shards import compact
 
-PLAN, SHARDS, ARRAY = "obs_id_plan", "shard_embeddings", "embeddings_array"
+PLAN, SHARDS, REUSED, ARRAY = "obs_id_plan", "shard_embeddings", "reused_embeddings", "embeddings_array"
 
 CATALOG = """{
   assetNodes {
@@ -30,10 +30,12 @@ class RemoteSet:
 
     name: str
     location: str
-    """The code location that holds its three assets."""
+    """The code location that holds its assets."""
     releases: tuple[str, ...]
     shard_keys: tuple[str, ...]
     """Partition keys of the shards in the dimension ``shard``: zero-padded, at the index that is their number."""
+    reuses: bool
+    """Whether it has an asset that copies cells of an earlier release; its partitions have the same keys."""
 
     def key(self, asset: str) -> dict[str, list[str]]:
         """Return an asset's key as GraphQL takes it."""
@@ -98,7 +100,13 @@ def find_set(deployment: Deployment, name: str) -> RemoteSet:
             "numbered from 0: the deployment runs another version of this package."
         )
     location = str(node["repository"]["location"]["name"])
-    return RemoteSet(name=name, location=location, releases=dimensions["release"], shard_keys=keys)
+    return RemoteSet(
+        name=name,
+        location=location,
+        releases=dimensions["release"],
+        shard_keys=keys,
+        reuses=(name, REUSED) in nodes,
+    )
 
 
 def _broken_locations(workspace: Any) -> Iterable[str]:
