@@ -8,13 +8,18 @@ RELEASES = dg.DynamicPartitionsDefinition(name="census_release")
 """Releases are added in the UI, by `release add` or by a sensor; all sets share them."""
 
 
-def shard_partitions(shards: int) -> dg.MultiPartitionsDefinition:
+COPIES = "shard_to_copy"
+"""Dimension of the shards whose cells are copied. Dagster runs assets of equal partitions in one run, so with the
+dimension of those that are computed, cells would be copied on a GPU node, and the GPU would wait for it."""
+
+
+def shard_partitions(shards: int, dimension: str = "shard") -> dg.MultiPartitionsDefinition:
     """Return release x shard. A second dynamic dimension would break backfills, so shards are static."""
     width = len(str(shards - 1))
     return dg.MultiPartitionsDefinition(
         {
             "release": RELEASES,
-            "shard": dg.StaticPartitionsDefinition([f"{i:0{width}d}" for i in range(shards)]),
+            dimension: dg.StaticPartitionsDefinition([f"{i:0{width}d}" for i in range(shards)]),
         }
     )
 

@@ -105,7 +105,7 @@ def two_releases(
     seq_len: int = 63,
     **attributes: Any,
 ) -> TwoReleases:
-    """Build both releases, a checkpoint, and the set `reusing`; `change` alters the later one before it is written."""
+    """Build both releases, a checkpoint, and the set `reusing`; `change` alters the later release first."""
     earlier_versions = [(number, 0) for number in (*STAY, *REVISED, *WITHDRAWN)]
     later_versions = [*((n, 0) for n in STAY), *((n, 1) for n in REVISED), *((n, 0) for n in NEW)]
     pool = Pool.draw(sorted({*earlier_versions, *later_versions}), cells_each)

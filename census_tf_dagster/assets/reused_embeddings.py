@@ -8,7 +8,7 @@ import dagster as dg
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import asset_key, partition_job
 from census_tf_dagster.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
-from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
+from census_tf_dagster.partitions import BY_RELEASE, COPIES, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
 
@@ -30,7 +30,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
     @dg.asset(
         key=key,
         group_name=settings.name,
-        partitions_def=shard_partitions(settings.shards),
+        partitions_def=shard_partitions(settings.shards, COPIES),
         deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
         kinds={"tiledb"},
         description=(
@@ -47,7 +47,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         keys = context.partition_key
         if not isinstance(keys, dg.MultiPartitionKey):
             raise TypeError(f"partition key {keys!r} has no release and shard")
-        release, shard = keys.keys_by_dimension["release"], int(keys.keys_by_dimension["shard"])
+        release, shard = keys.keys_by_dimension["release"], int(keys.keys_by_dimension[COPIES])
         observed = time.monotonic()
 
         def tell_if_stale() -> None:

@@ -141,6 +141,9 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
             for shard in range(plan["shards"]):
                 done = materialize(dg.AssetKey([name, "shard_embeddings"]), f"{RELEASE}|{shard}")
                 print(f"{name}: shard {shard} has {done['cells']} cells", flush=True)
+                if (copies := dg.AssetKey([name, "reused_embeddings"])) in {asset.key for asset in assets}:
+                    done = materialize(copies, f"{RELEASE}|{shard}")
+                    print(f"{name}: shard {shard} has {done['cells']} copied cells", flush=True)
             array = materialize(dg.AssetKey([name, "embeddings_array"]), RELEASE)
             rows.append({**array, "set": name, "seconds": time.monotonic() - started})
     return rows

@@ -7,7 +7,7 @@ from typing import Any
 
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.runs import RECOMPUTE_TAG
-from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, SHARDS, RemoteSet
+from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet
 from census_tf_dagster.operate.shards import compact, ranges
 
 LAUNCH_TAG = "census_tf/launch"
@@ -62,6 +62,8 @@ class Work:
     shards: tuple[int, ...]
     array: bool
     recompute: bool
+    reused: bool = False
+    """Whether the shards' reused cells are copied, too."""
 
     def covers(self, other: "Work") -> bool:
         """Tell whether who waits for this has what `other` asks for."""
@@ -69,12 +71,14 @@ class Work:
             (self.plan or not other.plan)
             and (self.array or not other.array)
             and (self.recompute or not other.recompute)
+            and (self.reused or not other.reused)
             and set(self.shards) >= set(other.shards)
         )
 
     def __str__(self) -> str:
         parts = ["the plan"] if self.plan else []
-        parts.append(f"shards {compact(self.shards)}" + (" (recompute)" if self.recompute else ""))
+        copies = " with their copies" if self.reused else ""
+        parts.append(f"shards {compact(self.shards)}{copies}" + (" (recompute)" if self.recompute else ""))
         return ", ".join([*parts, *(["the array"] if self.array else [])])
 
 
@@ -103,7 +107,8 @@ def start(deployment: Deployment, of: RemoteSet, release: str, work: Work) -> st
     UserError
         With Dagster's message when it refuses.
     """
-    targets = [(SHARDS, [(of.partition(release, a), of.partition(release, b)) for a, b in ranges(work.shards)])]
+    shards = [(of.partition(release, a), of.partition(release, b)) for a, b in ranges(work.shards)]
+    targets = [(asset, shards) for asset in (SHARDS, *([REUSED] if work.reused else []))]
     wanted_too = ((PLAN, work.plan), (APPROVAL, work.plan), (ARRAY, work.array))
     targets += [(asset, [(release, release)]) for asset, wanted in wanted_too if wanted]
     tags = {LAUNCH_TAG: f"{of.name}/{release}"}
@@ -117,7 +122,8 @@ def start(deployment: Deployment, of: RemoteSet, release: str, work: Work) -> st
     if work.recompute:
         tags[RECOMPUTE_TAG] = "true"
         # Every run of the backfill gets it; Dagster ignores the configuration of an op that a run does not have.
-        params["runConfigData"] = json.dumps({"ops": {f"{of.name}__{SHARDS}": {"config": {"recompute": True}}}})
+        ops = {f"{of.name}__{asset}": {"config": {"recompute": True}} for asset, keys in targets if keys is shards}
+        params["runConfigData"] = json.dumps({"ops": ops})
     params["tags"] = [{"key": key, "value": value} for key, value in tags.items()]
     answer = deployment.ask(LAUNCH, params=params)["launchPartitionBackfill"]
     return str(expect(answer, "LaunchBackfillSuccess", f"launch of {of.name} {release}")["backfillId"])
@@ -173,6 +179,7 @@ def _backfill(one: Mapping[str, Any], release: str) -> Backfill:
             plan=PLAN in assets,
             shards=tuple(sorted(shards)),
             array=ARRAY in assets,
+            reused=REUSED in assets,
             recompute={"key": RECOMPUTE_TAG, "value": "true"} in one["tags"],
         ),
     )

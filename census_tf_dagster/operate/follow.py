@@ -18,7 +18,7 @@ from census_tf_dagster.operate.runs import (
     materializations,
     seconds_left,
 )
-from census_tf_dagster.operate.sets import ARRAY, PLAN, SHARDS, RemoteSet
+from census_tf_dagster.operate.sets import ARRAY, PLAN, REUSED, SHARDS, RemoteSet
 from census_tf_dagster.operate.shards import compact
 from census_tf_dagster.operate.status import duration
 
@@ -42,6 +42,8 @@ class Progress:
     failed: int
     left: int
     array: str | None
+    copied: int | None = None
+    """Shards whose reused cells are there; None when the set has none."""
 
 
 def follow(deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill) -> int:
@@ -105,6 +107,9 @@ class _Watch:
             failed=states.count("failed"),
             left=len(states) - done - states.count("running") - states.count("failed"),
             array=_state(array) if self.backfill.work.array else None,
+            copied=sum(_state(self.runs.get((REUSED, one))) == "done" for one in self.partitions)
+            if self.backfill.work.reused
+            else None,
         )
         return self.backfill
 
@@ -116,6 +121,7 @@ class _Watch:
             f"shards {now.done}/{len(self.partitions)} done, {now.running} running, {now.failed} failed, "
             f"{now.left} left"
         )
+        parts += [] if now.copied is None else [f"copies {now.copied}/{len(self.partitions)} done"]
         parts += [f"array {now.array}"] if now.array else []
         if now.running or now.left:
             seconds = self._seconds_left()
@@ -178,9 +184,9 @@ def _what_to_do(of: RemoteSet, release: str, backfill: Backfill, failed: list[Ru
     recompute = " --recompute" if backfill.work.recompute else ""
     if backfill.status == "CANCELED":
         return f"It was cancelled. To go on: {command}{recompute}"
-    if failed and all(run.asset == SHARDS for run in failed):
+    if failed and all(run.asset in (SHARDS, REUSED) for run in failed):
         command = f"python -m census_tf_dagster launch {of.name} {release}"
-        shards = compact(run.shard for run in failed)
+        shards = compact({run.shard for run in failed})
         return f"Mend what the reasons name, then launch these alone: {command} --shards {shards}{recompute}"
     # Where only the array failed, all shards were computed.
     again = recompute if not failed or any(run.asset != ARRAY for run in failed) else ""

@@ -8,7 +8,7 @@ from census_tf_dagster.operate.backfills import Backfill, Work, cancel, fetch, f
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.runs import materializations
-from census_tf_dagster.operate.sets import PLAN, SHARDS, RemoteSet, find_set
+from census_tf_dagster.operate.sets import PLAN, REUSED, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact, parse_shards
 
 INTERRUPTED = 130
@@ -68,7 +68,7 @@ def launch(url: str, request: LaunchRequest) -> int:
 def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> Work:
     everything = tuple(range(len(found.shard_keys)))
     if request.shards is None:
-        return Work(plan=True, shards=everything, array=True, recompute=request.recompute)
+        return Work(plan=True, shards=everything, array=True, recompute=request.recompute, reused=found.reuses)
     shards = parse_shards(request.shards)
     found.check_shards(shards)
     if not materializations(deployment, found, PLAN, [request.release]):
@@ -77,9 +77,11 @@ def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> W
             "whole release (without --shards), or materialize obs_id_plan in the web interface first."
         )
     partitions = {shard: found.partition(request.release, shard) for shard in everything if shard not in shards}
-    stored = materializations(deployment, found, SHARDS, list(partitions.values()))
-    unfinished = [shard for shard, partition in partitions.items() if partition not in stored]
-    return Work(plan=False, shards=shards, array=not unfinished, recompute=request.recompute)
+    unfinished = False
+    for asset in (SHARDS, *([REUSED] if found.reuses else [])):
+        stored = materializations(deployment, found, asset, list(partitions.values()))
+        unfinished |= any(partition not in stored for partition in partitions.values())
+    return Work(plan=False, shards=shards, array=not unfinished, recompute=request.recompute, reused=found.reuses)
 
 
 def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work) -> Backfill:

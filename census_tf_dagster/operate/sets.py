@@ -8,7 +8,8 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.shards import compact
 
-PLAN, APPROVAL, SHARDS, ARRAY = "obs_id_plan", "approval", "shard_embeddings", "embeddings_array"
+PLAN, APPROVAL, ARRAY = "obs_id_plan", "approval", "embeddings_array"
+SHARDS, REUSED = "shard_embeddings", "reused_embeddings"
 
 CATALOG = """{
   assetNodes {
@@ -34,6 +35,8 @@ class RemoteSet:
     releases: tuple[str, ...]
     shard_keys: tuple[str, ...]
     """Partition keys of the shards in the dimension ``shard``: zero-padded, at the index that is their number."""
+    reuses: bool
+    """Whether it has an asset that copies cells of an earlier release; its partitions have the same keys."""
 
     def key(self, asset: str) -> dict[str, list[str]]:
         """Return an asset's key as GraphQL takes it."""
@@ -98,7 +101,13 @@ def find_set(deployment: Deployment, name: str) -> RemoteSet:
             "numbered from 0: the deployment runs another version of this package."
         )
     location = str(node["repository"]["location"]["name"])
-    return RemoteSet(name=name, location=location, releases=dimensions["release"], shard_keys=keys)
+    return RemoteSet(
+        name=name,
+        location=location,
+        releases=dimensions["release"],
+        shard_keys=keys,
+        reuses=(name, REUSED) in nodes,
+    )
 
 
 def _broken_locations(workspace: Any) -> Iterable[str]:

@@ -20,7 +20,7 @@ from census_tf_dagster.operate.runs import (
     materializations,
     seconds_left,
 )
-from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, SHARDS, RemoteSet, find_set
+from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact
 
 RECENT_RUNS = 50
@@ -50,6 +50,17 @@ PROVED = {"SUCCEEDED": True, "FAILED": False, "EXECUTION_FAILED": False}
 class ShardStates:
     """Every shard's number is in exactly one of these. ``failed``: since it was last done."""
 
+    @classmethod
+    def of(cls, asset: str, release: str, found: RemoteSet, states: Mapping[tuple[str, ...], str]) -> "ShardStates":
+        """Sort the shards of a release by what is known of an asset."""
+        by_state: dict[str, list[int]] = {state.name: [] for state in fields(cls)}
+        for shard, key in enumerate(found.shard_keys):
+            by_state[states.get((asset, release, key), "missing")].append(shard)
+        return cls(**{state: tuple(numbers) for state, numbers in by_state.items()})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{len(some)} {state} ({compact(some)})" for state, some in asdict(self).items() if some)
+
     done: tuple[int, ...]
     running: tuple[int, ...]
     queued: tuple[int, ...]
@@ -68,6 +79,8 @@ class ReleaseStatus:
     approved: str | None
     """What was approved last, and by whom; or what an approval is asked for."""
     shards: ShardStates
+    copies: ShardStates | None
+    """Of the cells that each shard reuses; None for a set that reuses none."""
     array: str
     array_path: str | None
     proved: bool | None
@@ -85,7 +98,14 @@ class ReleaseStatus:
         shards = {state: compact(numbers) for state, numbers in asdict(self.shards).items()}
         counts = {state: len(numbers) for state, numbers in asdict(self.shards).items()}
         finish = finish_time(self.seconds_left) if self.seconds_left else None
-        return {**asdict(self), "shards": shards, "shard_counts": counts, "finish": finish and finish.isoformat()}
+        copies = self.copies and {state: compact(numbers) for state, numbers in asdict(self.copies).items()}
+        return {
+            **asdict(self),
+            "shards": shards,
+            "shard_counts": counts,
+            "copies": copies,
+            "finish": finish and finish.isoformat(),
+        }
 
 
 def finish_time(seconds: float) -> datetime:
@@ -124,14 +144,18 @@ def show_status(url: str, name: str, release: str | None, *, as_json: bool) -> N
 
 def release_statuses(deployment: Deployment, found: RemoteSet, release: str | None = None) -> list[ReleaseStatus]:
     """Return the state of one release, or of those that have anything, in the order they were added."""
-    keys = [found.key(asset) for asset in (PLAN, APPROVAL, SHARDS, ARRAY)]
+    keys = [found.key(asset) for asset in (PLAN, APPROVAL, SHARDS, ARRAY, *([REUSED] if found.reuses else []))]
     nodes = deployment.ask(PARTITIONS, keys=keys)["assetNodes"]
     recorded = {node["assetKey"]["path"][1]: node["assetPartitionStatuses"] for node in nodes}
     states: dict[tuple[str, ...], str] = {
         **{(PLAN, partition): state for partition, state in _states(recorded.get(PLAN))},
         **{(APPROVAL, partition): state for partition, state in _states(recorded.get(APPROVAL))},
         **{(ARRAY, partition): state for partition, state in _states(recorded.get(ARRAY))},
-        **{(SHARDS, *keys): state for keys, state in _shard_states(recorded.get(SHARDS), found.releases)},
+        **{
+            (asset, *keys): state
+            for asset in (SHARDS, REUSED)
+            for keys, state in _shard_states(recorded.get(asset), found.releases)
+        },
     }
     active = list(latest(fetch_runs(deployment, found, {"statuses": sorted(QUEUED | RUNNING)})).values())
     # Dagster's record of partitions does not tell a run that waits from one that works.
@@ -173,21 +197,20 @@ def _release_status(
     array = materializations(deployment, found, ARRAY, [release]).get(release)
     checks = deployment.ask(CHECK, asset=found.key(ARRAY), release=release)["assetCheckExecutions"]
     going = find_going(deployment, found, release)
-    by_state: dict[str, list[int]] = {state.name: [] for state in fields(ShardStates)}
-    for shard, key in enumerate(found.shard_keys):
-        by_state[states.get((SHARDS, release, key), "missing")].append(shard)
+    copied = materializations(deployment, found, REUSED, partitions) if found.reuses else {}
     mine = [run for run in active if run.asset == SHARDS and run.partition in partitions]
     return ReleaseStatus(
         release=release,
         plan=states.get((PLAN, release), "missing"),
         approval=states.get((APPROVAL, release), "missing"),
         approved=approval_text(deployment, found, release),
-        shards=ShardStates(**{state: tuple(numbers) for state, numbers in by_state.items()}),
+        shards=ShardStates.of(SHARDS, release, found, states),
+        copies=ShardStates.of(REUSED, release, found, states) if found.reuses else None,
         array=states.get((ARRAY, release), "missing"),
         array_path=array.paths.get("array") if array else None,
         proved=PROVED.get(checks[0]["status"]) if checks else None,
         cells_planned=plan.numbers.get("cells") if plan else None,
-        cells_done=sum(one.numbers.get("cells", 0) for one in stored.values()),
+        cells_done=sum(one.numbers.get("cells", 0) for one in (*stored.values(), *copied.values())),
         backfill=going.id if going else None,
         seconds_left=_shards_left(deployment, found, stored, mine) if mine else 0.0,
     )
@@ -203,14 +226,12 @@ def _shards_left(
 
 def describe(found: RemoteSet, status: ReleaseStatus) -> str:
     """Return the lines that an operator reads."""
-    shards = [
-        f"{len(numbers)} {state} ({compact(numbers)})" for state, numbers in asdict(status.shards).items() if numbers
-    ]
     proved = {True: "yes", False: "no: materialize it again", None: "unknown"}[status.proved]
     lines = [
         f"{found.name} {status.release}",
         f"  plan    {status.plan}",
-        f"  shards  {len(found.shard_keys)}: {', '.join(shards)}",
+        f"  shards  {len(found.shard_keys)}: {status.shards}",
+        *([f"  copies  {len(found.shard_keys)}: {status.copies}"] if status.copies else []),
         f"  cells   {status.cells_done:,} of "
         + ("an unknown number" if status.cells_planned is None else f"{status.cells_planned:,}"),
         f"  array   {status.array}; proved: {proved}" + (f"; {status.array_path}" if status.array_path else ""),

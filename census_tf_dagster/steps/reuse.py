@@ -39,8 +39,8 @@ def find_source(job: Job) -> FoundSource:
     passed_over: list[str] = []
     for release_folder in job.store.list(set_folder):
         for entry in job.store.list(release_folder.rstrip("/")):
-            root = entry.rstrip("/")
-            name = "/".join(root.rsplit("/", 2)[1:])
+            name = "/".join(entry.rstrip("/").rsplit("/", 2)[1:])
+            root = f"{set_folder}/{name}"
             try:
                 identity = _stored_identity(job, root)
             except UserError as error:
