@@ -1,5 +1,6 @@
 """The demo: real formats, as their own readers and upstream's own command see them."""
 
+import base64
 import os
 import re
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 import anndata
 import cellxgene_census
 import cellxgene_census.experimental
+import dagster as dg
 import numpy as np
 import pytest
 
+from census_tf_dagster.assets.checks import CHECK, RULES
+from census_tf_dagster.assets.quality import CHECKS
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad, synthetic_organism
 from census_tf_dagster.errors import UserError
@@ -67,6 +71,33 @@ def test_the_demo_publishes_its_human_cells(demo: Path) -> None:
     info = cellxgene_census.experimental.get_embedding_metadata(str(array))
     assert (info["embedding_name"], info["census_version"], info["n_features"]) == ("demo_human", RELEASE, 64)
     assert (array.parent / "meta.yml").exists()
+
+
+def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
+    """As Dagster's event log has it after the demo's own run: pictures, coverage, and checks of array and shards."""
+    (folder,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/qc")
+    array, shards = (dg.AssetKey(["demo_human", name]) for name in ("embeddings_array", "shard_embeddings"))
+    with dg.DagsterInstance.from_config(str(demo / "demo-data" / "dagster_home")) as instance:
+        (record,) = instance.fetch_observations(array, limit=10).records
+        assert record.asset_observation is not None
+        shown = record.asset_observation.metadata
+        for picture in folder.glob("*.png"):
+            encoded = base64.b64encode(picture.read_bytes()).decode()
+            assert shown[picture.stem].value == f"![{picture.stem}](data:image/png;base64,{encoded})"
+        tissues = shown["coverage_by_tissue"].value
+        assert sum(row.data["embedded"] for row in tissues) == sum(row.data["cells"] for row in tissues) == 400
+        log = instance.event_log_storage
+        passed = {}
+        for key in [dg.AssetCheckKey(array, name) for name in (*CHECKS, *RULES, CHECK)]:
+            (evaluated,) = log.get_asset_check_execution_history(key, limit=10)
+            assert evaluated.evaluation is not None
+            passed[key.name] = evaluated.evaluation.passed
+        # There is no upstream beside the demo's Python; what lacks is said and does not hurt.
+        assert {name for name, one in passed.items() if not one} <= {"same_as_upstream"}
+        judged = log.get_asset_check_execution_history(dg.AssetCheckKey(shards, "same_as_upstream"), limit=10)
+        assert sorted(one.evaluation.partition for one in judged if one.evaluation) == [
+            f"{RELEASE}|{shard}" for shard in range(4)
+        ]
 
 
 def test_the_page_for_readers_runs(demo: Path) -> None:

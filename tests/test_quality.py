@@ -184,7 +184,7 @@ def test_colours_tell_cell_types_apart(good: Project) -> None:
     """Take the points' colours from the picture: as many strong ones as there are types, none in a shuffled place."""
     report = report_of(good)
     with Image.open(io.BytesIO(report.pictures["umap_cell_type"])) as image:
-        pixels = np.asarray(image.convert("RGB"))[100:-100, 60 : image.width // 2].reshape(-1, 3).astype(int)
+        pixels = np.asarray(image.convert("RGB"))[78:-78, 50 : image.width * 58 // 100].reshape(-1, 3).astype(int)
     wanted = [[int(shade[i : i + 2], 16) for i in (1, 3, 5)] for shade in pictures.PALETTE[:6]]
     near = [int((np.abs(pixels - shade).max(axis=1) < 40).sum()) for shade in wanted]
     assert min(near) > 200, near

@@ -15,8 +15,8 @@ from PIL import Image
 from census_tf_dagster.quality.measures import UNLABELLED
 
 MOST_BYTES = 150_000
-DPIS = (150, 125, 100, 80, 60)
-COLOURS = 160
+DPIS = (110, 100, 90, 75, 60)
+COLOURS = 255
 MOST_GROUPS = 18
 MOST_BARS = 12
 LONGEST_NAME = 40
@@ -141,7 +141,7 @@ def share_bars(
     """
     panels = [(heading, list(bars[:MOST_BARS])) for heading, bars in groups]
     longest = max(len(bars) for _, bars in panels)
-    figure, _ = _figure(11.0, 1.9 + 0.36 * longest, title, note, axes=False)
+    figure, _ = _figure(9.8, 1.9 + 0.36 * longest, title, note, axes=False)
     bottom, top = 0.75 / (1.9 + 0.36 * longest), 1 - 0.85 / (1.9 + 0.36 * longest)
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
     most = max([overall, *(share for _, bars in panels for _, share, _ in bars), 1e-3])
@@ -196,7 +196,9 @@ def _png(figure: Figure) -> bytes:
         drawn, sink = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=dpi)
         with Image.open(drawn) as image:
-            few = image.convert("RGB").quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            few = image.convert("RGB").quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+            # Paper stays white.
+            few.putpalette([255 if value > 252 else value for value in few.getpalette() or ()])
             few.save(sink, format="png", optimize=True)
         content = sink.getvalue()
         if len(content) <= MOST_BYTES:

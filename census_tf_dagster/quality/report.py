@@ -70,7 +70,8 @@ def read_about(storage: Storage, folder: str) -> dict[str, Any] | None:
         content = json.loads(storage.read(uri))
     except ValueError:
         return None
-    return content if isinstance(content, dict) else None
+    known = isinstance(content, dict) and isinstance(content.get("identity"), dict)
+    return content if known else None
 
 
 def read_distribution(storage: Storage, folder: str) -> Distribution | None:

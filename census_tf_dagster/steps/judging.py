@@ -94,12 +94,9 @@ def _not_done(shard: int, bound: float, error: Exception) -> Callable[[], Judgem
 
 
 def _choose(job: Job, plan: Plan, shard: int) -> npt.NDArray[np.int64]:
-    """Choose one cell of each of some megabatches, spread over the shard; of a small shard several."""
+    """Choose some cells out of megabatches that are spread over the shard, the same ones every time."""
     batches = to_compute(plan.shard(shard))
+    spread = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, CELLS).astype(int))]
+    ids = np.concatenate(plan.read_ids(job.store, spread))
     rng = np.random.default_rng([SEED, shard])
-    chosen = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, CELLS).astype(int))]
-    share = -(-CELLS // len(chosen))
-    ids = plan.read_ids(job.store, chosen)
-    found = np.sort(np.concatenate([rng.choice(one, min(share, len(one)), replace=False) for one in ids]))
-    chosen_ids: npt.NDArray[np.int64] = found[np.unique(np.linspace(0, len(found) - 1, CELLS).astype(int))]
-    return chosen_ids
+    return np.sort(rng.choice(ids, min(CELLS, len(ids)), replace=False))

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.names import require_name
 from census_tf_dagster.quality import measures, pictures, verdicts
 from census_tf_dagster.quality.coverage import JoinidSet, ObsSummary, read_obs
 from census_tf_dagster.quality.judgement import Judgement
@@ -152,12 +151,13 @@ def _previous(job: Job) -> tuple[str, Distribution] | None:
         for folder in job.store.list(release):
             qc = f"{folder.rstrip('/')}/qc"
             about = read_about(job.store, qc)
-            theirs: Mapping[str, Any] = (about or {}).get("identity", {})
-            built = str(theirs.get("census_build_date", ""))
-            if about and built < job.identity.census_build_date and all(theirs.get(k) == mine[k] for k in SAME_MODEL):
+            if about is None:
+                continue
+            theirs: Mapping[str, Any] = about["identity"]
+            built = str(theirs.get("census_build_date"))
+            if built < job.identity.census_build_date and all(theirs.get(name) == mine[name] for name in SAME_MODEL):
                 earlier.append((built, str(about.get("made_at")), str(about.get("release")), qc))
     for _, _, name, qc in sorted(earlier, reverse=True):
-        require_name(name, "release")
         if (found := read_distribution(job.store, qc)) and found.means.shape[1:] == (job.identity.embedding_dim,):
             return name, found
     return None
