@@ -1,9 +1,10 @@
 """The component behind a set's YAML: organism x model, from which the three assets come."""
 
+import ast
 from typing import Literal, Self
 
 import dagster as dg
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
 from census_tf_dagster.assets.embeddings_array import build_embeddings_array
@@ -14,6 +15,9 @@ from census_tf_dagster.placement import Placement, read_placement, shard_tags
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 
+FILTER = "is_primary_data == True and tissue_general in ['blood', 'lung']"
+"""An example of what SOMA's parser takes."""
+
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
 
@@ -22,11 +26,12 @@ class EmbeddingSet(dg.Component, dg.Model):
     """An embedding set: one organism, one TranscriptFormer checkpoint, and how cells are embedded with it."""
 
     name: str = Field(
-        pattern=NAME, description="Name of the set: asset key prefix, asset group and folder in the store."
+        pattern=NAME,
+        description="Name of the set (letters, digits and _): asset key prefix, asset group and folder in the store.",
     )
     organism: str = Field(pattern=NAME, description="Key of the organism under census_data, such as homo_sapiens.")
     checkpoint: str = Field(
-        description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
+        min_length=1, description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
     )
     pretrained_embeddings: list[str] = Field(
         default_factory=list,
@@ -58,6 +63,13 @@ class EmbeddingSet(dg.Component, dg.Model):
     placement: Placement | None = Field(
         default=None, description="Which node a shard runs on, where it differs from the deployment's placement.yaml."
     )
+
+    @field_validator("value_filter")
+    @classmethod
+    def _filter_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_filter(value)
+        return value
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
@@ -101,3 +113,26 @@ class EmbeddingSet(dg.Component, dg.Model):
             ],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings)],
         )
+
+
+def check_filter(text: str) -> None:
+    """Refuse a filter that SOMA's parser cannot take, whatever columns there are.
+
+    Raises
+    ------
+    ValueError
+        Naming the part. Only a Census can say whether a column exists: planning does.
+    """
+    try:
+        pending: list[ast.AST] = [ast.parse(text, mode="eval").body]
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"no SOMA filter ({getattr(error, 'msg', error)}); expected such as: {FILTER}") from error
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.BoolOp):
+            pending += node.values
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
+            pending += [node.left, node.right]
+        elif not isinstance(node, ast.Compare) or any(isinstance(one, ast.Is | ast.IsNot) for one in node.ops):
+            part = ast.get_source_segment(text, node)
+            raise ValueError(f"no SOMA filter: {part!r} compares nothing; expected such as: {FILTER}")
