@@ -1,7 +1,7 @@
 """The component behind a set's YAML: organism x model, from which the three assets come."""
 
 import ast
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import dagster as dg
 from pydantic import BaseModel, Field, field_validator
@@ -20,6 +20,8 @@ FILTER = "is_primary_data == True and tissue_general in ['blood', 'lung']"
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
+
+Owner = Annotated[str, Field(pattern=r"^(team:[A-Za-z0-9_-]+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 
 
 class EmbeddingSet(dg.Component, dg.Model):
@@ -56,6 +58,9 @@ class EmbeddingSet(dg.Component, dg.Model):
         description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
+    owners: list[Owner] = Field(
+        default_factory=list, description="Whom Dagster shows as owners: addresses, or teams as `team:name`."
+    )
     publication: Publication | None = Field(
         default=None,
         description="What the array says of itself once it is published (CxG_embedding_info). May be added later.",
@@ -99,6 +104,7 @@ class EmbeddingSet(dg.Component, dg.Model):
             storage_precision=self.storage_precision,
             device=self.device,
             publication=self.publication,
+            owners=tuple(self.owners),
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:

@@ -27,3 +27,4 @@ class SetSettings:
     storage_precision: str
     device: str
     publication: Publication | None
+    owners: tuple[str, ...] = ()
