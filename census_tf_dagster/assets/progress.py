@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from census_tf_dagster.assets.common import asset_key
+from census_tf_dagster.durations import duration
 from census_tf_dagster.settings import SetSettings
 
 RELEASE_EVERY_SECONDS = 60.0
@@ -53,20 +54,12 @@ def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release
             "cells": planned,
             "done": f"{cells / planned:.1%}" if planned else "unknown",
             "cells_per_second": round(rate, 1),
-            "time_left": readable((planned - cells) / rate) if rate else "unknown",
+            "time_left": duration((planned - cells) / rate) if rate else "unknown",
             "shards_done": f"{len(done)} of {settings.shards}",
             "shards_running": len(running),
             "limited_by": ", ".join(f"{stage} in {count} shards" for stage, count in limits.most_common()) or "unknown",
         },
     )
-
-
-def readable(seconds: float) -> str:
-    """Return a time span as a person reads it."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _plan(settings: SetSettings) -> dg.AssetKey:

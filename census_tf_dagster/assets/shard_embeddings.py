@@ -17,7 +17,8 @@ from census_tf_dagster.assets.common import (
     final_failure,
     partition_job,
 )
-from census_tf_dagster.assets.progress import observe_release, readable
+from census_tf_dagster.assets.progress import observe_release
+from census_tf_dagster.durations import duration
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -81,7 +82,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
             rate, left = progress.cells_per_second(), progress.seconds_left()
             limit = progress.times.limit()
             context.log.info(
-                f"{done:,} of {progress.cells:,} cells, {rate:,.1f} cells/s, {readable(left)} left, limited by {limit}"
+                f"{done:,} of {progress.cells:,} cells, {rate:,.1f} cells/s, {duration(left)} left, limited by {limit}"
             )
             if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
                 observed = time.monotonic()
@@ -90,7 +91,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                     "cells": progress.cells,
                     "cells_per_second": round(rate, 2),
                     "seconds_left": round(left),
-                    "time_left": readable(left),
+                    "time_left": duration(left),
                     "limited_by": limit,
                 }
                 context.log_event(dg.AssetObservation(asset_key=key, partition=str(keys), metadata=metadata))
