@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,20 @@ from census_tf_dagster.errors import DirectoryError, UserError
 if TYPE_CHECKING:
     import dagster as dg
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended."""
+WATCH_SECONDS = 10.0
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="python -m census_tf_dagster",
+        usage="%(prog)s COMMAND [-h] ...",
         description="TranscriptFormer embeddings of CELLxGENE Census releases, as Dagster assets.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
 
     demo = commands.add_parser(
         "demo",
@@ -43,7 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
-    release = commands.add_parser("release", help="add or list Census releases")
+    check = commands.add_parser(
+        "check",
+        help="judge the YAML of sets: every mistake with its file, line, value and remedy",
+        epilog="example: python -m census_tf_dagster check census_tf_dagster/defs",
+    )
+    check.add_argument("sets", nargs="?", type=Path, help="folder of sets; without: this deployment's")
+    check.set_defaults(run=_check)
+
+    release = commands.add_parser(
+        "release",
+        help="add or list Census releases",
+        epilog="example: python -m census_tf_dagster release list",
+    )
     actions = release.add_subparsers(dest="action", required=True)
     add = actions.add_parser(
         "add",
@@ -51,9 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python -m census_tf_dagster release add 2025-11-08",
     )
     add.add_argument("name", help="name of the release")
-    add.set_defaults(run=lambda arguments: add_release(arguments.name))
-    listing = actions.add_parser("list", help="show the releases that were added")
-    listing.set_defaults(run=lambda _: list_releases())
+    add.set_defaults(run=lambda arguments: add_release(arguments.name, as_json=arguments.json))
+    listing = actions.add_parser(
+        "list",
+        help="show the releases that were added",
+        epilog="example: python -m census_tf_dagster release list --json",
+    )
+    listing.set_defaults(run=lambda arguments: list_releases(as_json=arguments.json))
 
     launch = commands.add_parser(
         "launch",
@@ -95,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     status.add_argument("set", help="name of the set")
     status.add_argument("release", nargs="?", help="name of the release; without: every one that has anything")
-    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.add_argument("--watch", action="store_true", help="show it again every 10 seconds, until Ctrl-C")
     status.set_defaults(run=_status)
 
     canary = commands.add_parser(
@@ -112,7 +135,6 @@ def build_parser() -> argparse.ArgumentParser:
     canary.add_argument("release", help="name of the release")
     canary.add_argument("--cells", type=int, default=256, help="how many cells (default: 256)")
     canary.add_argument("--oracle", type=Path, help="upstream's transcriptformer command, in an environment of its own")
-    canary.add_argument("--json", action="store_true", help="print one JSON object")
     canary.set_defaults(run=_canary)
 
     verify = commands.add_parser(
@@ -127,7 +149,6 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("set", help="name of the set")
     verify.add_argument("release", help="name of the release")
     verify.add_argument("--full", action="store_true", help="read every value again")
-    verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser(
@@ -136,7 +157,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python -m census_tf_dagster inspect demo-data/store",
     )
     inspect.add_argument("store", nargs="?", help="folder or S3 prefix; without: this deployment's")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
     remove = commands.add_parser(
@@ -159,16 +179,42 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python -m census_tf_dagster prune --confirm 0123456789ab",
     )
     prune.add_argument("--confirm", metavar="WORD", help="as shown without it: do it to exactly those")
-    prune.add_argument("--json", action="store_true", help="print one JSON object")
     prune.set_defaults(run=_prune)
 
+    for command in (check, add, listing, launch, status, canary, verify, inspect, remove, prune):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
     for command in (launch, approve, status):
         command.add_argument(
             "--url",
             default=os.environ.get("CENSUS_TF_DAGSTER_URL", "http://127.0.0.1:3000"),
             help="address of the deployment's webserver (default: CENSUS_TF_DAGSTER_URL, else %(default)s)",
         )
+    parser.epilog = _grouped(commands)
     return parser
+
+
+GROUPS = {
+    "try it": ("demo", "check", "canary"),
+    "run releases": ("release", "launch", "status"),
+    "look after arrays": ("verify", "inspect", "remove"),
+}
+
+
+def _grouped(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> str:
+    """Return the list of commands as a person reads it; one that is in no group comes last."""
+    meanings = {one.dest: one.help for one in commands._get_subactions()}
+    grouped = {name for names in GROUPS.values() for name in names}
+    groups = {**GROUPS, "more": tuple(name for name in meanings if name not in grouped)}
+    lines = []
+    for title, names in groups.items():
+        lines += [f"{title}:", *(f"  {name:<10} {meanings[name]}" for name in names if name in meanings), ""]
+    return "\n".join(
+        [
+            *(lines if groups["more"] else lines[:-2]),
+            "COMMAND --help shows arguments and an example; --json prints one JSON object, progress goes to stderr.",
+            "Exit codes: 0 all is well, 1 something is wrong and was printed, 2 wrong arguments, 130 interrupted.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +225,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, DirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code or 0
+
+
+def _say(text: str) -> None:
+    """Tell a person what goes on, beside what a script reads."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from census_tf_dagster.definitions import load_settings, sets_folder
+    from census_tf_dagster.set_files import find_problems
+
+    folder = arguments.sets or sets_folder()
+    problems = find_problems(folder)
+    if arguments.json:
+        found = [{**asdict(one), "file": str(one.file)} for one in problems]
+        print(json.dumps({"sets": str(folder), "problems": found}))
+    elif problems:
+        print("\n".join(map(str, problems)), file=sys.stderr)
+    else:
+        names = sorted(load_settings(folder))
+        print(f"{folder}: {len(names)} set{'s' if len(names) > 1 else ''} without a mistake: {', '.join(names)}")
+    return int(bool(problems))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -196,9 +267,13 @@ def _launch(arguments: argparse.Namespace) -> int:
 
         shards = parse_shards(arguments.shards) if arguments.shards else None
         with deployed_job(arguments.set, arguments.release) as job:
+            _say(f"reading obs of {job.release.uri}; minutes for a whole Census")
             measured = measured_shards(arguments.url, arguments.set)
-            print(describe(dry_run(job, shards, recompute=arguments.recompute, measured=measured)))
+            result = dry_run(job, shards, recompute=arguments.recompute, measured=measured)
+        print(json.dumps(asdict(result)) if arguments.json else describe(result))
         return 0
+    if arguments.json and arguments.wait:
+        raise UserError("launch --json goes with --dry-run or --no-wait; `status --json` says how far a launch is.")
     from census_tf_dagster.operate.launch import LaunchRequest, launch
 
     request = LaunchRequest(
@@ -207,6 +282,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         shards=arguments.shards,
         recompute=arguments.recompute,
         wait=arguments.wait,
+        as_json=arguments.json,
     )
     return launch(arguments.url, request)
 
@@ -220,7 +296,12 @@ def _approve(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.operate.status import show_status
 
-    show_status(arguments.url, arguments.set, arguments.release, as_json=arguments.json)
+    while True:
+        show_status(arguments.url, arguments.set, arguments.release, as_json=arguments.json)
+        if not arguments.watch:
+            return
+        time.sleep(WATCH_SECONDS)
+        print(flush=True)
 
 
 def _canary(arguments: argparse.Namespace) -> None:
@@ -228,7 +309,7 @@ def _canary(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.steps.canary import run_canary
 
     with deployed_job(arguments.set, arguments.release) as job:
-        result = run_canary(job, arguments.cells, arguments.oracle)
+        result = run_canary(job, arguments.cells, arguments.oracle, _say)
     if arguments.json:
         print(json.dumps(asdict(result)))
         return
@@ -244,7 +325,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from census_tf_dagster.steps.finishing import RuleError, verify_array
 
     def show(done: int, of: int) -> None:
-        print(f"read {done} of {of} shards again", file=sys.stderr)
+        _say(f"read {done} of {of} shards again")
 
     with deployed_job(arguments.set, arguments.release) as job:
         try:
@@ -267,16 +348,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     resource = store_resource()
     store = normalise(arguments.store) if arguments.store else resource.uri()
-    holdings = list(inspect_store(store, resource.storage()))
-    if arguments.json:
-        print(json.dumps({"store": store, "holdings": [asdict(holding) for holding in holdings]}))
-        return
-    print(f"{store}: {len(holdings)} arrays")
-    for one in holdings:
-        print(
-            f"{one.set}/{one.release}/{one.identity}  {one.shards_done}/{one.shards} shards  "
-            f"{one.cells_stored:,}/{one.cells_planned:,} cells  {one.bytes:,} bytes  {one.state} {one.problem}".rstrip()
-        )
+    holdings = []
+    for one in inspect_store(store, resource.storage()):
+        holdings.append(asdict(one))
+        if not arguments.json:
+            cells = f"{one.cells_stored:,}/{one.cells_planned:,} cells  {one.bytes:,} bytes"
+            line = f"{one.set}/{one.release}/{one.identity}  {one.shards_done}/{one.shards} shards  {cells}"
+            print(f"{line}  {one.state} {one.problem}".rstrip(), flush=True)
+    print(json.dumps({"store": store, "holdings": holdings}) if arguments.json else f"{store}: {len(holdings)} arrays")
 
 
 def _remove(arguments: argparse.Namespace) -> None:
@@ -285,7 +364,8 @@ def _remove(arguments: argparse.Namespace) -> None:
 
     resource = store_resource()
     names = (arguments.set, arguments.release, arguments.identity)
-    print("removed", remove_release(resource.uri(), resource.storage(), *names, arguments.confirm))
+    removed = remove_release(resource.uri(), resource.storage(), *names, arguments.confirm)
+    print(json.dumps({"removed": "/".join(names)}) if arguments.json else f"removed {removed}")
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -318,7 +398,7 @@ def _instance() -> "dg.DagsterInstance":
     return dg.DagsterInstance.get()
 
 
-def add_release(name: str) -> None:
+def add_release(name: str, *, as_json: bool = False) -> None:
     """Add a release's partition to the Dagster instance of DAGSTER_HOME, if its Census exists."""
     from census_tf_dagster.definitions import census_resource
     from census_tf_dagster.partitions import RELEASES
@@ -331,13 +411,20 @@ def add_release(name: str) -> None:
     with _instance() as instance:
         known = name in instance.get_dynamic_partitions(str(RELEASES.name))
         instance.add_dynamic_partitions(str(RELEASES.name), [name])
-    print(f"release {name} was there already" if known else f"release {name} added", f"({uri})")
+    if as_json:
+        print(json.dumps({"release": name, "added": not known, "census": uri}))
+    else:
+        print(f"release {name} was there already" if known else f"release {name} added", f"({uri})")
 
 
-def list_releases() -> None:
+def list_releases(*, as_json: bool = False) -> None:
     """Print the releases that were added, one a line."""
     from census_tf_dagster.partitions import RELEASES
 
     with _instance() as instance:
-        for name in instance.get_dynamic_partitions(str(RELEASES.name)):
+        names = list(instance.get_dynamic_partitions(str(RELEASES.name)))
+    if as_json:
+        print(json.dumps({"releases": names}))
+    else:
+        for name in names:
             print(name)

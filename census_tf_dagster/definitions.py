@@ -40,6 +40,7 @@ from census_tf_dagster.placement import read_placement
 from census_tf_dagster.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.retention import Retention, build_retention, read_retention
+from census_tf_dagster.set_files import require_right_files
 from census_tf_dagster.settings import SetSettings
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def load_sets(folder: Path) -> dg.Definitions:
     Raises
     ------
     UserError
-        When there is none.
+        When there is none, or with every mistake in them.
     """
     with _component_tree(folder) as tree:
         return tree.build_defs()
@@ -67,8 +68,7 @@ def load_settings(folder: Path) -> dict[str, SetSettings]:
 
 @contextmanager
 def _component_tree(folder: Path) -> Iterator[dg.ComponentTree]:
-    if not list(folder.glob("*/defs.yaml")):
-        raise UserError(f"no sets in {folder}: expected files such as {folder}/human_tf_sapiens/defs.yaml.")
+    require_right_files(folder)
     # The folder may be mounted from anywhere; Dagster's component loader wants it to be a package.
     package = ModuleType("census_tf_sets")
     package.__file__ = None

@@ -1,9 +1,10 @@
 """The component behind a set's YAML: organism x model, from which its assets come."""
 
-from typing import Literal, Self
+import ast
+from typing import Annotated, Literal, Self
 
 import dagster as dg
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from census_tf_dagster.assets.approval import build_approval
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
@@ -20,19 +21,25 @@ from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 from census_tf_dagster.spending import Budget, Spending
 
+FILTER = "is_primary_data == True and tissue_general in ['blood', 'lung']"
+"""An example of what SOMA's parser takes."""
+
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
+
+Owner = Annotated[str, Field(pattern=r"^(team:[A-Za-z0-9_-]+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 
 
 class EmbeddingSet(dg.Component, dg.Model):
     """An embedding set: one organism, one TranscriptFormer checkpoint, and how cells are embedded with it."""
 
     name: str = Field(
-        pattern=NAME, description="Name of the set: asset key prefix, asset group and folder in the store."
+        pattern=NAME,
+        description="Name of the set (letters, digits and _): asset key prefix, asset group and folder in the store.",
     )
     organism: str = Field(pattern=NAME, description="Key of the organism under census_data, such as homo_sapiens.")
     checkpoint: str = Field(
-        description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
+        min_length=1, description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
     )
     checkpoint_fingerprint: str | None = Field(
         default=None,
@@ -77,6 +84,9 @@ class EmbeddingSet(dg.Component, dg.Model):
         description="Whether new releases start by themselves: off, on, or {budget: US dollars a release}; what costs "
         "more waits for a person's approval.",
     )
+    owners: list[Owner] = Field(
+        default_factory=list, description="Whom Dagster shows as owners: addresses, or teams as `team:name`."
+    )
     publication: Publication | None = Field(
         default=None,
         description="What the array says of itself once it is published (CxG_embedding_info). May be added later.",
@@ -84,6 +94,13 @@ class EmbeddingSet(dg.Component, dg.Model):
     placement: Placement | None = Field(
         default=None, description="Which node a shard runs on, where it differs from the deployment's placement.yaml."
     )
+
+    @field_validator("value_filter")
+    @classmethod
+    def _filter_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_filter(value)
+        return value
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
@@ -123,6 +140,7 @@ class EmbeddingSet(dg.Component, dg.Model):
             spending=self._spending(effective(self.placement, deployment)),
             gene_order=self.gene_order,
             reuse=self.reuse,
+            owners=tuple(self.owners),
         )
 
     def _spending(self, nodes: Placement) -> Spending:
@@ -157,3 +175,26 @@ class EmbeddingSet(dg.Component, dg.Model):
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
         )
+
+
+def check_filter(text: str) -> None:
+    """Refuse a filter that SOMA's parser cannot take, whatever columns there are.
+
+    Raises
+    ------
+    ValueError
+        Naming the part. Only a Census can say whether a column exists: planning does.
+    """
+    try:
+        pending: list[ast.AST] = [ast.parse(text, mode="eval").body]
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"no SOMA filter ({getattr(error, 'msg', error)}); expected such as: {FILTER}") from error
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.BoolOp):
+            pending += node.values
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
+            pending += [node.left, node.right]
+        elif not isinstance(node, ast.Compare) or any(isinstance(one, ast.Is | ast.IsNot) for one in node.ops):
+            part = ast.get_source_segment(text, node)
+            raise ValueError(f"no SOMA filter: {part!r} compares nothing; expected such as: {FILTER}")

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.spending import GpuType
+from census_tf_dagster.yaml_problems import Problem, model_problems, read_documents, show
 
 FILE = "placement.yaml"
 """In the folder of sets."""
@@ -63,10 +63,12 @@ class Ecs(_Strict):
 class Toleration(_Strict):
     """A taint that pods of shards tolerate."""
 
-    key: Name
-    operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    key: Name = Field(description="The taint's key.")
+    operator: Literal["Exists", "Equal"] = Field(default="Exists", description="Equal: `value` must be the taint's.")
+    value: str | None = Field(default=None, description="The taint's value, for Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="The taint's effect; left out: any."
+    )
 
 
 class NodeKind(_Strict):
@@ -188,18 +190,29 @@ def read_placement(folder: Path) -> Placement | None:
     Raises
     ------
     UserError
-        Naming the file, the entry and what is wrong with it.
+        Naming file, line, value and remedy of each mistake.
     """
+    problems = placement_problems(folder)
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
     path = folder / FILE
     if not path.exists():
         return None
-    try:
-        return Placement.model_validate_json(json.dumps(yaml.safe_load(path.read_text())))
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path} is no YAML mapping: {error}") from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'file'}: {one['msg']}" for one in error.errors())
-        raise UserError(f"{path}: {problems}") from error
+    return Placement.model_validate(read_documents(path)[0][0].value)
+
+
+def placement_problems(folder: Path) -> list[Problem]:
+    """Return what is wrong in the placement of a deployment; nothing when it has none."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    documents, problems = read_documents(path)
+    if problems:
+        return problems
+    if len(documents) != 1 or not isinstance(documents[0].value, dict):
+        found = documents[0].value if len(documents) == 1 else f"{len(documents)} documents"
+        return [Problem(path, 1, f"the file is {show(found)}", "It should be one mapping; docs/placement.md shows it.")]
+    return [*documents[0].repeated_keys(), *model_problems(documents[0], Placement, documents[0].value)]
 
 
 def shard_tags(device: str, own: Placement | None, deployment: Placement | None) -> dict[str, str]:

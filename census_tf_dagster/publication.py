@@ -31,9 +31,9 @@ class Contact(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Text
-    email: str = Field(pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$")
-    affiliation: Text
+    name: Text = Field(description="Their name.")
+    email: str = Field(pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$", description="An address such as ada@example.org.")
+    affiliation: Text = Field(description="Where they work.")
 
 
 class Publication(BaseModel):
@@ -43,12 +43,12 @@ class Publication(BaseModel):
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Accession, such as CxG-contrib-17.")
     embedding_name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Short name that users ask for.")
-    title: Text = Field(max_length=127)
+    title: Text = Field(max_length=127, description="One line, at most 127 characters.")
     description: Text = Field(max_length=2047, description="The method, and what the embeddings are good for.")
-    primary_contact: Contact
-    additional_contacts: tuple[Contact, ...] = ()
+    primary_contact: Contact = Field(description="Who answers questions.")
+    additional_contacts: tuple[Contact, ...] = Field(default=(), description="Others who do.")
     DOI: str = Field(default="", pattern=r"^(10\.\d{4,9}/\S+)?$", description="A bare DOI, not a URL.")
-    additional_information: str = ""
+    additional_information: str = Field(default="", description="Anything more, as text.")
     model_link: Annotated[str, BeforeValidator(_link)] = Field(default="", description="URL of the model.")
     submission_date: Annotated[str, BeforeValidator(_iso_date)] | None = Field(
         default=None, description="YYYY-MM-DD; left out: the day on which the array is finished."

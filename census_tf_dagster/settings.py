@@ -32,3 +32,4 @@ class SetSettings:
     spending: Spending = field(default_factory=Spending)
     gene_order: Literal["census", "vocabulary"] = "census"
     reuse: bool = False
+    owners: tuple[str, ...] = ()

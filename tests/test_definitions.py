@@ -77,13 +77,7 @@ def test_every_field_has_a_line_of_help_and_the_stated_default() -> None:
 
 BAD = [
     ("shards", "four", "'four' is not of type 'integer'"),
-    ("shards", 0, "0 is less than the minimum of 1"),
-    ("mod", 0, "less than the minimum"),
-    ("megabatch_size", -1, "less than the minimum"),
     ("device", "tpu", "'tpu' is not one of ['cuda', 'cpu']"),
-    ("compute_precision", "fp8", "'fp8' is not one of"),
-    ("storage_precision", "fp16", "'fp16' is not one of"),
-    ("name", "../else", "does not match"),
     ("organism", "homo sapiens", "does not match"),
     ("auto_start", "maybe", "is not valid under any of the given schemas"),
     ("auto_start", {"budget": 0}, "is not valid under any of the given schemas"),
@@ -126,7 +120,7 @@ def write_wrong(path: Path, field: str, value: object) -> int:
     return next(i for i, text in enumerate(path.read_text().splitlines(), 1) if text.startswith(f"  {field}:"))
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [BAD[0], BAD[4], BAD[-1]])
+@pytest.mark.parametrize(("field", "value", "message"), BAD)
 def test_dg_check_shows_a_wrong_field_with_its_line(checkable: Path, field: str, value: object, message: str) -> None:
     line = write_wrong(checkable, field, value)
     done = check_yaml(checkable)
@@ -135,34 +129,9 @@ def test_dg_check_shows_a_wrong_field_with_its_line(checkable: Path, field: str,
     assert f":{line}" in done.stdout
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, value, _ in BAD])
-def test_loading_shows_a_wrong_field_with_its_line(checkable: Path, field: str, value: object) -> None:
-    line = write_wrong(checkable, field, value)
-    with pytest.raises(Exception, match="one") as caught:
-        load_sets(checkable.parent.parent)
-    error: BaseException | None = caught.value
-    chain = []
-    while error is not None:
-        chain.append(str(error))
-        error = error.__cause__
-    assert f"defs.yaml:{line}" in "".join(chain)
-
-
-def test_loading_shows_a_wrong_entry_of_a_placement_with_its_line(checkable: Path) -> None:
-    line = write_wrong(checkable, "placement", {"gpu": 1}) + 1
-    with pytest.raises(Exception, match="one") as caught:
-        load_sets(checkable.parent.parent)
-    assert f"`attributes.placement.gpu at {checkable}:{line}`" in str(caught.value.__cause__)
-
-
 def test_templates_in_texts_are_resolved(checkable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELS", "/models")
     write(checkable, checkpoint="{{ env.MODELS }}/tf_exemplar", name="templated")
     (asset, *_) = load_sets(checkable.parent.parent).assets or ()
     assert isinstance(asset, dg.AssetsDefinition)
     assert asset.key.path[0] == "templated"
-
-
-def test_no_sets_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no sets in"):
-        load_sets(tmp_path)

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 
+from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_going, start
 from census_tf_dagster.operate.graphql import Deployment, expect
@@ -24,7 +25,6 @@ from census_tf_dagster.operate.launch import LaunchRequest, launch
 from census_tf_dagster.operate.runs import Materialization, Run, fetch_runs, seconds_left
 from census_tf_dagster.operate.sets import find_set
 from census_tf_dagster.operate.shards import compact, parse_shards
-from census_tf_dagster.operate.status import duration
 from census_tf_dagster.steps.embedding import embed_shard
 from census_tf_dagster.steps.finishing import finish_array
 from census_tf_dagster.steps.planning import make_plan

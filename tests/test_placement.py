@@ -100,19 +100,19 @@ def test_a_kind_of_purchase_without_nodes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gpu": 1}, "gpu: Extra inputs are not permitted"),
-        ({"gpus": "1"}, "gpus: Input should be a valid integer"),
-        ({"purchase": "cheap"}, "purchase: Input should be 'on_demand' or 'spot'"),
-        ({"ecs": {"task_definition": "x"}}, "ecs.capacity_providers: Field required"),
-        ({"ecs": PLACEMENT["ecs"] | {"launch_type": "EC2"}}, "ecs.launch_type: Extra inputs"),
-        ({"memory_gib": 0}, "memory_gib: Input should be greater than or equal to 1"),
+        ({"gpu": 1}, "gpu is unknown. Did you mean gpus?"),
+        ({"gpus": "1"}, "gpus is '1'. It should be a valid integer"),
+        ({"purchase": "cheap"}, "purchase is 'cheap'. It should be 'on_demand' or 'spot'"),
+        ({"ecs": {"task_definition": "x"}}, "ecs.capacity_providers is missing"),
+        ({"ecs": PLACEMENT["ecs"] | {"launch_type": "EC2"}}, "ecs.launch_type is unknown"),
+        ({"memory_gib": 0}, "memory_gib is 0. It should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     declare(tmp_path, **changes)
     with pytest.raises(UserError) as caught:
         read_placement(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / FILE}: ")
+    assert str(caught.value).startswith(f"{tmp_path / FILE}:")
     assert message in str(caught.value)
 
 

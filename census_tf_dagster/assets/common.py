@@ -3,20 +3,58 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import dagster as dg
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.identity import NUMERIC_VERSION
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
 
 if TYPE_CHECKING:
     from census_tf_dagster.steps.job import Job
 
+MODEL_PAGE = "https://github.com/czi-ai/transcriptformer"
+
 
 def asset_key(settings: SetSettings, name: str) -> dg.AssetKey:
     """Return the key of one of a set's assets: set/name."""
     return dg.AssetKey([settings.name, name])
+
+
+CODE_VERSION = str(NUMERIC_VERSION)
+"""Of all assets: raised when values may change, so the interface shows which partitions an older one made."""
+
+
+def asset_tags(settings: SetSettings) -> dict[str, str]:
+    """Return what assets are found by in the interface."""
+    return {"census_tf/organism": settings.organism, "census_tf/compute_precision": settings.compute_precision}
+
+
+def asset_metadata(settings: SetSettings) -> dict[str, Any]:
+    """Return what the page of an asset says of its set, for a person."""
+    facts: dict[str, Any] = {
+        "checkpoint": settings.checkpoint,
+        "cells": settings.value_filter or "all of the organism",
+        "precision": f"computed in {settings.compute_precision}, stored as {settings.storage_precision}",
+        "census": dg.MetadataValue.url("https://chanzuckerberg.github.io/cellxgene-census/"),
+        "model": dg.MetadataValue.url(MODEL_PAGE),
+    }
+    if settings.mod > 1:
+        facts["trial"] = f"only 1 joinid in {settings.mod}"
+    if settings.publication is not None and settings.publication.model_link:
+        facts["model"] = dg.MetadataValue.url(settings.publication.model_link)
+    return facts
+
+
+def console_link(uri: str, store: StoreResource) -> dict[str, Any]:
+    """Return a link to AWS's console for what is there."""
+    if not uri.startswith("s3://") or store.s3_endpoint:
+        return {}
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    page = f"https://s3.console.aws.amazon.com/s3/buckets/{bucket}?prefix={quote(prefix)}/"
+    return {"console": dg.MetadataValue.url(page)}
 
 
 NO_RETRY_TAG = "dagster/retry_on_asset_or_op_failure"

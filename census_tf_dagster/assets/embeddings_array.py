@@ -1,9 +1,20 @@
 """The asset `embeddings_array`: one partition per release, materialized only when proved."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import dagster as dg
 
 from census_tf_dagster.assets.checks import evaluations
-from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
+from census_tf_dagster.assets.common import (
+    CODE_VERSION,
+    asset_key,
+    asset_metadata,
+    asset_tags,
+    console_link,
+    final_failure,
+    partition_job,
+)
 from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.partitions import BY_RELEASE, RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
@@ -23,6 +34,10 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
     @dg.asset(
         key=asset_key(settings, "embeddings_array"),
         group_name=settings.name,
+        owners=list(settings.owners),
+        code_version=CODE_VERSION,
+        tags=asset_tags(settings),
+        metadata=asset_metadata(settings),
         partitions_def=RELEASES,
         deps=[
             dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE)
@@ -61,9 +76,17 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
                 "shards_read_again": len(summary.read_again),
                 "plan": summary.totals.plan,
                 "identity": summary.identity,
-                "published": dg.MetadataValue.json(summary.published) if summary.published else "no",
+                "published": published_as(summary.published),
                 "array": dg.MetadataValue.path(summary.uri),
+                **console_link(summary.uri, store),
             },
         )
 
     return embeddings_array
+
+
+def published_as(info: "Mapping[str, Any] | None") -> str:
+    """Say in a line what the array says of itself; the whole stands in meta.yml beside it."""
+    if not info:
+        return "no: the set's YAML has no `publication`"
+    return f"{info['embedding_name']}: {info['title']} ({info['id']})"

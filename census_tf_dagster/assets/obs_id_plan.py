@@ -3,7 +3,14 @@
 import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
-from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.common import (
+    CODE_VERSION,
+    asset_key,
+    asset_metadata,
+    asset_tags,
+    console_link,
+    partition_job,
+)
 from census_tf_dagster.assets.gate import cost_metadata, last_shards
 from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.names import is_local
@@ -19,6 +26,10 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
     @dg.asset(
         key=asset_key(settings, "obs_id_plan"),
         group_name=settings.name,
+        owners=list(settings.owners),
+        code_version=CODE_VERSION,
+        tags=asset_tags(settings),
+        metadata=asset_metadata(settings),
         partitions_def=RELEASES,
         kinds={"tiledb", "parquet"},
         automation_condition=once_for_new_partitions(settings.spending),
@@ -89,6 +100,8 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "plan": totals.plan,
                 "identity": summary.identity,
                 "folder": dg.MetadataValue.path(summary.root),
+                "census": dg.MetadataValue.path(job.release.uri),
+                **console_link(summary.root, store),
             },
         )
 

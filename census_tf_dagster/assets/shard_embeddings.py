@@ -1,16 +1,27 @@
 """The asset `shard_embeddings`: one partition per release and shard, one run each."""
 
+import platform
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
-from census_tf_dagster.assets.common import asset_key, final_failure, partition_job
+from census_tf_dagster.assets.common import (
+    CODE_VERSION,
+    asset_key,
+    asset_metadata,
+    asset_tags,
+    final_failure,
+    partition_job,
+)
 from census_tf_dagster.assets.gate import must_be_approved, require_approval
+from census_tf_dagster.assets.progress import observe_release
 from census_tf_dagster.assets.quality import shard_check, shard_check_spec
 from census_tf_dagster.automation import once_for_new_partitions
+from census_tf_dagster.durations import duration
 from census_tf_dagster.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -19,6 +30,8 @@ if TYPE_CHECKING:
     from census_tf_dagster.steps.embedding import ShardSummary
 
 OBSERVE_EVERY_SECONDS = 30.0
+PACKAGES = ("census-tf-dagster", "torch", "tiledbsoma", "tiledb", "numpy")
+"""Whose versions a shard records."""
 
 
 class ShardConfig(dg.Config):
@@ -35,6 +48,10 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
     @dg.asset(
         key=key,
         group_name=settings.name,
+        owners=list(settings.owners),
+        code_version=CODE_VERSION,
+        tags=asset_tags(settings),
+        metadata=asset_metadata(settings),
         partitions_def=shard_partitions(settings.shards),
         deps=[
             dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in ("obs_id_plan", "approval")
@@ -73,11 +90,23 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 tell_if_stale()
             done = progress.cells_before + progress.cells_computed
             rate, left = progress.cells_per_second(), progress.seconds_left()
-            context.log.info(f"{done:,} of {progress.cells:,} cells, {rate:.1f} cells/s, {left:.0f} s left")
+            limit = progress.times.limit()
+            context.log.info(
+                f"{done:,} of {progress.cells:,} cells, {rate:,.1f} cells/s, {duration(left)} left, limited by {limit}"
+            )
             if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
                 observed = time.monotonic()
-                metadata = {"cells_done": done, "cells": progress.cells, "cells_per_second": rate, "seconds_left": left}
+                metadata: dict[str, Any] = {
+                    "cells_done": done,
+                    "cells": progress.cells,
+                    "cells_per_second": round(rate, 2),
+                    "seconds_left": round(left),
+                    "time_left": duration(left),
+                    "limited_by": limit,
+                }
                 context.log_event(dg.AssetObservation(asset_key=key, partition=str(keys), metadata=metadata))
+                if (whole := observe_release(context.instance, settings, release)) is not None:
+                    context.log_event(whole)
 
         with partition_job(settings, release, census, store, require_device=True) as job:
             if must_be_approved(context, settings):
@@ -110,6 +139,8 @@ def _figures(summary: "ShardSummary") -> dict[str, Any]:
         "tokens_computed": summary.tokens_computed,
         "cells_per_second": round(summary.cells_per_second(), 2),
         "plan": summary.plan,
+        "host": platform.node(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "seconds_load": round(times.load, 3),
         "seconds_work": round(summary.seconds, 3),
         "seconds_proof": round(summary.proof_seconds, 3),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import SUCCEEDED, Backfill, fetch
 from census_tf_dagster.operate.graphql import Deployment
@@ -20,7 +21,6 @@ from census_tf_dagster.operate.runs import (
 )
 from census_tf_dagster.operate.sets import ARRAY, PLAN, REUSED, SHARDS, RemoteSet
 from census_tf_dagster.operate.shards import compact
-from census_tf_dagster.operate.status import duration
 
 POLL_SECONDS = 2.0
 LINE_EVERY_SECONDS = 30.0

@@ -1,6 +1,8 @@
 """`launch`: take a release of a set to its array, or chosen shards of it, and follow that to its end."""
 
+import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from census_tf_dagster.errors import UserError
@@ -27,6 +29,8 @@ class LaunchRequest:
     """Such as ``3,7-12``; None for the whole release."""
     recompute: bool
     wait: bool
+    as_json: bool = False
+    """Print one JSON object instead of lines, when it does not wait."""
 
 
 def launch(url: str, request: LaunchRequest) -> int:
@@ -51,7 +55,12 @@ def launch(url: str, request: LaunchRequest) -> int:
         found = find_set(deployment, request.set)
         found.check_release(request.release)
         work = _work(deployment, found, request)
-        backfill = _backfill(deployment, found, request.release, work)
+        with redirect_stdout(sys.stderr if request.as_json else sys.stdout):
+            backfill = _backfill(deployment, found, request.release, work)
+        if request.as_json:
+            page = f"{deployment.url}/runs/b/{backfill.id}"
+            print(json.dumps({"backfill": backfill.id, "set": found.name, "release": request.release, "page": page}))
+            return 0
         if not request.wait:
             print(_how_to_follow(deployment, found.name, request.release))
             return 0

@@ -2,14 +2,17 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
+from census_tf_dagster.durations import duration
 from census_tf_dagster.operate.approve import approval_text
 from census_tf_dagster.operate.backfills import find_going
 from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.observations import progress_of
 from census_tf_dagster.operate.runs import (
     QUEUED,
     RUNNING,
@@ -87,7 +90,11 @@ class ReleaseStatus:
     """What the asset check of that name said last; None when it never did."""
     cells_planned: int | None
     cells_done: int
-    """Cells of shards that were materialized, be they in work again."""
+    """Cells of shards that were materialized, be they in work again, and those that running shards have told of."""
+    cells_per_second: float
+    """Of all running shards that have told of themselves; 0 when none has."""
+    limited_by: dict[str, int]
+    """The stage that limits, and in how many running shards."""
     backfill: str | None
     """The launch of this release that goes on."""
     seconds_left: float | None
@@ -111,14 +118,6 @@ class ReleaseStatus:
 def finish_time(seconds: float) -> datetime:
     """Return the local time in so many seconds, to the minute."""
     return datetime.fromtimestamp(time.time() + seconds).astimezone().replace(second=0, microsecond=0)
-
-
-def duration(seconds: float) -> str:
-    """Return a time span as text: seconds below 2 minutes, then minutes, then hours and minutes."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def show_status(url: str, name: str, release: str | None, *, as_json: bool) -> None:
@@ -199,6 +198,7 @@ def _release_status(
     going = find_going(deployment, found, release)
     copied = materializations(deployment, found, REUSED, partitions) if found.reuses else {}
     mine = [run for run in active if run.asset == SHARDS and run.partition in partitions]
+    told = progress_of(deployment, found, [run for run in mine if run.status in RUNNING])
     return ReleaseStatus(
         release=release,
         plan=states.get((PLAN, release), "missing"),
@@ -210,7 +210,10 @@ def _release_status(
         array_path=array.paths.get("array") if array else None,
         proved=PROVED.get(checks[0]["status"]) if checks else None,
         cells_planned=plan.numbers.get("cells") if plan else None,
-        cells_done=sum(one.numbers.get("cells", 0) for one in (*stored.values(), *copied.values())),
+        cells_done=sum(one.numbers.get("cells", 0) for one in (*stored.values(), *copied.values()))
+        + sum(one.cells_done for partition, one in told.items() if partition not in stored),
+        cells_per_second=sum(one.cells_per_second for one in told.values()),
+        limited_by=dict(Counter(one.limited_by for one in told.values())),
         backfill=going.id if going else None,
         seconds_left=_shards_left(deployment, found, stored, mine) if mine else 0.0,
     )
@@ -238,6 +241,9 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
     ]
     if status.approved:
         lines.append(f"  gate    {'approved' if status.approval == 'done' else status.approval}: {status.approved}")
+    if status.cells_per_second:
+        limits = ", ".join(f"{stage} in {count}" for stage, count in status.limited_by.items())
+        lines.append(f"  speed   {status.cells_per_second:,.1f} cells/s in running shards; limited by {limits}")
     if status.seconds_left is None:
         lines.append("  finish  shards: unknown, nothing has finished or nothing runs")
     elif status.seconds_left:

@@ -1,6 +1,7 @@
 """A canary: a few hundred cells through the very path of a set, judged and timed, before money is spent."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,9 @@ class CanaryResult:
     release_hours: float
 
 
-def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> CanaryResult:
+def run_canary(
+    job: Job, cells: int = 256, oracle: Path | None = None, report: Callable[[str], None] = lambda _: None
+) -> CanaryResult:
     """Embed some cells, spread over assays and lengths, and compare; keep nothing of it but how fast it was.
 
     Parameters
@@ -71,16 +74,22 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
         How many.
     oracle
         Upstream's ``transcriptformer`` command; without it, ours in fp32 is the judge.
+    report
+        Called with what begins, before each long step.
 
     Raises
     ------
     UserError
         As planning does, or when the judge cannot run.
     """
+    precision = job.settings.compute_precision
+    if oracle is None and precision == "fp32":
+        raise UserError("an fp32 set has no other judge than upstream's own command: name it with --oracle.")
+    report(f"reading obs of {job.release.uri}; minutes for a whole Census")
     found = survey(job)
     joinids = _spread(job, found.joinids, cells)
     tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint, job.settings.gene_order)
-    precision = job.settings.compute_precision
+    report(f"embedding {len(joinids)} cells in {precision}; the first time on a machine the checkpoint is prepared")
     # Warm: compilation and first touches are no part of the rate.
     warm = tokenizer(read_cells(job.release, joinids[:8], job.checkpoint.aux_column))
     with _devices(job, tokenizer, precision) as (device, *_):
@@ -91,12 +100,11 @@ def run_canary(job: Job, cells: int = 256, oracle: Path | None = None) -> Canary
         ours = device.embed(packed)
         seconds = time.monotonic() - started
         speed = Throughput(tokens=len(packed.tokens), seconds=seconds, devices=1, device=str(device.about["name"]))
+    report(f"embedding them again, by {oracle or 'this project in fp32'}, to compare")
     if oracle is not None:
         judge = "upstream's own command in float32"
         with upstream_running(job, read, oracle) as answer:
             reference = answer(PATIENCE_SECONDS)
-    elif precision == "fp32":
-        raise UserError("an fp32 set has no other judge than upstream's own command: name it with --oracle.")
     else:
         judge = "this project's model in fp32 (name upstream's command with --oracle for an independent judge)"
         with _devices(job, tokenizer, "fp32") as (device, *_):

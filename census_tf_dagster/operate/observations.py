@@ -1,0 +1,62 @@
+"""What running shards have told of themselves, as the webserver tells it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.runs import Run
+from census_tf_dagster.operate.sets import SHARDS, RemoteSet
+
+MOST_AT_ONCE = 200
+"""Shards that one query asks for."""
+
+ONE = """s{number}: assetObservations(partitions: [$p{number}], limit: 1) {{
+  runId
+  metadataEntries {{
+    label
+    ... on IntMetadataEntry {{ intRepr }} ... on FloatMetadataEntry {{ floatValue }} ... on TextMetadataEntry {{ text }}
+  }}
+}}"""
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """How far a running shard said it was, at most half a minute and one megabatch ago."""
+
+    cells_done: int
+    cells_per_second: float
+    limited_by: str
+
+
+def progress_of(deployment: Deployment, of: RemoteSet, running: Sequence[Run]) -> dict[str, ShardProgress]:
+    """Return the last word of each running shard by partition; nothing of those that have said nothing yet."""
+    found: dict[str, ShardProgress] = {}
+    for first in range(0, len(running), MOST_AT_ONCE):
+        runs = running[first : first + MOST_AT_ONCE]
+        declared = "".join(f", $p{number}: String!" for number in range(len(runs)))
+        asked = "\n".join(ONE.format(number=number) for number in range(len(runs)))
+        query = (
+            f"query Progress($asset: AssetKeyInput!{declared}) {{ assetNodeOrError(assetKey: $asset) {{ __typename "
+            f"... on Error {{ message }} ... on AssetNode {{ {asked} }} }} }}"
+        )
+        partitions = {f"p{number}": run.partition for number, run in enumerate(runs)}
+        answer = deployment.ask(query, asset=of.key(SHARDS), **partitions)["assetNodeOrError"]
+        node = expect(answer, "AssetNode", f"{of.name}/{SHARDS}")
+        for number, run in enumerate(runs):
+            for one in node[f"s{number}"]:
+                # An observation of another run is of an earlier try.
+                if one["runId"] == run.id:
+                    found[run.partition] = _read(one["metadataEntries"])
+    return found
+
+
+def _read(entries: Sequence[dict[str, object]]) -> ShardProgress:
+    values = {
+        str(entry["label"]): next((entry[kind] for kind in ("intRepr", "floatValue", "text") if kind in entry), None)
+        for entry in entries
+    }
+    return ShardProgress(
+        cells_done=int(str(values.get("cells_done", 0))),
+        cells_per_second=float(str(values.get("cells_per_second", 0.0))),
+        limited_by=str(values.get("limited_by", "unknown")),
+    )

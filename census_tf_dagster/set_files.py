@@ -1,0 +1,163 @@
+"""The files of a deployment's sets, judged before Dagster loads them: all mistakes at once, each with its remedy.
+
+`dg check yaml` knows the schema alone; what it cannot say is said here: two sets of one name, templates, filters,
+placement, and what to write instead.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.placement import FILE as PLACEMENT_FILE
+from census_tf_dagster.placement import placement_problems, read_placement, shard_tags
+from census_tf_dagster.yaml_problems import Document, Problem, Where, model_problems, nearest, read_documents, show
+
+TYPE = f"{EmbeddingSet.__module__}.{EmbeddingSet.__name__}"
+TOP = ("type", "attributes", "requirements", "template_vars_module", "post_processing")
+"""What Dagster allows at the top of a component's file."""
+
+
+def require_right_files(folder: Path) -> None:
+    """Refuse a folder of sets with any mistake.
+
+    Raises
+    ------
+    UserError
+        Naming each mistake by file, line, value and remedy; or that there are no sets.
+    """
+    problems = find_problems(folder)
+    if problems:
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+        raise UserError("\n  ".join([f"the sets in {folder} have {count}:", *map(str, problems)]))
+
+
+def find_problems(folder: Path) -> list[Problem]:
+    """Return every mistake in the files of a folder of sets.
+
+    Raises
+    ------
+    UserError
+        When there is no such folder, or no set in it.
+    """
+    expected = f"expected files such as {folder}/human_tf_sapiens/defs.yaml (CENSUS_TF_SETS names the folder)"
+    if not folder.is_dir():
+        raise UserError(f"there is no folder of sets {folder}: {expected}.")
+    files = sorted(folder.glob("*/defs.yaml"))
+    problems = list(_misplaced(folder))
+    if not files and not problems:
+        raise UserError(f"no sets in {folder}: {expected}.")
+    wrong_placement = placement_problems(folder)
+    problems += wrong_placement
+    named: dict[str, Problem] = {}
+    for file in files:
+        documents, unreadable = read_documents(file)
+        problems += unreadable
+        if not documents and not unreadable:
+            remedy = f"It needs `type: {TYPE}` and `attributes:`; docs/configure.md shows a whole one."
+            problems.append(Problem(file, 1, "the file is empty", remedy))
+        for document in documents:
+            own = list(_document_problems(document))
+            problems += own or ([] if wrong_placement else _placement_of_set(document, folder))
+            problems += _named_before(document, named)
+    return problems
+
+
+def _misplaced(folder: Path) -> Iterator[Problem]:
+    """Yield YAML files that Dagster would pass over, or not take for a set of its own."""
+    for file in sorted([*folder.glob("*.y*ml"), *folder.glob("*/*.y*ml")]):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if (file.name == "defs.yaml" and file.parent != folder) or hidden or not file.is_file():
+            continue
+        if f"type: {TYPE}" in file.read_text():
+            right = (folder / file.stem if file.parent == folder else file.parent) / "defs.yaml"
+            yield Problem(file, 1, f"a set in a file named {file.name} is not loaded", f"Name it {right}.")
+
+
+def _document_problems(document: Document) -> Iterator[Problem]:
+    content = document.value
+    if not isinstance(content, dict):
+        found = f"the file is {show(content)}"
+        yield document.problem((), found, f"It should be a mapping with `type: {TYPE}` and `attributes:`.")
+        return
+    yield from document.repeated_keys()
+    for name in content:
+        if name not in TOP:
+            in_set = name in EmbeddingSet.model_fields
+            remedy = "Indent it below attributes." if in_set else nearest(str(name), TOP)
+            yield document.problem((name,), f"{name} is unknown at the top of the file", remedy, key=True)
+    if content.get("type") != TYPE:
+        what = f"type is {show(content['type'])}" if "type" in content else "type is missing"
+        yield document.problem(("type",), what, f"Write `type: {TYPE}`.")
+    attributes = content.get("attributes")
+    if not isinstance(attributes, dict):
+        what = f"attributes is {show(attributes)}" if "attributes" in content else "attributes is missing"
+        yield document.problem(
+            ("attributes",), what, "It should be a mapping with at least name, organism, checkpoint."
+        )
+        return
+    # A module of variables is the deployment's own code; its templates only Dagster can resolve.
+    problems, resolved = ([], attributes) if "template_vars_module" in content else _resolve(document, attributes)
+    yield from problems or model_problems(document, EmbeddingSet, resolved, ("attributes",))
+
+
+def _resolve(document: Document, attributes: dict[str, Any]) -> tuple[list[Problem], Any]:
+    """Resolve ``{{ env.NAME }}`` as Dagster will."""
+    context = dg.ResolutionContext.default()
+    problems: list[Problem] = []
+
+    def walk(value: Any, where: Where) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(one, (*where, key)) for key, one in value.items()}
+        if isinstance(value, list):
+            return [walk(one, (*where, i)) for i, one in enumerate(value)]
+        if not isinstance(value, str) or not ("{{" in value or "{%" in value):
+            return value
+        name = ".".join(map(str, where))
+        try:
+            resolved = context.resolve_value(value)
+        except Exception as error:  # Jinja raises whatever a template does.
+            reason = str(error).strip().splitlines()[-1].strip()
+            what = f"{name} is {show(value)}, which cannot be resolved: {reason}"
+            remedy = "Close each {{ with }}, write {{ env.NAME }}, and set that variable where Dagster runs."
+            problems.append(document.problem(where, what, remedy))
+            return value
+        if resolved is None or "None" in str(resolved):
+            what = f"{name} is {show(value)}, and the variable is not set"
+            problems.append(document.problem(where, what, "Set it where Dagster runs, or write the value itself."))
+        return resolved
+
+    resolved = walk(attributes, ("attributes",))
+    return problems, resolved
+
+
+def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
+    """Return what of a set's own placement and the deployment's do not fit together."""
+    attributes = document.value["attributes"]
+    if "template_vars_module" in document.value:
+        return []
+    one = EmbeddingSet.model_validate(_resolve(document, attributes)[1])
+    try:
+        shard_tags(one.device, one.placement, read_placement(folder))
+    except UserError as error:
+        what = str(error).removeprefix("placement: ").rstrip(".")
+        own = ("attributes", "placement") if one.placement else ("attributes",)
+        remedy = f"Change or add it in this set's placement, or in {folder / PLACEMENT_FILE}."
+        return [document.problem(own, what, remedy)]
+    return []
+
+
+def _named_before(document: Document, named: dict[str, Problem]) -> list[Problem]:
+    attributes = document.value.get("attributes") if isinstance(document.value, dict) else None
+    name = attributes.get("name") if isinstance(attributes, dict) else None
+    if not isinstance(name, str):
+        return []
+    here = document.problem(("attributes", "name"), f"attributes.name is {show(name)}", "")
+    first = named.setdefault(name, here)
+    if first is here:
+        return []
+    what = f"{here.what}, which is the name of the set in {first.file}:{first.line}, too"
+    return [Problem(here.file, here.line, what, "Give one of them another name.")]

@@ -1,0 +1,178 @@
+"""What is wrong in a YAML file that a person wrote: file, line, value and remedy, from a pydantic model or by hand."""
+
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+Where = tuple[str | int, ...]
+"""Keys and list positions from the top of a document to a value."""
+
+LONGEST_VALUE = 80
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake.
+
+    Attributes
+    ----------
+    file, line
+        Where it stands; lines count from 1.
+    what
+        The entry and the value found.
+    remedy
+        What was expected, and what to write.
+    """
+
+    file: Path
+    line: int
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.what}. {self.remedy}"
+
+
+class Document:
+    """One YAML document of a file, with the line of each of its values."""
+
+    def __init__(self, file: Path, node: yaml.Node) -> None:
+        self.file = file
+        self.node = node
+        self.value: Any = _construct(node)
+
+    def problem(self, where: Where, what: str, remedy: str, *, key: bool = False) -> Problem:
+        """Return a problem at a value, at its key, or at the closest thing above that there is."""
+        return Problem(self.file, self._line(where, key=key), what, remedy)
+
+    def repeated_keys(self) -> Iterator[Problem]:
+        """Yield each key that a mapping has twice: YAML's reader would take the last without a word."""
+        pending: list[tuple[yaml.Node, str]] = [(self.node, "")]
+        while pending:
+            node, path = pending.pop()
+            if isinstance(node, yaml.SequenceNode):
+                pending += [(one, path) for one in node.value]
+            if not isinstance(node, yaml.MappingNode):
+                continue
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name = f"{path}{key.value}"
+                line = key.start_mark.line + 1
+                if name in lines:
+                    what = f"{name} is given twice, first in line {lines[name]}"
+                    yield Problem(self.file, line, what, "Keep one of the two.")
+                lines[name] = line
+                pending.append((value, f"{name}."))
+
+    def _line(self, where: Where, *, key: bool) -> int:
+        node, line = self.node, self.node.start_mark.line
+        for part in where:
+            found = _child(node, part)
+            if found is None:
+                break
+            name, node = found
+            # A text in several lines is found by its key.
+            line = (name if key or isinstance(node, yaml.ScalarNode) else node).start_mark.line
+        return int(line) + 1
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _child(node: yaml.Node, part: Hashable) -> tuple[yaml.Node, yaml.Node] | None:
+    if isinstance(node, yaml.MappingNode):
+        return next(((key, value) for key, value in node.value if key.value == part), None)
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        return node.value[part], node.value[part]
+    return None
+
+
+def read_documents(file: Path) -> tuple[list[Document], list[Problem]]:
+    """Read a YAML file; what cannot be read, or is empty, is one problem."""
+    text = file.read_text()
+    try:
+        documents = [Document(file, node) for node in yaml.compose_all(text, yaml.SafeLoader) if node is not None]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = min(mark.line, max(len(text.splitlines()) - 1, 0)) if mark else 0
+        found = (text.splitlines() or [""])[line].strip()
+        said = getattr(error, "problem", None) or str(error)
+        remedy = "Indent with spaces, close what was opened, and put texts with ': ', '#', '{' or quotes in quotes."
+        return [], [Problem(file, line + 1, f"this is no YAML: {said}, at {show(found)}", remedy)]
+    except ValueError as error:
+        return [], [Problem(file, 1, f"a value cannot be read: {error}", "Put it in quotes if it is meant as text.")]
+    return documents, []
+
+
+def show(value: object) -> str:
+    """Return a value as a message shows it: short, on one line."""
+    text = re.sub(r"\s+", " ", repr(value))
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return what to write instead of an unknown name."""
+    lower = {one.lower(): one for one in known}
+    close = get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return f"Did you mean {lower[close[0]]}?" if close else f"Known are: {', '.join(known)}."
+
+
+def model_problems(document: Document, model: type[BaseModel], value: object, prefix: Where = ()) -> list[Problem]:
+    """Return what a pydantic model finds wrong with a value that stands at `prefix` of the document."""
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        return [_explain(document, model, one, prefix) for one in error.errors(include_url=False)]
+    return []
+
+
+def _explain(document: Document, model: type[BaseModel], error: ErrorDetails, prefix: Where) -> Problem:
+    parts: Where = tuple(part for part in error["loc"] if part != "[key]")
+    where = (*prefix, *parts)
+    name = ".".join(map(str, where)) or "the file"
+    if error["type"] == "extra_forbidden":
+        owner, _ = _find(model, parts[:-1])
+        known = list(owner.model_fields) if owner else []
+        return document.problem(where, f"{name} is unknown", nearest(str(parts[-1]), known), key=True)
+    _, field = _find(model, parts)
+    meaning = f" {field.description}" if field is not None and field.description else ""
+    if error["type"] == "missing":
+        return document.problem(where, f"{name} is missing", f"Add it.{meaning}")
+    expected = re.sub(r"^(Input|Value error,|String) ?", "", error["msg"]).strip()
+    expected = f"It {expected}" if expected.startswith("should") else expected[:1].upper() + expected[1:]
+    what = f"{name} is {show(error['input'])}"
+    return document.problem(where, what, f"{expected.rstrip('.')}.{meaning}", key="[key]" in error["loc"])
+
+
+def _find(model: type[BaseModel], parts: Where) -> tuple[type[BaseModel] | None, FieldInfo | None]:
+    """Return the model and the field of a model that stand at a path; None where a path leaves them."""
+    owner: type[BaseModel] | None = model
+    field: FieldInfo | None = None
+    for part in parts:
+        if owner is not None and part in owner.model_fields:
+            field = owner.model_fields[str(part)]
+            owner = inner_model(field.annotation)
+    return owner, field
+
+
+def inner_model(annotation: Any) -> type[BaseModel] | None:
+    """Return the model within an annotation such as ``dict[str, Model] | None``; None when there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for one in getattr(annotation, "__args__", ()):
+        if found := inner_model(one):
+            return found
+    return None
