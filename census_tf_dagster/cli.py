@@ -195,8 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 GROUPS = {
     "try it": ("demo", "check", "canary"),
-    "run releases": ("release", "launch", "status"),
-    "look after arrays": ("verify", "inspect", "remove"),
+    "run releases": ("release", "launch", "approve", "status"),
+    "look after arrays": ("verify", "inspect", "prune", "remove"),
 }
 
 

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.spending import GpuType
-from census_tf_dagster.yaml_problems import Problem, model_problems, read_documents, show
+from census_tf_dagster.yaml_problems import read_mapping
 
-FILE = "placement.yaml"
-"""In the folder of sets."""
+FILE, PAGE = "placement.yaml", "docs/placement.md"
+"""In the folder of sets, and what shows it."""
 
 NODE_TAG = "census_tf/node"
 """On runs that take a place in the fleet of GPU nodes: ``gpu``. What caps the fleet counts it."""
@@ -192,27 +192,7 @@ def read_placement(folder: Path) -> Placement | None:
     UserError
         Naming file, line, value and remedy of each mistake.
     """
-    problems = placement_problems(folder)
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
-    path = folder / FILE
-    if not path.exists():
-        return None
-    return Placement.model_validate(read_documents(path)[0][0].value)
-
-
-def placement_problems(folder: Path) -> list[Problem]:
-    """Return what is wrong in the placement of a deployment; nothing when it has none."""
-    path = folder / FILE
-    if not path.exists():
-        return []
-    documents, problems = read_documents(path)
-    if problems:
-        return problems
-    if len(documents) != 1 or not isinstance(documents[0].value, dict):
-        found = documents[0].value if len(documents) == 1 else f"{len(documents)} documents"
-        return [Problem(path, 1, f"the file is {show(found)}", "It should be one mapping; docs/placement.md shows it.")]
-    return [*documents[0].repeated_keys(), *model_problems(documents[0], Placement, documents[0].value)]
+    return read_mapping(folder / FILE, Placement, PAGE)
 
 
 def shard_tags(device: str, own: Placement | None, deployment: Placement | None) -> dict[str, str]:

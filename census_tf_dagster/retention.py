@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 import dagster as dg
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from census_tf_dagster.errors import UserError
 from census_tf_dagster.resources import StoreResource
+from census_tf_dagster.yaml_problems import read_mapping
 
-FILE = "retention.yaml"
-"""In the folder of sets."""
+FILE, PAGE = "retention.yaml", "docs/releases.md"
+"""In the folder of sets, and what shows it."""
 
 WEEKLY = "0 7 * * 1"
 
@@ -37,18 +36,9 @@ def read_retention(folder: Path) -> Retention:
     Raises
     ------
     UserError
-        Naming the file, the entry and what is wrong with it.
+        Naming file, line, value and remedy of each mistake.
     """
-    path = folder / FILE
-    if not path.exists():
-        return Retention()
-    try:
-        return Retention.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML mapping: {error}") from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'file'}: {one['msg']}" for one in error.errors())
-        raise UserError(f"{path}: {problems}") from error
+    return read_mapping(folder / FILE, Retention, PAGE) or Retention()
 
 
 def build_retention(retention: Retention) -> dg.Definitions:

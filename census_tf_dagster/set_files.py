@@ -10,11 +10,21 @@ from typing import Any
 
 import dagster as dg
 
+from census_tf_dagster import placement, retention
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.placement import FILE as PLACEMENT_FILE
-from census_tf_dagster.placement import placement_problems, read_placement, shard_tags
-from census_tf_dagster.yaml_problems import Document, Problem, Where, model_problems, nearest, read_documents, show
+from census_tf_dagster.placement import Placement, read_placement, shard_tags
+from census_tf_dagster.retention import Retention
+from census_tf_dagster.yaml_problems import (
+    Document,
+    Problem,
+    Where,
+    mapping_problems,
+    model_problems,
+    nearest,
+    read_documents,
+    show,
+)
 
 TYPE = f"{EmbeddingSet.__module__}.{EmbeddingSet.__name__}"
 TOP = ("type", "attributes", "requirements", "template_vars_module", "post_processing")
@@ -50,8 +60,9 @@ def find_problems(folder: Path) -> list[Problem]:
     problems = list(_misplaced(folder))
     if not files and not problems:
         raise UserError(f"no sets in {folder}: {expected}.")
-    wrong_placement = placement_problems(folder)
+    wrong_placement = mapping_problems(folder / placement.FILE, Placement, placement.PAGE)
     problems += wrong_placement
+    problems += mapping_problems(folder / retention.FILE, Retention, retention.PAGE)
     named: dict[str, Problem] = {}
     for file in files:
         documents, unreadable = read_documents(file)
@@ -145,8 +156,14 @@ def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
     except UserError as error:
         what = str(error).removeprefix("placement: ").rstrip(".")
         own = ("attributes", "placement") if one.placement else ("attributes",)
-        remedy = f"Change or add it in this set's placement, or in {folder / PLACEMENT_FILE}."
+        remedy = f"Change or add it in this set's placement, or in {folder / placement.FILE}."
         return [document.problem(own, what, remedy)]
+    try:
+        one.settings(read_placement(folder))
+    except UserError:
+        what = f"attributes.auto_start is {show(attributes['auto_start'])}; nothing says what a GPU hour costs"
+        remedy = f"Set usd_per_gpu_hour in {folder / placement.FILE}, or in this set's own placement."
+        return [document.problem(("attributes", "auto_start"), what, remedy)]
     return []
 
 

@@ -5,12 +5,16 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from census_tf_dagster.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 Where = tuple[str | int, ...]
 """Keys and list positions from the top of a document to a value."""
@@ -115,6 +119,32 @@ def read_documents(file: Path) -> tuple[list[Document], list[Problem]]:
     except ValueError as error:
         return [], [Problem(file, 1, f"a value cannot be read: {error}", "Put it in quotes if it is meant as text.")]
     return documents, []
+
+
+def mapping_problems(file: Path, model: type[BaseModel], page: str) -> list[Problem]:
+    """Return what is wrong in a file that holds one mapping, which `page` shows; nothing when there is no file."""
+    if not file.exists():
+        return []
+    documents, problems = read_documents(file)
+    if problems:
+        return problems
+    if len(documents) != 1 or not isinstance(documents[0].value, dict):
+        found = documents[0].value if len(documents) == 1 else f"{len(documents)} documents"
+        return [Problem(file, 1, f"the file is {show(found)}", f"It should be one mapping; {page} shows it.")]
+    return [*documents[0].repeated_keys(), *model_problems(documents[0], model, documents[0].value)]
+
+
+def read_mapping(file: Path, model: type[Model], page: str) -> Model | None:
+    """Read a file that holds one mapping; None when there is no file.
+
+    Raises
+    ------
+    UserError
+        Naming file, line, value and remedy of each mistake.
+    """
+    if problems := mapping_problems(file, model, page):
+        raise UserError("\n".join(map(str, problems)))
+    return model.model_validate(read_documents(file)[0][0].value) if file.exists() else None
 
 
 def show(value: object) -> str:
