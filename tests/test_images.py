@@ -287,7 +287,7 @@ until /opt/dagster/healthcheck > /tmp/last 2>&1; do
     sleep 1
 done
 /opt/dagster/healthcheck > /dev/null && echo healthy
-kill $server; wait $server
+kill -9 $server; wait $server 2> /dev/null
 case "{command}" in *daemon*) ;; *) /opt/dagster/healthcheck > /dev/null 2>&1 && echo healthy after its end ;; esac
 echo end
 """
