@@ -3,7 +3,8 @@
 Neither the chart nor its published schema can be fetched where these tests run. This was written after reading them in
 dagster's repository (helm/dagster: schema/, templates/configmap-instance.yaml and templates/helpers/instance/), and
 says the same in fewer words: names that the chart does not know are refused, and the instance is put together as its
-template does. Whoever has the chart asks it itself: deploy/k8s/README.md, `helm template`.
+template does. In November 2026 Helm 4.2 rendered the text of those templates to the same instance, but for threads of
+sensors and schedules, which the chart sets by itself. Whoever has the chart asks it: deploy/k8s/README.md, step 8.
 """
 
 from typing import Any

@@ -3,16 +3,17 @@
 import re
 from typing import Any
 
+import dagster as dg
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
-from census_tf_dagster.definitions import load_settings
+from census_tf_dagster.definitions import load_sets, load_settings
 from census_tf_dagster.placement import read_placement
 from tests import helm_chart
 from tests.k8s_deployment import FOLDER, NAMESPACE, environment, read_objects, read_values
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, Project
 
 VERSIONS = ("1.31", "1.37")
 
@@ -166,3 +167,16 @@ def test_the_placement(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     settings = load_settings(REPOSITORY / "deploy" / "sets")
     assert all(one.checkpoint.startswith("s3://bucket/checkpoints/") for one in settings.values())
+
+
+def test_sets_may_be_mounted_as_a_config_map(project: Project) -> None:
+    """Kubernetes keeps what it mounts in a folder of another name, and links to it twice."""
+    project.add_set("one", organism="homo_sapiens")
+    mounted = project.folder / "mounted"
+    (mounted / "..2026_11_25").mkdir(parents=True)
+    (project.folder / "sets" / "one").rename(mounted / "..2026_11_25" / "one")
+    (mounted / "..data").symlink_to("..2026_11_25")
+    (mounted / "one").symlink_to("..data/one")
+    loaded = load_sets(mounted).assets or []
+    assert [key.path[0] for one in loaded if isinstance(one, dg.AssetsDefinition) for key in one.keys] == ["one"] * 3
+    assert list(load_settings(mounted)) == ["one"]
