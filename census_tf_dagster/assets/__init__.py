@@ -1,1 +1,1 @@
-"""The three assets of a set. Thin: each opens the job, calls its step, and shows the summary."""
+"""The four assets of a set. Thin: each opens the job, calls its step, and shows the summary."""

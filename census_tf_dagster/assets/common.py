@@ -1,4 +1,4 @@
-"""What the three assets share: keys, and opening the job of a partition."""
+"""What the assets share: keys, and opening the job of a partition."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
