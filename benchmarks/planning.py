@@ -208,7 +208,9 @@ def step(*arguments: object) -> dict[str, Any]:
     """Run a step in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.planning", "--step", *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    answer = done.stdout.splitlines()[-1]
+    print(*arguments[1:], answer, file=sys.stderr)
+    return dict(json.loads(answer))
 
 
 def _step(folder: Path, what: str, release: int, each: int, kind: str) -> dict[str, Any]:

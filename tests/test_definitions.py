@@ -38,6 +38,31 @@ def test_four_assets_a_set_in_one_group() -> None:
     assert array.asset_deps[array.key] == {shards.key}
 
 
+def test_a_set_that_reuses_cells_has_one_asset_more(tmp_path: Path) -> None:
+    """Its partitions have the shards' keys, but are not equal to theirs: Dagster would copy in the shard's run."""
+    (tmp_path / "reusing").mkdir()
+    attributes = {
+        "name": "reusing",
+        "organism": "homo_sapiens",
+        "checkpoint": "/checkpoint",
+        "reuse": True,
+        "gene_order": "vocabulary",
+    }
+    (tmp_path / "reusing" / "defs.yaml").write_text(
+        yaml.safe_dump({"type": "census_tf_dagster.embedding_set.EmbeddingSet", "attributes": attributes})
+    )
+    found = {a.key.path[1]: a for a in load_sets(tmp_path).assets or () if isinstance(a, dg.AssetsDefinition)}
+    copies, shards, array = found["reused_embeddings"], found["shard_embeddings"], found["embeddings_array"]
+    assert copies.asset_deps[copies.key] == shards.asset_deps[shards.key] == {found["obs_id_plan"].key}
+    assert array.asset_deps[array.key] == {shards.key, copies.key}
+    assert not any(tag.startswith(("ecs/", "dagster-k8s/")) for tag in copies.op.tags)
+    assert copies.partitions_def != shards.partitions_def
+    instance = dg.DagsterInstance.ephemeral()
+    instance.add_dynamic_partitions(str(RELEASES.name), ["r1"])
+    keys = [a.partitions_def.get_partition_keys(dynamic_partitions_store=instance) for a in (copies, shards)]  # type: ignore[union-attr]
+    assert keys[0] == keys[1]
+
+
 def test_partitions_map_both_ways_between_releases_and_shards() -> None:
     instance = dg.DagsterInstance.ephemeral()
     instance.add_dynamic_partitions(str(RELEASES.name), ["r1", "r2"])

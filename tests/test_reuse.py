@@ -422,3 +422,40 @@ def test_planning_again_gives_the_same_plan(project: Project) -> None:
         assert plan.totals == make_plan(job).totals
         wider = replace(job, settings=replace(job.settings, shards=2))
         assert make_plan(wider).totals.plan != plan.totals.plan
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("storage_precision", ["float32", "bfloat16"])
+def test_two_releases_of_many_cells(project: Project, storage_precision: str) -> None:
+    """50,000 cells and more in each: 80 % of the datasets stay, the rest is revised, withdrawn, new."""
+    each = 5000
+    releases = two_releases(project, cells_each=each, megabatch_size=4096, storage_precision=storage_precision)
+    project.add_set(
+        "whole",
+        organism="homo_sapiens",
+        gene_order="vocabulary",
+        megabatch_size=4096,
+        storage_precision=storage_precision,
+    )
+    with project.job("reusing", EARLIER) as job:
+        make_plan(job)
+        assert run(job, copy_first=False) == (10 * each, 0)
+        finish_array(job)
+    with project.job("reusing") as job:
+        assert make_plan(job).cells_reused == 8 * each
+        assert np.array_equal(reused_joinids(job), releases.unchanged())
+        assert run(job, copy_first=True) == (3 * each, 8 * each)
+        assert finish_array(job).read_again == ()
+        found = read_array(job.folder.array, project.folder)
+    with project.job("whole") as job:
+        make_plan(job)
+        run(job, copy_first=False)
+        reference = read_array(job.folder.array, project.folder)
+    assert np.array_equal(found.ids, np.arange(11 * each))
+    assert found.stored_values == 11 * each * 16
+    if storage_precision == "float32":
+        assert relative_errors(found.values, reference.values).max() <= BOUND
+        return
+    steps = np.abs(found.values.view(np.int32) - reference.values.view(np.int32)) >> 16
+    assert steps.max() <= 1
+    assert np.mean(steps > 0) < 1e-3

@@ -183,7 +183,7 @@ def _list_cells(job: Job) -> _Cells:
         columns = [*KEY_COLUMNS, job.checkpoint.aux_column] if make_keys else []
         columns += [name for name in OPTIONAL_COLUMNS if make_keys and name in job.release.obs.keys()]  # noqa: SIM118
     # As many as there can be: the system gives memory to what is filled alone.
-    most = job.release.obs.count
+    most = job.release.obs_rows()
     joinids = np.empty(most, np.int64)
     tokens = np.empty(most, np.min_scalar_type(window + 2))
     keys = np.zeros((most, 2), np.uint64) if settings.reuse else None
