@@ -95,7 +95,9 @@ def test_relative_links_lead_somewhere() -> None:
 
 def test_named_results_exist() -> None:
     for page in PAGES:
-        for name in re.findall(r"`(?:benchmarks/results/)?([a-z0-9-]+\.txt)`", page.read_text()):
+        for name in re.findall(
+            r"`(?:benchmarks/results/)?([a-z0-9-]+-cpu\.txt|soak[a-z0-9-]*\.txt|fragments\.txt)`", page.read_text()
+        ):
             assert (REPOSITORY / "benchmarks" / "results" / name).exists(), f"{page.name}: {name}"
 
 
