@@ -5,7 +5,7 @@ ORACLE := .venv-oracle
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo ui test soak lint wheels images clean
+.PHONY: demo ui test soak lint docs screenshots wheels images clean
 
 demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dagster
 	$(BIN)/python -m census_tf_dagster demo
@@ -23,6 +23,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.worker  ## docs/configure.md from the schema
+	$(BIN)/python -m census_tf_dagster.field_docs > docs/configure.md
+
+screenshots: $(VENV)/.dev  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
+	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak tests/test_browser.py
 
 wheels:  ## what benchmarks/gpu.sh needs on a machine without a network, into .wheels/ (about 80 MB)
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
