@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.common import asset_key, asset_of, partition_job
 from census_tf_dagster.assets.gate import approved, cost_metadata, last_shards
 from census_tf_dagster.automation import is_automatic, whenever_planned
 from census_tf_dagster.errors import UserError
@@ -32,8 +32,7 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
     key = asset_key(settings, "approval")
 
     @dg.asset(
-        key=key,
-        group_name=settings.name,
+        **asset_of(settings, "approval"),
         partitions_def=RELEASES,
         deps=[asset_key(settings, "obs_id_plan")],
         output_required=False,

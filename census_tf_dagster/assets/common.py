@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote
 
 import dagster as dg
@@ -27,12 +27,35 @@ CODE_VERSION = str(NUMERIC_VERSION)
 """Of all assets: raised when values may change, so the interface shows which partitions an older one made."""
 
 
-def asset_tags(settings: SetSettings) -> dict[str, str]:
+class AssetArguments(TypedDict):
+    """Arguments of `dg.asset`."""
+
+    key: dg.AssetKey
+    group_name: str
+    owners: list[str]
+    code_version: str
+    tags: dict[str, str]
+    metadata: dict[str, Any]
+
+
+def asset_of(settings: SetSettings, name: str) -> AssetArguments:
+    """Return what all assets of a set have in common."""
+    return {
+        "key": asset_key(settings, name),
+        "group_name": settings.name,
+        "owners": list(settings.owners),
+        "code_version": CODE_VERSION,
+        "tags": _asset_tags(settings),
+        "metadata": _asset_metadata(settings),
+    }
+
+
+def _asset_tags(settings: SetSettings) -> dict[str, str]:
     """Return what assets are found by in the interface."""
     return {"census_tf/organism": settings.organism, "census_tf/compute_precision": settings.compute_precision}
 
 
-def asset_metadata(settings: SetSettings) -> dict[str, Any]:
+def _asset_metadata(settings: SetSettings) -> dict[str, Any]:
     """Return what the page of an asset says of its set, for a person."""
     facts: dict[str, Any] = {
         "checkpoint": settings.checkpoint,

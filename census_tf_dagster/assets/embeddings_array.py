@@ -7,10 +7,8 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import evaluations
 from census_tf_dagster.assets.common import (
-    CODE_VERSION,
     asset_key,
-    asset_metadata,
-    asset_tags,
+    asset_of,
     console_link,
     final_failure,
     partition_job,
@@ -32,12 +30,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
     """Build a set's final asset."""
 
     @dg.asset(
-        key=asset_key(settings, "embeddings_array"),
-        group_name=settings.name,
-        owners=list(settings.owners),
-        code_version=CODE_VERSION,
-        tags=asset_tags(settings),
-        metadata=asset_metadata(settings),
+        **asset_of(settings, "embeddings_array"),
         partitions_def=RELEASES,
         deps=[
             dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE)

@@ -4,10 +4,7 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import (
-    CODE_VERSION,
-    asset_key,
-    asset_metadata,
-    asset_tags,
+    asset_of,
     console_link,
     partition_job,
 )
@@ -24,12 +21,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
     """Build a set's plan asset."""
 
     @dg.asset(
-        key=asset_key(settings, "obs_id_plan"),
-        group_name=settings.name,
-        owners=list(settings.owners),
-        code_version=CODE_VERSION,
-        tags=asset_tags(settings),
-        metadata=asset_metadata(settings),
+        **asset_of(settings, "obs_id_plan"),
         partitions_def=RELEASES,
         kinds={"tiledb", "parquet"},
         automation_condition=once_for_new_partitions(settings.spending),

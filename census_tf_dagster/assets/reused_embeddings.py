@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
-from census_tf_dagster.assets.common import asset_key, partition_job
+from census_tf_dagster.assets.common import asset_key, asset_of, partition_job
 from census_tf_dagster.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
+from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.partitions import BY_RELEASE, COPIES, shard_partitions
 from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
@@ -28,11 +29,11 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
     key = asset_key(settings, "reused_embeddings")
 
     @dg.asset(
-        key=key,
-        group_name=settings.name,
+        **asset_of(settings, "reused_embeddings"),
         partitions_def=shard_partitions(settings.shards, COPIES),
         deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
         kinds={"tiledb"},
+        automation_condition=once_for_new_partitions(settings.spending),
         description=(
             f"Embeddings of those cells of one shard of {settings.organism} that an earlier release's array has "
             "already, copied as the plan says. Run again, it does only what is missing."

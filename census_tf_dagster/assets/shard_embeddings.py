@@ -10,10 +10,8 @@ import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
 from census_tf_dagster.assets.common import (
-    CODE_VERSION,
     asset_key,
-    asset_metadata,
-    asset_tags,
+    asset_of,
     final_failure,
     partition_job,
 )
@@ -46,12 +44,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
     key = asset_key(settings, "shard_embeddings")
 
     @dg.asset(
-        key=key,
-        group_name=settings.name,
-        owners=list(settings.owners),
-        code_version=CODE_VERSION,
-        tags=asset_tags(settings),
-        metadata=asset_metadata(settings),
+        **asset_of(settings, "shard_embeddings"),
         partitions_def=shard_partitions(settings.shards),
         deps=[
             dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in ("obs_id_plan", "approval")
