@@ -111,7 +111,8 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "dagster.yaml").exists():
         (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
-    assets = [asset for asset in load_sets(SETS_FOLDER).assets or () if isinstance(asset, dg.AssetsDefinition)]
+    sets = load_sets(SETS_FOLDER)
+    assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
     resources = {
         "census": CensusResource(location=str(FOLDER / "census" / "{release}")),
         "store": StoreResource(location=str(FOLDER / "store")),
@@ -122,7 +123,7 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
 
         def materialize(key: dg.AssetKey, partition: str) -> Mapping[str, Any]:
             result = dg.materialize(
-                assets,
+                [*assets, *(sets.asset_checks or ())],
                 selection=[key],
                 partition_key=partition,
                 instance=instance,
