@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-WINDOW = (1360, 850)
+WINDOW = (1360, 1100)
 PATIENCE = 120.0
 FLAGS = (
     "--headless=new",
