@@ -84,7 +84,9 @@ def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
         for picture in folder.glob("*.png"):
             encoded = base64.b64encode(picture.read_bytes()).decode()
             assert shown[picture.stem].value == f"![{picture.stem}](data:image/png;base64,{encoded})"
-        tissues = shown["coverage_by_tissue"].value
+        table = shown["coverage_by_tissue"]
+        assert isinstance(table, dg.TableMetadataValue)
+        tissues = table.records
         assert sum(row.data["embedded"] for row in tissues) == sum(row.data["cells"] for row in tissues) == 400
         log = instance.event_log_storage
         passed = {}
