@@ -140,7 +140,7 @@ def move(contents: Contents) -> np.ndarray:
 
 def rename(contents: Contents) -> np.ndarray:
     cells = of_one_dataset(contents)[3:6]
-    contents.cells.loc[cells, "observation_joinid"] = ["!", "?", "-"]
+    contents.cells.loc[cells, "observation_joinid"] = ["9999999997", "9999999998", "9999999999"]
     return cells
 
 
