@@ -101,6 +101,7 @@ def two_releases(
     *,
     cells_each: int = 20,
     change: Callable[[Contents], None] = lambda _: None,
+    change_earlier: Callable[[Contents], None] = lambda _: None,
     shuffle_genes: bool = True,
     seq_len: int = 63,
     **attributes: Any,
@@ -112,6 +113,7 @@ def two_releases(
     earlier = pool.release(earlier_versions, seed=1, shuffle_genes=shuffle_genes)
     later = pool.release(later_versions, seed=2, shuffle_genes=shuffle_genes)
     change(later)
+    change_earlier(earlier)
     earlier.write(project, EARLIER)
     later.write(project, RELEASE)
     genes = pool.organism.genes["feature_id"].tolist()

@@ -140,7 +140,7 @@ def move(contents: Contents) -> np.ndarray:
 
 def rename(contents: Contents) -> np.ndarray:
     cells = of_one_dataset(contents)[3:6]
-    contents.cells.loc[cells, "observation_joinid"] = ["!", "?", "-"]
+    contents.cells.loc[cells, "observation_joinid"] = ["9999999997", "9999999998", "9999999999"]
     return cells
 
 
@@ -219,6 +219,18 @@ def test_what_differs_in_one_part_of_the_rule_is_computed(
     assert np.isin(untouched, reused).all()
     if change not in (repeat_a_cell, revise, move, add_a_gene):
         assert np.array_equal(reused, np.setdiff1d(releases.unchanged(), changed[0]))
+
+
+def test_cells_without_a_name_are_computed_though_both_releases_have_them(project: Project) -> None:
+    nameless: list[np.ndarray] = []
+
+    def forget(contents: Contents) -> None:
+        nameless.append(np.flatnonzero(contents.rows == 7))
+        contents.cells.loc[nameless[-1], "observation_joinid"] = ""
+
+    releases = two_releases(project, change=forget, change_earlier=forget)
+    prove_earlier(releases)
+    assert np.array_equal(planned_reuse(releases), np.setdiff1d(releases.unchanged(), nameless[0]))
 
 
 def rewrite_identity(root: Path, **changes: object) -> None:
