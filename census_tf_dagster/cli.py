@@ -181,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--confirm", metavar="WORD", help="as shown without it: do it to exactly those")
     prune.set_defaults(run=_prune)
 
-    for command in (check, add, listing, launch, status, canary, verify, inspect, remove, prune):
+    for command in (check, add, listing, launch, approve, status, canary, verify, inspect, remove, prune):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     for command in (launch, approve, status):
         command.add_argument(
@@ -290,7 +290,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 def _approve(arguments: argparse.Namespace) -> int:
     from census_tf_dagster.operate.approve import approve
 
-    return approve(arguments.url, arguments.set, arguments.release, arguments.plan)
+    return approve(arguments.url, arguments.set, arguments.release, arguments.plan, as_json=arguments.json)
 
 
 def _status(arguments: argparse.Namespace) -> None:

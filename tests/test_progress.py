@@ -82,7 +82,7 @@ def test_status_asks_each_running_shard_for_its_last_word(project: Project) -> N
             instance.report_runless_asset_event(event)
         record = instance.fetch_observations(SHARDS, limit=1).records[0]
     with running_locally(project, daemon=False) as operator:
-        of = RemoteSet("tiny", "census_tf_dagster.definitions", (RELEASE,), ("0", "1", "2", "3"))
+        of = RemoteSet("tiny", "census_tf_dagster.definitions", (RELEASE,), ("0", "1", "2", "3"), reuses=False)
         run = Run(record.run_id, "shard_embeddings", partition, "STARTED", 0, 0, None, 0, recompute=False)
         silent = Run("other", "shard_embeddings", f"{RELEASE}|2", "STARTED", 0, 0, None, 0, recompute=False)
         found = progress_of(Deployment.at(operator.url), of, [run, silent])

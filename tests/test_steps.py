@@ -215,9 +215,8 @@ def test_no_matching_cell_shows_the_filter(project: Project) -> None:
     assert not (project.folder / "store").exists()
 
 
-@pytest.mark.parametrize("value_filter", ["no_such_column == 'x'", "tissue ==", "import os"])
-def test_a_filter_that_does_not_parse(project: Project, value_filter: str) -> None:
-    tiny(project, value_filter=value_filter)
+def test_a_filter_over_a_column_that_is_not_there(project: Project) -> None:
+    tiny(project, value_filter="no_such_column == 'x'")
     with project.job("tiny") as job, pytest.raises(UserError, match="was not understood"):
         make_plan(job)
     assert not (project.folder / "store").exists()

@@ -33,7 +33,7 @@ ASKED = """query Asked($asset: AssetKeyInput!, $release: String!) {
 }"""
 
 
-def approve(url: str, name: str, release: str, plan: str | None) -> int:
+def approve(url: str, name: str, release: str, plan: str | None, *, as_json: bool = False) -> int:
     """Show what a release's current plan costs, and approve it; return the exit code.
 
     Parameters
@@ -44,6 +44,8 @@ def approve(url: str, name: str, release: str, plan: str | None) -> int:
         Set and release.
     plan
         Approve only this plan; None: the one that is shown.
+    as_json
+        Print one JSON object; what it takes goes to stderr.
 
     Raises
     ------
@@ -62,7 +64,7 @@ def approve(url: str, name: str, release: str, plan: str | None) -> int:
     current = made.texts["plan"]
     if plan not in (None, current):
         raise UserError(f"the plan of {name} {release} is {current}, not {plan}: look at it, then approve that one.")
-    print(f"{name} {release}, {_amount(made)}", flush=True)
+    print(f"{name} {release}, {_amount(made)}", flush=True, file=sys.stderr if as_json else sys.stdout)
     run = _launch(deployment, found, release, current)
     while (now := fetch_runs(deployment, found, {"runIds": [run]})[0]).ended is None:
         time.sleep(POLL_SECONDS)
@@ -70,6 +72,9 @@ def approve(url: str, name: str, release: str, plan: str | None) -> int:
         reason = failure_reason(deployment, run)
         print(f"not approved: {deployment.url}/runs/{run}\n    {reason}", file=sys.stderr)
         return 1
+    if as_json:
+        print(json.dumps({"set": name, "release": release, "plan": current, "approved": True, "run": run}))
+        return 0
     print(f"approved. Where the set starts by itself its shards follow; otherwise: launch {name} {release}")
     return 0
 
