@@ -48,6 +48,14 @@ RUN apt-get update \
 COPY --from=requirements /build/worker.txt /opt/census_tf/worker.txt
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install -c /opt/census_tf/constraints.txt -r /opt/census_tf/worker.txt
+# Upstream's own code, which judges a few cells of each shard, beside this environment (docs/quality.md).
+COPY deploy/upstream.txt /opt/census_tf/upstream.txt
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    python3 -m venv /opt/upstream \
+    && python3 -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+        > "$(/opt/upstream/bin/python3 -c "import sysconfig; print(sysconfig.get_path('purelib'))")/worker.pth" \
+    && /opt/upstream/bin/python3 -m pip install --no-deps -r /opt/census_tf/upstream.txt
+ENV PATH=$PATH:/opt/upstream/bin
 
 # --- This project, as a wheel ---------------------------------------------------------------------------------------
 FROM python AS wheel
