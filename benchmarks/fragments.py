@@ -1,6 +1,6 @@
 """What many fragments cost a reader, locally and over the S3 protocol, and what consolidating them changes.
 
-    python -m benchmarks.fragments [--quick] [--json]
+    python -m benchmarks.fragments [--fragments 10 100 ...] [--quick] [--json]
 
 50,000 cells x 64 features in 10 to 5,000 fragments; opened by a fresh process which reads 10,000 contiguous cells and
 10,000 random ones, and listed as a shard does it. As written; with commits consolidated; with fragment metadata
@@ -126,9 +126,11 @@ def over_s3(array: str, endpoint: str, log: Path, way: str) -> tuple[float, int]
 
 def main() -> None:
     """Measure, print a table."""
-    arguments = arguments_parser(__doc__, quick="10 and 100 fragments").parse_args()
+    parser = arguments_parser(__doc__, quick="10 and 100 fragments")
+    parser.add_argument("--fragments", type=int, nargs="+", default=(10, 100, 1000, 5000), help="how many")
+    arguments = parser.parse_args()
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
-    counts = (10, 100) if arguments.quick else (10, 100, 1000, 5000)
+    counts = (10, 100) if arguments.quick else arguments.fragments
     rows: list[list[str]] = []
     answers: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place, s3_server(Path(place)) as (endpoint, log):

@@ -90,7 +90,7 @@ def _ended(text: str) -> bool:
 def test_the_pages_of_a_finished_release(visit: Visit) -> None:
     page = visit.page
     page.open(f"{LOCATION}/asset-groups/{SET}/lineage")
-    page.wait(lambda: page.text().count("100% filled") >= 3, "three filled assets")
+    page.wait(lambda: page.text().count("100% filled") >= 4, "four filled assets")
     visit.picture("lineage")
     page.open(f"/assets/{SET}/shard_embeddings?view=partitions&partition={RELEASE}%7C0")
     page.shows("cells_per_second")
@@ -98,8 +98,12 @@ def test_the_pages_of_a_finished_release(visit: Visit) -> None:
     page.open(f"/assets/{SET}/embeddings_array?view=partitions&partition={RELEASE}")
     page.shows("published")
     visit.picture("array")
-    shown = page.driver.find_elements(browsing.By.CSS_SELECTOR, "img[src^='data:image/png']")
-    assert all(image.size["height"] > 0 for image in shown)
+    page.button("Show Markdown")
+    (shown,) = page.wait(
+        lambda: page.driver.find_elements(browsing.By.CSS_SELECTOR, "img[src^='data:image/png']"), "a picture"
+    )
+    page.wait(lambda: shown.is_displayed() and shown.size["width"] > 500, "the picture to be seen")
+    visit.picture("cells")
     page.open(f"/assets/{SET}/embeddings_array?view=checks")
     page.shows("proved")
     visit.picture("checks")
