@@ -1,11 +1,12 @@
 """Copying the cells of a shard that an earlier release's array has already. Needs no model and no Census."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from census_tf_dagster.census.plan import Source, read_plan
 from census_tf_dagster.steps.job import Job
@@ -83,14 +84,14 @@ def copy_shard(
         source = plan.totals.source
         earlier = open_source(job, source)
         began = time.monotonic()
-        for batch in todo:
-            ids, sources = plan.read_copies(job.store, batch)
-            values = _gather(earlier, source, sources)
-            array.write(ids, values)
-            summary.seconds = time.monotonic() - began
-            summary.megabatches_copied += 1
-            summary.cells_copied += batch.cells
-            report(summary)
+        with earlier.reading() as values_of, array.writing() as write:
+            for batch in todo:
+                ids, sources = plan.read_copies(job.store, batch)
+                write(ids, _gather(values_of, array.n_features, source, sources))
+                summary.seconds = time.monotonic() - began
+                summary.megabatches_copied += 1
+                summary.cells_copied += batch.cells
+                report(summary)
         array.gather_metadata()
     started = time.monotonic()
     summary.proved = require_shard(array, plan, job.folder, shard, changed=bool(summary.megabatches_copied))
@@ -98,15 +99,22 @@ def copy_shard(
     return summary
 
 
-def _gather(earlier: EmbeddingsArray, source: Source, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _gather(
+    values_of: Callable[[slice | pa.Array], Iterator[pa.Table]],
+    n_features: int,
+    source: Source,
+    joinids: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:
     """Read cells of the earlier array, in the order of `joinids`; float32 ``(n, n_features)``."""
-    values = np.full((len(joinids), earlier.n_features), np.nan, np.float32)
+    values = np.full((len(joinids), n_features), np.nan, np.float32)
     # Datasets stay together in each release, so that ascending ids are near each other.
     order = np.argsort(joinids)
     ascending = joinids[order]
     for start in range(0, len(joinids), CELLS_AT_ONCE):
         wanted = ascending[start : start + CELLS_AT_ONCE]
-        for table in earlier.values_of(wanted):
+        # Without a gap they are read several times faster.
+        whole = len(wanted) == wanted[-1] - wanted[0] + 1
+        for table in values_of(slice(int(wanted[0]), int(wanted[-1])) if whole else pa.array(wanted)):
             rows = order[start + np.searchsorted(wanted, table["soma_dim_0"].to_numpy())]
             values[rows, table["soma_dim_1"].to_numpy()] = table["soma_data"].to_numpy()
     if (lacking := np.isnan(values).any(axis=1)).any():

@@ -242,19 +242,6 @@ class EmbeddingsArray:
             tables = array.read(coords=(slice(first, last), slice(0, 0))).tables()
             return np.sort(tables.concat()["soma_dim_0"].to_numpy())
 
-    def values_of(self, joinids: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
-        """Read all stored values of some cells, as tables of soma_dim_0, soma_dim_1 and soma_data.
-
-        Parameters
-        ----------
-        joinids
-            Strictly ascending. Without a gap they are read several times faster.
-        """
-        whole = len(joinids) == joinids[-1] - joinids[0] + 1
-        coords = slice(int(joinids[0]), int(joinids[-1])) if whole else pa.array(joinids)
-        with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
-            yield from array.read(coords=(coords, slice(None))).tables()
-
     @contextmanager
     def reading(self) -> Iterator[Callable[[slice | pa.Array], Iterator[pa.Table]]]:
         """Open the array once, however often it is asked: what opening costs grows with the fragments.
