@@ -57,6 +57,7 @@ def run(folder: Path, cells: int) -> dict[str, float]:
         compute_precision="fp32",
         storage_precision="bfloat16",
         device="cpu",
+        publication=None,
     )
     census = CensusResource(location=str(folder / str(cells) / "{release}"))
     store = StoreResource(location=str(folder / "store"))
