@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from census_tf_dagster.assets.quality import SHARD_CHECK
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.sets import RemoteSet
@@ -184,7 +185,8 @@ def materialize(deployment: Deployment, of: RemoteSet, shard: int, **own_tags: s
             "repositoryName": "__repository__",
             "pipelineName": "__ASSET_JOB",
             "assetSelection": [of.key("shard_embeddings")],
-            "assetCheckSelection": [],
+            # The interface names the checks that an asset makes of itself, and no others.
+            "assetCheckSelection": [{"assetKey": of.key("shard_embeddings"), "name": SHARD_CHECK}],
         },
         "mode": "default",
         "runConfigData": "{}",
