@@ -69,7 +69,7 @@ def test_images_end_as_a_numbered_user(target: str) -> None:
 
 def test_pip_takes_what_the_constraints_say() -> None:
     installs = [part for word, rest in instructions() if word == "RUN" for part in rest.split("&&") if "pip " in part]
-    assert len(installs) == 6
+    assert len(installs) == 7
     for install in installs:
         assert "/constraints.txt" in install or "--no-deps" in install, install
 
@@ -78,6 +78,9 @@ def test_everything_that_is_installed_is_pinned() -> None:
     def normal(name: str) -> str:
         return re.sub(r"[-_.]+", "-", re.split(r"[ <>=!~\[;]", name)[0]).lower()
 
+    assert all(
+        "==" in line for line in (REPOSITORY / "deploy" / "upstream.txt").read_text().splitlines() if line[:1] != "#"
+    )
     pins = {normal(line) for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line[:1] != "#"}
     asked = re.findall(r"requirements\.py ([a-z ]+) >", DOCKERFILE)
     assert [names.split() for names in asked] == [["base", "ui", "deploy"], ["worker"]]
@@ -110,7 +113,9 @@ def test_only_what_is_copied_gets_into_a_build() -> None:
 def test_code_comes_after_packages() -> None:
     for name in ("python", "control-packages", "worker-packages"):
         sources = [rest for word, rest in stages()[name] if word == "COPY"]
-        assert not [source for source in sources if not re.search(r"constraints\.txt|--from=requirements", source)]
+        assert not [
+            source for source in sources if not re.search(r"constraints\.txt|upstream\.txt|--from=requirements", source)
+        ]
 
 
 def test_no_secret_is_a_part_of_the_recipe() -> None:
