@@ -5,6 +5,8 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -106,14 +108,20 @@ def test_a_device_that_dies_in_the_middle_stops_the_shard_at_once(project: Proje
 
 def test_a_write_that_fails_stops_all_stages_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(project, megabatch_size=4, shards=1)
-    own = EmbeddingsArray.write
+    own = EmbeddingsArray.writing
 
-    def full(self: EmbeddingsArray, joinids: np.ndarray, embeddings: np.ndarray) -> None:
-        if joinids[0] > 50:
-            raise OSError(28, "No space left on device")
-        own(self, joinids, embeddings)
+    @contextmanager
+    def on_a_full_disk(self: EmbeddingsArray) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
+        with own(self) as write:
 
-    monkeypatch.setattr(EmbeddingsArray, "write", full)
+            def full(joinids: np.ndarray, embeddings: np.ndarray) -> None:
+                if joinids[0] > 50:
+                    raise OSError(28, "No space left on device")
+                write(joinids, embeddings)
+
+            yield full
+
+    monkeypatch.setattr(EmbeddingsArray, "writing", on_a_full_disk)
     with project.job("tiny") as job:
         make_plan(job)
         threads = threading.active_count()

@@ -30,7 +30,7 @@ def test_a_launch_plans_copies_computes_and_proves_once(project: Project, tmp_pa
         assert "the plan, shards 0-1 with their copies, the array" in done.stdout
         assert "copies 2/2 done" in done.stdout
         runs, status = operator.runs(), operator.status("reusing")
-    expected = {("reusing/obs_id_plan", RELEASE): 1, ("reusing/embeddings_array", RELEASE): 1}
+    expected = {(f"reusing/{asset}", RELEASE): 1 for asset in ("obs_id_plan", "approval", "embeddings_array")}
     for asset in ("shard_embeddings", "reused_embeddings"):
         expected |= {(f"reusing/{asset}", f"{RELEASE}|{shard}"): 1 for shard in range(2)}
     assert runs == expected
