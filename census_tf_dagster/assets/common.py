@@ -127,3 +127,11 @@ def final_failure(description: str, metadata: Mapping[str, Any] | None = None) -
     context = dg.OpExecutionContext.get()
     context.instance.add_run_tags(context.run_id, {NO_RETRY_TAG: "false"})
     return dg.Failure(description, metadata=metadata, allow_retries=False)
+
+
+def shard_of(context: dg.AssetExecutionContext, dimension: str) -> tuple[str, str, int]:
+    """Return the key of a shard's partition, its release, and its number in a dimension."""
+    keys = context.partition_key
+    if not isinstance(keys, dg.MultiPartitionKey):
+        raise TypeError(f"partition key {keys!r} has no release and shard")
+    return str(keys), keys.keys_by_dimension["release"], int(keys.keys_by_dimension[dimension])

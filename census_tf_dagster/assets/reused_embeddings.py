@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.assets.checks import report_stale
-from census_tf_dagster.assets.common import asset_key, asset_of, partition_job
+from census_tf_dagster.assets.common import asset_key, asset_of, partition_job, shard_of
 from census_tf_dagster.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
 from census_tf_dagster.automation import once_for_new_partitions
 from census_tf_dagster.partitions import BY_RELEASE, COPIES, shard_partitions
@@ -45,10 +45,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         from census_tf_dagster.steps.copying import copy_shard
         from census_tf_dagster.steps.finishing import array_state
 
-        keys = context.partition_key
-        if not isinstance(keys, dg.MultiPartitionKey):
-            raise TypeError(f"partition key {keys!r} has no release and shard")
-        release, shard = keys.keys_by_dimension["release"], int(keys.keys_by_dimension[COPIES])
+        keys, release, shard = shard_of(context, COPIES)
         observed = time.monotonic()
 
         def tell_if_stale() -> None:
@@ -64,7 +61,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
             if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
                 observed = time.monotonic()
                 metadata = {"cells_done": done, "cells": progress.cells, "cells_per_second": rate}
-                context.log_event(dg.AssetObservation(asset_key=key, partition=str(keys), metadata=metadata))
+                context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
 
         with partition_job(settings, release, census, store) as job:
             summary = copy_shard(job, shard, recompute=config.recompute, report=show)

@@ -14,6 +14,7 @@ from census_tf_dagster.assets.common import (
     asset_of,
     final_failure,
     partition_job,
+    shard_of,
 )
 from census_tf_dagster.assets.gate import must_be_approved, require_approval
 from census_tf_dagster.assets.progress import observe_release
@@ -67,10 +68,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         from census_tf_dagster.steps.finishing import array_state
         from census_tf_dagster.steps.upstream import find_upstream
 
-        keys = context.partition_key
-        if not isinstance(keys, dg.MultiPartitionKey):
-            raise TypeError(f"partition key {keys!r} has no release and shard")
-        release, shard = keys.keys_by_dimension["release"], int(keys.keys_by_dimension["shard"])
+        keys, release, shard = shard_of(context, "shard")
         observed = time.monotonic()
 
         def tell_if_stale() -> None:
@@ -97,7 +95,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                     "time_left": duration(left),
                     "limited_by": limit,
                 }
-                context.log_event(dg.AssetObservation(asset_key=key, partition=str(keys), metadata=metadata))
+                context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
                 if (whole := observe_release(context.instance, settings, release)) is not None:
                     context.log_event(whole)
 
