@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from census_tf_dagster.demo.checkpoint import build_checkpoint
+from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
+from census_tf_dagster.inference.checkpoint import read_checkpoint
 from tests.support import REPOSITORY
 
 IMAGES = REPOSITORY / "deploy" / "images"
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
 SCRIPTS = [IMAGES / name for name in ("build.sh", "entrypoint", "healthcheck")]
 TARGETS = ("control", "worker")
+ASSETS = ("approval", "embeddings_array", "obs_id_plan", "shard_embeddings")
 CANARY = "canary-5b1f0c9e7d"
 """Stands in the builder's environment where secrets would."""
 
@@ -213,9 +217,9 @@ def built() -> None:
 
 
 @contextmanager
-def container(target: str) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+def container(target: str, tag: str = "latest") -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Make a container, in which commands run as its entrypoint runs them, with no network but a loopback."""
-    name = subprocess.check_output(["buildah", "from", f"localhost/census-tf-{target}:latest"], text=True).strip()
+    name = subprocess.check_output(["buildah", "from", f"localhost/census-tf-{target}:{tag}"], text=True).strip()
 
     def run(*command: str, volumes: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
         options = [f"--volume={volume}" for volume in volumes]
@@ -248,7 +252,7 @@ print([name for name in ("DAGSTER_HOME", "CENSUS_TF_CACHE") if not os.access(os.
     with container(target) as run:
         done = run("python", "-c", code)
     torch = target == "worker"
-    expected = [f"1000 /opt/dagster {torch} 9 demo_human/embeddings_array", "[]", "[]"]
+    expected = [f"1000 /opt/dagster {torch} 12 demo_human/approval", "[]", "[]"]
     assert done.stdout.splitlines() == expected, done.stderr
 
 
@@ -265,7 +269,33 @@ def test_a_changed_set_takes_no_new_image(built: None, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         command = ("dagster", "asset", "list", "-m", "census_tf_dagster.definitions")
         done = run(*command, volumes=(volume,), CENSUS_TF_SETS="/sets")
-    assert done.stdout.split() == ["mine/embeddings_array", "mine/obs_id_plan", "mine/shard_embeddings"], done.stderr
+    assert done.stdout.split() == [f"mine/{asset}" for asset in ASSETS], done.stderr
+
+
+@pytest.mark.soak
+def test_sets_and_a_checkpoint_are_baked_by_choice(built: None, tmp_path: Path) -> None:
+    """A checkout with a set and a checkpoint of its own: the images hold them, and the checkpoint is the same."""
+    checkout = tmp_path / "checkout"
+    for name in subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).splitlines():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / name, checkout / name)
+    yaml = (REPOSITORY / "census_tf_dagster/defs/demo_human/defs.yaml").read_text().replace("demo_human", "mine")
+    (checkout / "deploy/sets/mine").mkdir(parents=True)
+    (checkout / "deploy/sets/mine/defs.yaml").write_text(yaml)
+    folder = checkout / "deploy/images/checkpoints/tf_mine"
+    build_checkpoint(folder, ["ENSG1", "ENSG2"], KNOWN_ASSAYS, embed_dim=16, seq_len=7, block_len=8)
+    build = [checkout / "deploy/images/build.sh", "baked", "--build-arg=SETS=deploy/sets"]
+    subprocess.run(build, env={**os.environ, "BASE": "debootstrap"}, check=True)
+    code = """
+from pathlib import Path
+from census_tf_dagster.inference.checkpoint import read_checkpoint
+print(read_checkpoint(Path("/opt/census_tf/checkpoints/tf_mine")).fingerprint)
+"""
+    with container("worker", "baked") as run:
+        baked = run("python", "-W", "ignore", "-c", code)
+        listed = run("dagster", "asset", "list", "-m", "census_tf_dagster.definitions")
+    assert baked.stdout.strip() == read_checkpoint(folder).fingerprint, baked.stderr
+    assert listed.stdout.split() == [f"mine/{asset}" for asset in ASSETS], listed.stderr
 
 
 @pytest.mark.soak
