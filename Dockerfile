@@ -89,6 +89,7 @@ ENTRYPOINT ["/opt/dagster/entrypoint"]
 # The daemon's check loads its instance, which takes seconds.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=120s CMD ["/opt/dagster/healthcheck"]
 
+# The same last steps on the other packages: a stage cannot stand on two.
 FROM worker-packages AS worker
 ARG CHECKPOINTS=deploy/images/checkpoints
 COPY ${CHECKPOINTS} /opt/census_tf/checkpoints

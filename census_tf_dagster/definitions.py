@@ -34,12 +34,13 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.assets.common import release_job
+from census_tf_dagster.assets.retention import build_retention
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.placement import read_placement
 from census_tf_dagster.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.resources import CensusResource, StoreResource
-from census_tf_dagster.retention import Retention, build_retention, read_retention
+from census_tf_dagster.retention import Retention, read_retention
 from census_tf_dagster.set_files import require_right_files
 from census_tf_dagster.settings import SetSettings
 

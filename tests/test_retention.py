@@ -10,11 +10,12 @@ import boto3
 import dagster as dg
 import pytest
 
+from census_tf_dagster.assets.retention import build_retention
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.contents import inspect_store
 from census_tf_dagster.operate.prune import Candidate, announce, apply, candidates
 from census_tf_dagster.resources import StoreResource
-from census_tf_dagster.retention import Retention, build_retention, read_retention
+from census_tf_dagster.retention import Retention, read_retention
 from census_tf_dagster.steps.finishing import finish_array
 from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.storage import Storage

@@ -17,6 +17,7 @@ from census_tf_dagster.resources import CensusResource, StoreResource
 from census_tf_dagster.settings import SetSettings
 
 if TYPE_CHECKING:
+    from census_tf_dagster.steps.job import Job
     from census_tf_dagster.store.rules import Finding
 
 RULES = {
@@ -64,8 +65,12 @@ def build_proved_check(settings: SetSettings) -> dg.AssetChecksDefinition:
     return proved
 
 
-def report_stale(context: dg.AssetExecutionContext, settings: SetSettings, release: str) -> None:
+def report_if_stale(context: dg.AssetExecutionContext, settings: SetSettings, release: str, job: "Job") -> None:
     """Mark a release's array as no longer proved, from within the run that made it so."""
+    from census_tf_dagster.steps.finishing import array_state
+
+    if array_state(job) != "stale":
+        return
     # An event of the run: Dagster stores one evaluation a run, and a second without any run is an error.
     context.log_event(
         dg.AssetCheckEvaluation(

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from census_tf_dagster.assets.checks import report_stale
+from census_tf_dagster.assets.checks import report_if_stale
 from census_tf_dagster.assets.common import (
     asset_of,
     console_link,
@@ -35,15 +35,13 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[None]:
         from census_tf_dagster.census.plan import read_plan
         from census_tf_dagster.steps.estimate import estimate, tokens_left
-        from census_tf_dagster.steps.finishing import array_state
         from census_tf_dagster.steps.planning import make_plan
 
         with partition_job(settings, context.partition_key, census, store) as job:
             summary = make_plan(job)
             tokens = tokens_left(job, read_plan(job.store, job.folder.plan))
             cost = estimate(job, tokens, last_shards(context.instance, settings))
-            if array_state(job) == "stale":
-                report_stale(context, settings, context.partition_key)
+            report_if_stale(context, settings, context.partition_key, job)
         totals = summary.totals
         context.log.info(
             f"planned {totals.cells:,} cells ({totals.tokens:,} tokens) in {totals.shards} shards and "

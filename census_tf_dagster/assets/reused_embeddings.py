@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from census_tf_dagster.assets.checks import report_stale
+from census_tf_dagster.assets.checks import report_if_stale
 from census_tf_dagster.assets.common import asset_key, asset_of, partition_job, shard_of
 from census_tf_dagster.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
 from census_tf_dagster.automation import once_for_new_partitions
@@ -43,19 +43,14 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, config: CopyConfig, census: CensusResource, store: StoreResource
     ) -> dg.MaterializeResult[None]:
         from census_tf_dagster.steps.copying import copy_shard
-        from census_tf_dagster.steps.finishing import array_state
 
         keys, release, shard = shard_of(context, COPIES)
         observed = time.monotonic()
 
-        def tell_if_stale() -> None:
-            if array_state(job) == "stale":
-                report_stale(context, settings, release)
-
         def show(progress: "CopySummary") -> None:
             nonlocal observed
             if progress.megabatches_copied == 1:
-                tell_if_stale()
+                report_if_stale(context, settings, release, job)
             done, rate = progress.cells_before + progress.cells_copied, progress.cells_per_second()
             context.log.info(f"copied {done:,} of {progress.cells:,} cells, {rate:.0f} cells/s")
             if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
@@ -67,7 +62,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
             summary = copy_shard(job, shard, recompute=config.recompute, report=show)
             if summary.megabatches_copied:
                 # Once more: the array may have been proved between the first commit and the last.
-                tell_if_stale()
+                report_if_stale(context, settings, release, job)
         return dg.MaterializeResult(
             metadata={
                 "cells": summary.cells,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from census_tf_dagster.assets.checks import report_stale
+from census_tf_dagster.assets.checks import report_if_stale
 from census_tf_dagster.assets.common import (
     asset_key,
     asset_of,
@@ -65,20 +65,15 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         from census_tf_dagster.census.plan import read_plan
         from census_tf_dagster.steps.embedding import SetAsideError, ShardSummary, embed_shard
         from census_tf_dagster.steps.estimate import tokens_left
-        from census_tf_dagster.steps.finishing import array_state
         from census_tf_dagster.steps.upstream import find_upstream
 
         keys, release, shard = shard_of(context, "shard")
         observed = time.monotonic()
 
-        def tell_if_stale() -> None:
-            if array_state(job) == "stale":
-                report_stale(context, settings, release)
-
         def show(progress: ShardSummary) -> None:
             nonlocal observed
             if progress.megabatches_computed == 1:
-                tell_if_stale()
+                report_if_stale(context, settings, release, job)
             done = progress.cells_before + progress.cells_computed
             rate, left = progress.cells_per_second(), progress.seconds_left()
             limit = progress.times.limit()
@@ -112,7 +107,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 raise final_failure(str(error), metadata) from error
             if summary.megabatches_computed:
                 # Once more: the array may have been proved between the first commit and the last.
-                tell_if_stale()
+                report_if_stale(context, settings, release, job)
         return dg.MaterializeResult(
             metadata=_figures(summary), check_results=[shard_check(settings, summary.judgement)]
         )
