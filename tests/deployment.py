@@ -20,6 +20,8 @@ from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.sets import RemoteSet
 from tests.support import RELEASE, Project
 
+POLL = 0.7
+"""Seconds between looks: each takes CPU from the servers that it waits for."""
 PATIENCE = 600.0
 """Seconds that any one wait may take on a machine with other work."""
 
@@ -139,7 +141,7 @@ def until(true: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.2)
+        time.sleep(POLL)
 
 
 def free_port() -> int:
