@@ -27,8 +27,9 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.worker  ## docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.field_docs > docs/configure.md
 
-screenshots: $(VENV)/.dev  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
-	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak tests/test_browser.py
+screenshots: $(VENV)/.dev $(ORACLE)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
+	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \
+	    --oracle=$(ORACLE)/bin/transcriptformer tests/test_browser.py
 
 wheels:  ## what benchmarks/gpu.sh needs on a machine without a network, into .wheels/ (about 80 MB)
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

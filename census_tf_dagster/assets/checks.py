@@ -135,6 +135,5 @@ def evaluations(
             passed=not wrong,
             severity=dg.AssetCheckSeverity.WARN if only_warns else dg.AssetCheckSeverity.ERROR,
             description=meaning if not wrong else "\n".join(wrong),
-            metadata={"faults": list(wrong)},
             partition=release,
         )
