@@ -1,5 +1,7 @@
 # The commands of this project. `make demo` and `make test` need Python 3.11 or 3.12 and nothing else.
 PYTHON ?= python3
+PORT ?= 3000
+DAGSTER_HOME ?= $(CURDIR)/demo-data/dagster_home
 VENV := .venv
 ORACLE := .venv-oracle
 BIN := $(VENV)/bin
@@ -10,8 +12,8 @@ PIP := -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dagster
 	$(BIN)/python -m census_tf_dagster demo
 
-ui: $(VENV)/.worker  ## Dagster's web interface on the demo
-	DAGSTER_HOME=$(CURDIR)/demo-data/dagster_home $(BIN)/dagster dev -w workspace.yaml
+ui: $(VENV)/.worker  ## Dagster's web interface, on the demo unless DAGSTER_HOME says otherwise
+	DAGSTER_HOME=$(DAGSTER_HOME) $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
 test: $(VENV)/.dev $(ORACLE)/.ready lint  ## everything that CI runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not gpu" --oracle=$(ORACLE)/bin/transcriptformer tests

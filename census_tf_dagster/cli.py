@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="TranscriptFormer embeddings of CELLxGENE Census releases, as Dagster assets.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(
+        dest="command", required=True, prog=parser.prog, metavar="COMMAND", help=argparse.SUPPRESS
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -86,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
             "It goes on when this command is interrupted; the same command follows it again. Exit code 1: something "
             "failed, which is printed."
         ),
-        epilog="example: python -m census_tf_dagster launch demo_human 2025-11-08 --shards 3,7-12",
+        epilog="example: python -m census_tf_dagster launch demo_human 2025-11-08 --shards 0,2-3",
     )
     launch.add_argument("set", help="name of the set")
     launch.add_argument("release", help="name of the release")
@@ -133,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     canary.add_argument("set", help="name of the set")
     canary.add_argument("release", help="name of the release")
-    canary.add_argument("--cells", type=int, default=256, help="how many cells (default: 256)")
+    canary.add_argument("--cells", type=int, default=256, help="about how many, as many of each assay (default: 256)")
     canary.add_argument("--oracle", type=Path, help="upstream's transcriptformer command, in an environment of its own")
     canary.set_defaults(run=_canary)
 
@@ -250,6 +252,7 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         names = sorted(load_settings(folder))
         print(f"{folder}: {len(names)} set{'s' if len(names) > 1 else ''} without a mistake: {', '.join(names)}")
+        print("(their YAML; checkpoint and Census are opened by `launch SET RELEASE --dry-run`)")
     return int(bool(problems))
 
 
@@ -393,8 +396,12 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _instance() -> "dg.DagsterInstance":
     import dagster as dg
 
-    if "DAGSTER_HOME" not in os.environ:
-        raise UserError("DAGSTER_HOME is not set: it names the folder of the Dagster instance to talk to.")
+    home = os.environ.get("DAGSTER_HOME")
+    if home is None or not (Path(home).is_absolute() and Path(home).is_dir()):
+        raise UserError(
+            f"DAGSTER_HOME is {'not set' if home is None else repr(home)}; expected the absolute path of the Dagster "
+            "instance's folder, which is there, such as: export DAGSTER_HOME=$PWD/demo-data/dagster_home"
+        )
     return dg.DagsterInstance.get()
 
 

@@ -5,8 +5,7 @@ Reads the variables of a deployment (the command line reads only where Dagster i
 =============================  ==========================================  =============================
 variable                       meaning                                     default
 =============================  ==========================================  =============================
-CENSUS_TF_SETS                 folder or S3 prefix (reached as the store   the demo sets of this package
-                               is) with ``<set>/defs.yaml`` files
+CENSUS_TF_SETS                 folder or S3 prefix of set/defs.yaml files  the demo sets of this package
 CENSUS_TF_CENSUS               ``public``, or a location with {release}    demo-data/census/{release}
 CENSUS_TF_CENSUS_DIRECTORY     where public releases are listed            as cellxgene_census
 CENSUS_TF_RELEASES             ``lts``, or ``weekly``: those as well       lts

@@ -79,7 +79,9 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         uri = normalise(self.location.format(release=release))
         there = Path(uri.removeprefix("file://")).is_dir() if is_local(uri) else self.storage().is_folder(uri)
         if not there:
-            raise UserError(f"release {release!r} is unknown: there is no Census at {uri}.")
+            raise UserError(
+                f"release {release!r} is unknown: there is no Census at {uri}. CENSUS_TF_CENSUS says where."
+            )
         return uri
 
     def storage(self) -> "Storage":

@@ -19,6 +19,8 @@ ASSUMED_SHARE = 0.25
 """Of the roof, where nothing was measured. A guess, on the careful side: replace it with a canary."""
 
 
+NO_RATE = "no shard has run, no canary, and no gpu_type is declared, in placement.yaml or in the set's `placement`"
+
 LONGEST_DAYS = 36525.0
 
 LAST_SHARDS = 96
@@ -106,7 +108,7 @@ class Cost:
         hours = "unknown GPU hours" if self.gpu_hours is None else f"{self.gpu_hours:,.1f} GPU hours"
         money = "unknown cost" if self.usd is None else f"{self.usd:,.2f} USD"
         time = "unknown time" if self.days is None else f"{self.days:,.1f} days with the fleet"
-        source = self.rate.source if self.rate else "no rate: no shard has run, no canary, and no gpu_type is declared"
+        source = self.rate.source if self.rate else NO_RATE
         return f"{self.tokens:,} tokens to compute, {hours}, {money}, {time} (rate: {source})"
 
 

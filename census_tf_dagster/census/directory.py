@@ -29,6 +29,7 @@ NAME = re.compile(r"\d{4}-\d{2}-\d{2}")
 """Releases are named by their day; other names (stable, latest, V2) are aliases, which come and go."""
 
 UNREACHABLE = "the Census release directory cannot be reached"
+ELSEWHERE = " (behind a proxy, set HTTPS_PROXY; a mirror of release.json is named by CENSUS_TF_CENSUS_DIRECTORY)"
 
 
 class _Model(BaseModel):
@@ -162,7 +163,7 @@ def read_directory(url: str = "", patience: float = PATIENCE_SECONDS) -> Directo
     except ValueError as error:
         raise DirectoryError(f"the Census release directory{where} was not read: {done.stderr[-1000:]}") from error
     if "unreachable" in answer:
-        raise DirectoryError(f"{UNREACHABLE}{where}: {answer['unreachable']}")
+        raise DirectoryError(f"{UNREACHABLE}{where}: {answer['unreachable']}{ELSEWHERE}")
     if "malformed" in answer:
         raise DirectoryError(f"the Census release directory{where} is malformed: {answer['malformed']}")
     return parse_directory(answer["directory"])

@@ -1,6 +1,7 @@
 """The demo: a small Census and checkpoint, and Dagster taking them to the final arrays."""
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ FOLDER = Path("demo-data")
 RELEASE = "2025-11-08"
 GENES = 20_000
 ESM_DIM = 96
+INSTANCE = """telemetry:
+  enabled: false
+concurrency:
+  runs:
+    # Shards of one machine share its devices.
+    max_concurrent_runs: 1
+"""
+"""The Dagster instance of one machine."""
 SETS_FOLDER = Path(__file__).parent.parent / "defs"
 
 
@@ -110,7 +119,7 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
     home = Path(os.environ.setdefault("DAGSTER_HOME", str((FOLDER / "dagster_home").absolute())))
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "dagster.yaml").exists():
-        (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+        (home / "dagster.yaml").write_text(INSTANCE)
     sets = load_sets(SETS_FOLDER)
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
     resources = {
@@ -156,7 +165,7 @@ def _report(rows: Sequence[Mapping[str, Any]]) -> None:
     print(
         "\nEvery planned cell is in its array exactly once, with all its values, all finite (read back and proved).\n"
         "The checkpoint's weights are RANDOM: these embeddings mean nothing biologically.\n\n"
-        f"Look around:  DAGSTER_HOME={os.environ['DAGSTER_HOME']} dagster dev\n"
+        f"Look around:  DAGSTER_HOME={os.environ['DAGSTER_HOME']} {Path(sys.executable).parent}/dagster dev\n"
         "Read them:    import tiledbsoma\n"
         f"              array = tiledbsoma.open({rows[0]['array']!r})\n"
         "              array.read((slice(0, 9),)).tables().concat()"

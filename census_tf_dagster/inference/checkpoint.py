@@ -96,7 +96,11 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path |
     """
     for name in ("config.json", "model_weights.pt", "vocabs"):
         if not (folder / name).exists():
-            raise UserError(f"{folder} has no {name}; expected a checkpoint as `transcriptformer download` makes it.")
+            inside = sorted(folder.glob("*/config.json"))
+            hint = f" Did you mean {' or '.join(str(one.parent) for one in inside)}?" if inside else ""
+            raise UserError(
+                f"{folder} has no {name}; expected a checkpoint as `transcriptformer download` makes it.{hint}"
+            )
     config = _read_json(folder / "config.json")
     try:
         model, data = config["model"]["model_config"], config["model"]["data_config"]
@@ -176,6 +180,8 @@ def read_gene_names(path: Path) -> list[str]:
     """
     if path.suffix == ".pkl":
         raise UserError(f"{path} is a pickle, which is never loaded; expected upstream's .h5 form of the file.")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected the embeddings of the genes, as HDF5.")
     try:
         with h5py.File(path, "r") as file:
             return [key.decode() for key in file["keys"][:]]

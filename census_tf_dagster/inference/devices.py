@@ -37,7 +37,8 @@ def require_gpu(set_name: str, release: str) -> None:
     if not count_gpus():
         raise UserError(
             f"set {set_name!r} needs a GPU (device: cuda) and this machine has none: "
-            f"`python -m census_tf_dagster launch {set_name} {release}` takes it to the deployment's GPU nodes."
+            f"`python -m census_tf_dagster launch {set_name} {release}` takes it to the deployment's GPU nodes. "
+            "On this machine alone, `device: cpu` in the set's YAML does a small trial."
         )
 
 

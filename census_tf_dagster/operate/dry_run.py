@@ -24,6 +24,8 @@ class DryRun:
     ----------
     plan
         The plan it would write, or finds written.
+    checkpoint_fingerprint
+        Of the checkpoint that was found: what a set's field of that name would demand.
     shards
         The shards it would run.
     cells, cells_to_compute, cells_to_copy
@@ -37,6 +39,7 @@ class DryRun:
     """
 
     plan: PlanSummary
+    checkpoint_fingerprint: str
     shards: tuple[int, ...]
     cells: int
     cells_to_compute: int
@@ -82,6 +85,7 @@ def dry_run(
     cells_to_copy, cells_to_compute = (sum(batch.cells for batch in some) for some in (copy, compute))
     return DryRun(
         plan=found.summary,
+        checkpoint_fingerprint=job.identity.checkpoint_fingerprint,
         shards=chosen,
         cells=sum(batch.cells for batch in batches),
         cells_to_compute=cells_to_compute,
@@ -126,6 +130,7 @@ def describe(result: DryRun) -> str:
     return (
         f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary), {plan.totals.tokens:,} tokens, "
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
+        f"checkpoint: {result.checkpoint_fingerprint} (what `checkpoint_fingerprint` in the set's YAML would demand)\n"
         f"genes: the checkpoint knows {plan.known_genes:,} of {plan.expressed_genes:,} expressed "
         f"({plan.known_share:.1%} of all entries)\n"
         f"{differ}{reuse}"

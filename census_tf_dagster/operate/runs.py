@@ -60,6 +60,10 @@ EVENTS = """query Events($run: ID!, $cursor: String) {
 }"""
 
 
+ENDED_FROM_OUTSIDE = "This run has been marked as failed from outside"
+"""What Dagster says of a run whose process it lost."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of one of a set's assets. Times are seconds since 1970."""
@@ -210,6 +214,8 @@ def failure_reason(deployment: Deployment, run_id: str) -> str:
             if event["__typename"] in ("RunFailureEvent", "RunCanceledEvent"):
                 raised = event.get("error")
                 reason = (raised["message"] if raised else event["message"]).strip()
+                if reason.startswith(ENDED_FROM_OUTSIDE):
+                    reason = f"its process ended without a word: killed, out of memory, or its node is gone ({reason})"
         if not page["hasMore"]:
             return reason
         cursor = page["cursor"]

@@ -89,7 +89,8 @@ def find_set(deployment: Deployment, name: str) -> RemoteSet:
     known = sorted({path[0] for path in nodes if all((path[0], asset) in nodes for asset in (PLAN, SHARDS, ARRAY))})
     if name not in known:
         raise UserError(
-            f"set {name!r} is not in the deployment at {deployment.url}; there are: {', '.join(known) or 'none'}."
+            f"set {name!r} is not in the deployment at {deployment.url}; there are: {', '.join(known) or 'none'}. "
+            "One that was added since: reload its code location (Deployment, in the web interface), or restart it."
             + "".join(_broken_locations(answer["workspaceOrError"]))
         )
     node = nodes[name, SHARDS]

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -18,6 +18,7 @@ from census_tf_dagster.operate.runs import (
     RUNNING,
     Materialization,
     Run,
+    failure_reason,
     fetch_runs,
     latest,
     materializations,
@@ -26,6 +27,8 @@ from census_tf_dagster.operate.runs import (
 from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact
 
+REASONS = 3
+"""How many failures are told with their reason."""
 RECENT_RUNS = 50
 """How many of the last finished shards the estimate looks at."""
 
@@ -99,6 +102,8 @@ class ReleaseStatus:
     """The launch of this release that goes on."""
     seconds_left: float | None
     """Until running and waiting shards are done; None when unknown, 0 when none runs or waits."""
+    failures: dict[int, str]
+    """Why shards failed, of some of them."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it with shards as compact ranges, and the time of finishing."""
@@ -198,13 +203,14 @@ def _release_status(
     going = find_going(deployment, found, release)
     copied = materializations(deployment, found, REUSED, partitions) if found.reuses else {}
     mine = [run for run in active if run.asset == SHARDS and run.partition in partitions]
+    shards = ShardStates.of(SHARDS, release, found, states)
     told = progress_of(deployment, found, [run for run in mine if run.status in RUNNING])
     return ReleaseStatus(
         release=release,
         plan=states.get((PLAN, release), "missing"),
         approval=states.get((APPROVAL, release), "missing"),
         approved=approval_text(deployment, found, release),
-        shards=ShardStates.of(SHARDS, release, found, states),
+        shards=shards,
         copies=ShardStates.of(REUSED, release, found, states) if found.reuses else None,
         array=states.get((ARRAY, release), "missing"),
         array_path=array.paths.get("array") if array else None,
@@ -216,7 +222,20 @@ def _release_status(
         limited_by=dict(Counter(one.limited_by for one in told.values())),
         backfill=going.id if going else None,
         seconds_left=_shards_left(deployment, found, stored, mine) if mine else 0.0,
+        failures=dict(_failures(deployment, found, release, shards.failed[:REASONS])),
     )
+
+
+def _failures(
+    deployment: Deployment, found: RemoteSet, release: str, shards: Iterable[int]
+) -> Iterator[tuple[int, str]]:
+    for shard in shards:
+        wanted = {
+            "tags": [{"key": "dagster/partition", "value": found.partition(release, shard)}],
+            "statuses": ["FAILURE", "CANCELED"],
+        }
+        for run in [run for run in fetch_runs(deployment, found, wanted) if run.asset == SHARDS][:1]:
+            yield shard, f"{failure_reason(deployment, run.id).splitlines()[0]} ({deployment.url}/runs/{run.id})"
 
 
 def _shards_left(
@@ -249,6 +268,10 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
     elif status.seconds_left:
         at = finish_time(status.seconds_left).strftime("%Y-%m-%d %H:%M")
         lines.append(f"  finish  shards: {at} (in {duration(status.seconds_left)})")
+    lines += [f"  failed  shard {shard}: {reason}" for shard, reason in status.failures.items()]
+    if status.shards.failed:
+        again = f"launch {found.name} {status.release} --shards {compact(status.shards.failed)}"
+        lines.append(f"  again   when that is mended: python -m census_tf_dagster {again}")
     if status.backfill:
         lines.append(f"  launch  backfill {status.backfill} goes on; the same `launch` command follows it")
     return "\n".join(lines)

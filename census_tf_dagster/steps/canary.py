@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.devices import Device, open_devices
+from census_tf_dagster.inference.devices import Device, open_devices, require_gpu
 from census_tf_dagster.inference.prepare import prepare
 from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.spending import Throughput
@@ -83,6 +83,11 @@ def run_canary(
         As planning does, or when the judge cannot run.
     """
     precision = job.settings.compute_precision
+    # Before minutes of reading.
+    if job.settings.device == "cuda":
+        require_gpu(job.settings.name, job.release_name)
+    if oracle is not None and not oracle.is_file():
+        raise UserError(f"--oracle {oracle}: there is no such file; expected upstream's `transcriptformer` command.")
     if oracle is None and precision == "fp32":
         raise UserError("an fp32 set has no other judge than upstream's own command: name it with --oracle.")
     report(f"reading obs of {job.release.uri}; minutes for a whole Census")
