@@ -79,7 +79,6 @@ def test_a_release_by_clicking(visit: Visit) -> None:
     # Dagster lists a backfill's runs in one row.
     page.open("/runs/")
     page.wait(lambda: page.text().count("Backfill\n") >= 2 and "Started" in page.text(), "two backfills at work")
-    visit.picture("runs")
     page.wait(lambda: _ended(page.text()), "both backfills' end", patience=1800)
     assert "Failure" not in page.text()
     visit.picture("backfills")
@@ -102,7 +101,6 @@ def test_the_pages_of_a_finished_release(visit: Visit) -> None:
     visit.picture("shard")
     page.open(f"/assets/{SET}/embeddings_array?view=partitions&partition={RELEASE}")
     page.shows("published")
-    visit.picture("array")
     page.button("Show Markdown")
     (shown,) = page.wait(
         lambda: page.driver.find_elements(browsing.By.CSS_SELECTOR, "img[src^='data:image/png']"), "a picture"
