@@ -16,7 +16,7 @@ ui: $(VENV)/.worker  ## Dagster's web interface, on the demo unless DAGSTER_HOME
 	DAGSTER_HOME=$(DAGSTER_HOME) $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
 test: $(VENV)/.dev $(ORACLE)/.ready lint  ## everything that CI runs
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not gpu" --oracle=$(ORACLE)/bin/transcriptformer tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not soak and not gpu" --oracle=$(ORACLE)/bin/transcriptformer tests
 
 soak: $(VENV)/.dev $(ORACLE)/.ready  ## the long, seeded trials
 	$(BIN)/python -m pytest -m soak --oracle=$(ORACLE)/bin/transcriptformer tests
