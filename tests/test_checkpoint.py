@@ -99,6 +99,18 @@ def test_weights_of_another_shape(folder: Path) -> None:
         load(folder)
 
 
+def test_a_folder_above_the_checkpoint(folder: Path) -> None:
+    with pytest.raises(UserError, match=rf"has no config.json; expected a checkpoint .* Did you mean {folder}\?"):
+        read_checkpoint(folder.parent)
+
+
+def test_a_missing_vocabulary(folder: Path) -> None:
+    (file,) = (folder / "vocabs").glob("*_gene.h5")
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{file} does not exist"):
+        read_checkpoint(folder)
+
+
 def test_missing_weight(folder: Path) -> None:
     state = torch.load(folder / "model_weights.pt", weights_only=True)
     del state["transformer_encoder.encoder_layers.1.norm2.weight"]

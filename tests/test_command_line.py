@@ -34,6 +34,10 @@ def test_release_add_without_dagster_home(project: Project) -> None:
     done = project.command("release", "add", RELEASE)
     assert done.returncode == 1
     assert "DAGSTER_HOME is not set" in done.stderr
+    project.env["DAGSTER_HOME"] = "dagster_home"
+    done = project.command("release", "add", RELEASE)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: DAGSTER_HOME is 'dagster_home'; expected the absolute path")
 
 
 def test_unknown_partitions_say_so(project: Project) -> None:

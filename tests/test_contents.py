@@ -72,6 +72,8 @@ def test_canary_of_fp32_wants_an_oracle(project: Project) -> None:
     done = project.command("canary", "tiny", RELEASE)
     assert done.returncode == 1
     assert "name it with --oracle" in done.stderr
+    absent = project.command("canary", "tiny", RELEASE, "--oracle", "nowhere/transcriptformer")
+    assert absent.stderr.startswith("error: --oracle nowhere/transcriptformer: there is no such file")
     unknown = project.command("canary", "else", RELEASE)
     assert "there is no set 'else'; this deployment has tiny" in unknown.stderr
 
@@ -96,6 +98,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(project: Project) 
     with project.job("tiny") as job:
         make_plan(job)
         done = embed_shard(job, 1)
+    assert f"checkpoint: {job.checkpoint.fingerprint} (" in first.stdout
     some = project.command("launch", "tiny", RELEASE, "--dry-run", "--shards", "1,3")
     assert "would run 2 shards" in some.stdout
     assert "compute 0 of" not in some.stdout

@@ -135,6 +135,7 @@ def test_launch_survives_its_interruption(story: Story) -> None:
     assert said.startswith("attached to backfill ")
     assert "shards 4/4 done, 0 running, 0 failed, 0 left; array done" in said
     assert f"done: tiny {RELEASE}: the plan, shards 0-3, the array" in said
+    assert said.endswith(f"array: {story.operator.project.array('tiny')}\n")
 
 
 def test_plan_shards_and_array_run_once(story: Story, tmp_path: Path) -> None:
@@ -170,6 +171,7 @@ def test_failed_shards_are_told_with_their_reason(story: Story) -> None:
     assert code == 1
     assert f"shard_embeddings {RELEASE}|0 failure: {story.operator.url}/runs/" in said
     assert "model_weights.pt" in said
+    assert "model_weights.pt" in story.after_broken["failures"]["0"]
     assert said.endswith(f"launch these alone: python -m census_tf_dagster launch broken {RELEASE} --shards 0\n")
 
 
