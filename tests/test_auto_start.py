@@ -242,6 +242,11 @@ def test_an_approval_lets_them_go_on(story: Story) -> None:
     assert ", from " in given.texts["approved_by"]
     assert given.texts["plan"]
     assert given.figures["cost_usd"] > 1
+    of = find_set(deployment, "dear")
+    partitions = [of.partition(RELEASE, shard) for shard in range(SHARDS)]
+    for paid in materializations(deployment, of, "shard_embeddings", partitions).values():
+        per_hour = NODES["usd_per_gpu_hour"]
+        assert paid.figures["usd"] == pytest.approx(paid.figures["device_seconds"] / 3600 * per_hour, rel=0.2)
 
 
 def test_launch_approves_and_nothing_runs_twice(story: Story) -> None:

@@ -109,13 +109,14 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 # Once more: the array may have been proved between the first commit and the last.
                 report_if_stale(context, settings, release, job)
         return dg.MaterializeResult(
-            metadata=_figures(summary), check_results=[shard_check(settings, summary.judgement)]
+            metadata=_figures(summary, settings.spending.usd_per_gpu_hour),
+            check_results=[shard_check(settings, summary.judgement)],
         )
 
     return shard_embeddings
 
 
-def _figures(summary: "ShardSummary") -> dict[str, Any]:
+def _figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[str, Any]:
     times = summary.times
     figures: dict[str, Any] = {
         "cells": summary.cells,
@@ -133,11 +134,14 @@ def _figures(summary: "ShardSummary") -> dict[str, Any]:
         "proved": summary.proved,
     }
     if summary.megabatches_computed:
+        # What is paid for, from loading to the proof.
+        device_seconds = (times.load + summary.seconds + summary.proof_seconds) * len(times.devices)
+        if usd_per_gpu_hour is not None:
+            figures["usd"] = round(device_seconds / 3600 * usd_per_gpu_hour, 4)
         figures |= {
             "devices": ", ".join(str(device["name"]) for device in times.devices),
             "device_count": len(times.devices),
-            # What is paid for, at the price of a device's hour.
-            "device_seconds": round((times.load + summary.seconds + summary.proof_seconds) * len(times.devices), 1),
+            "device_seconds": round(device_seconds, 1),
             "tokens_per_second": round(summary.tokens_per_second(), 1),
             "attention": times.devices[0]["attention"],
             "row_fill": round(times.fill(), 4),
