@@ -113,3 +113,9 @@ def test_the_page_of_fields_is_the_schemas() -> None:
 
 def test_readme_is_of_one_screen() -> None:
     assert len(PAGES[0].read_text().splitlines()) <= 80
+
+
+def test_no_benchmark_hides_a_module_of_python() -> None:
+    """Upstream's python runs scripts of that folder, and so finds what stands beside them first."""
+    names = {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")}
+    assert not names & sys.stdlib_module_names

@@ -1,6 +1,6 @@
 """How long a release's shards take from the backfill to the queue, and how much memory webserver and daemon hold.
 
-    python -m benchmarks.queue [--quick] [--json] [--repeats N]
+    python -m benchmarks.queueing [--quick] [--json] [--repeats N]
 
 deploy/ecs/dagster.yaml on a real PostgreSQL, a real webserver and a real daemon (with the doubles of the tests, so from
 a checkout with the `dev` extra). Nothing is launched: the limit on runs is 0, so every shard ends in the queue. The
