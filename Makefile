@@ -13,7 +13,7 @@ demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dags
 	$(BIN)/python -m census_tf_dagster demo
 
 ui: $(VENV)/.worker  ## Dagster's web interface, on the demo unless DAGSTER_HOME says otherwise
-	DAGSTER_HOME=$(DAGSTER_HOME) $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
+	DAGSTER_HOME="$(DAGSTER_HOME)" $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
 test: $(VENV)/.dev $(ORACLE)/.ready lint  ## everything that CI runs
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not soak and not gpu" --oracle=$(ORACLE)/bin/transcriptformer tests
