@@ -235,7 +235,8 @@ def _failures(
             "statuses": ["FAILURE", "CANCELED"],
         }
         for run in [run for run in fetch_runs(deployment, found, wanted) if run.asset == SHARDS][:1]:
-            yield shard, f"{failure_reason(deployment, run.id).splitlines()[0]} ({deployment.url}/runs/{run.id})"
+            reason = failure_reason(deployment, run.id).partition("\n")[0]
+            yield shard, f"{reason} ({deployment.url}/runs/{run.id})"
 
 
 def _shards_left(
