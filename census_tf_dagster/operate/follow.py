@@ -163,8 +163,7 @@ def _outcome(
     if backfill.status in SUCCEEDED and not failed:
         took = duration(time.time() - backfill.created)
         print(f"done: {of.name} {release}: {backfill.work}, {took} after the launch")
-        array = materializations(deployment, of, ARRAY, [release]).get(release)
-        if backfill.work.array and array:
+        if backfill.work.array and (array := materializations(deployment, of, ARRAY, [release]).get(release)):
             print(f"array: {array.paths.get('array')}")
         return 0
     tell: list[str] = [f"backfill {backfill.id} of {of.name} {release} ended as {backfill.status}"]
