@@ -3,37 +3,44 @@
 #
 #   bash benchmarks/gpu.sh [sapiens|exemplar|metazoa] [OUTPUT_FOLDER]
 #
-# Packages that the machine lacks are taken as wheels from .wheels/ (`make wheels` where there is a network). Runs the
-# equality tests on the GPU, then the engine at the true shape of the model (tf_exemplar by default) beside upstream's,
-# then, for the exemplar, the whole loop on 1,024 cells. Everything printed also goes to OUTPUT_FOLDER.
+# Packages that the machine lacks are taken from .wheels/packages.tar.xz (`make wheels` where there is a network). Runs
+# the equality tests on the GPU, then the engine at the true shape of the model (tf_exemplar by default) beside
+# upstream's, then, for the exemplar, the whole loop on 1,024 cells. Everything printed also goes to OUTPUT_FOLDER.
+# `DEVICE=cpu` rehearses it in small on a machine without a GPU (of torch 2.11, one test of compiling fails there).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-exemplar}
 output=${2:-benchmarks/results}
 mkdir -p "$output"
-exec > >(tee "$output/gpu-$model.txt") 2>&1
+device=${DEVICE:-cuda}
+exec > >(tee "$output/${device/cuda/gpu}-$model.txt") 2>&1
 
-site=${SITE:-$(mktemp -d)}
-if compgen -G ".wheels/*.whl" >/dev/null; then
-    python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" .wheels/*.whl
+small=()
+[ "$device" = cuda ] || small=(--quick)
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+mkdir "$temporary/packages" "$temporary/bin"
+if [ -f .wheels/packages.tar.xz ]; then
+    python3 -W ignore -m tarfile -e .wheels/packages.tar.xz "$temporary/packages"
 fi
-export PYTHONPATH="$site:$PWD" HYDRA_FULL_ERROR=1
+export PYTHONPATH="$temporary/packages:$PWD" HYDRA_FULL_ERROR=1
 # Upstream's command, run by the same python: its pins do not matter where both use one torch.
-printf '#!/bin/sh\nexec python3 -c "from transcriptformer.cli import main; main()" "$@"\n' >"$site/transcriptformer"
-printf '#!/bin/sh\nexec python3 "$@"\n' >"$site/python"
-chmod +x "$site/transcriptformer" "$site/python"
+oracle="$temporary/bin/transcriptformer"
+printf '#!/bin/sh\nexec python3 -c "from transcriptformer.cli import main; main()" "$@"\n' >"$oracle"
+printf '#!/bin/sh\nexec python3 "$@"\n' >"$temporary/bin/python"
+chmod +x "$temporary/bin/"*
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+[ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python3 -c "import sys, torch; print('python', sys.version.split()[0], 'torch', torch.__version__)"
 failed=0
 if [ "$model" = exemplar ]; then
     # A red test costs the run its success, not its measurements. Torch warns that TF32 is off: it is meant to be.
-    CENSUS_TF_TEST_DEVICE=cuda python3 -m pytest -q -p no:cacheprovider --oracle="$site/transcriptformer" \
+    CENSUS_TF_TEST_DEVICE="$device" python3 -m pytest -q -p no:cacheprovider --oracle="$oracle" \
         -W "ignore:TensorFloat32" -W ignore::DeprecationWarning \
         tests/test_attention.py tests/test_engine.py tests/test_packing.py tests/test_equality_built.py || failed=1
 fi
-python3 -m benchmarks.engine --device cuda --models "$model" --oracle "$site/transcriptformer" --json
+python3 -m benchmarks.engine --device "$device" --models "$model" --oracle "$oracle" --json "${small[@]}"
 if [ "$model" = exemplar ]; then
-    python3 -m benchmarks.end_to_end --device cuda --oracle "$site/transcriptformer" --json
+    python3 -m benchmarks.end_to_end --device "$device" --oracle "$oracle" --json "${small[@]}"
 fi
 exit "$failed"

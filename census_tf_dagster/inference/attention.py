@@ -21,6 +21,9 @@ QUERY_BLOCK = 128
 """Queries per block on the CPU: keys after a block's last query are never multiplied."""
 MASK_BLOCK = 128
 """Queries and keys per block of FlexAttention's mask; its default."""
+FLOAT32_TILES = {"BLOCK_M": 32, "BLOCK_N": 16}
+"""Queries and keys at a time in float32. Torch's own for heads 128 wide take more shared memory than an A10G, L4
+or L40S has, and spill about a kilobyte of registers on every GPU (`benchmarks/kernels.py`)."""
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -81,7 +84,8 @@ def cell_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod, mask: BlockMask) -> Tensor:
     """Attend within the cells of a row whose end may be padding; all ``(row_length, heads, head_dim)``."""
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask)[0].transpose(0, 1)
+    tiles: Any = FLOAT32_TILES if q.is_cuda and q.dtype == torch.float32 else None
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, kernel_options=tiles)[0].transpose(0, 1)
 
 
 def packed_terms(bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -> tuple[ScoreMod, BlockMask]:
@@ -98,6 +102,7 @@ def packed_terms(bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -
     """
     length, device = len(bias), bias.device
     cell_of_token = to_device(_cells_of_tokens(offsets, length), device)
+    exponent = 2 * math.log2(math.e) / softcap if softcap > 0 else 0.0
 
     def same_cell(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head
@@ -107,7 +112,8 @@ def packed_terms(bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -
     def with_counts(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head, query
         score = score + bias[key]
-        return softcap * torch.tanh(score / softcap) if softcap > 0 else score
+        # softcap * tanh(score / softcap); Triton's tanh branches at each score (`benchmarks/kernels.py`).
+        return softcap - 2 * softcap / (1 + torch.exp2(score * exponent)) if softcap > 0 else score
 
     partly, partly_index, whole, whole_index = (
         to_device(part[None, None], device) for part in mask_blocks(offsets, length)
