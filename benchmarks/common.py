@@ -112,6 +112,21 @@ class Sample:
     cells: Cells
     adata: anndata.AnnData
 
+    def first(self, count: int) -> "Sample":
+        """Return so many of them."""
+        cells = self.cells
+        stop = int(cells.indptr[count])
+        return Sample(
+            Cells(
+                joinids=cells.joinids[:count],
+                indptr=cells.indptr[: count + 1],
+                columns=cells.columns[:stop],
+                values=cells.values[:stop],
+                assays=cells.assays[:count],
+            ),
+            self.adata[:count].copy(),
+        )
+
 
 def sample(cells: int, genes: int, median: int, seed: int = 1) -> Sample:
     """Draw cells whose number of expressed genes is log-normal around a median."""

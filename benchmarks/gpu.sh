@@ -6,6 +6,7 @@
 # Packages that the machine lacks are taken from .wheels/packages.tar.xz (`make wheels` where there is a network). Runs
 # the equality tests on the GPU, then the engine at the true shape of the model (tf_exemplar by default) beside
 # upstream's, then, for the exemplar, the whole loop on 1,024 cells. Everything printed also goes to OUTPUT_FOLDER.
+# PARTS="engine" and the like runs a part of it, where a machine is lent for too short a time for all.
 # `DEVICE=cpu` rehearses it in small on a machine without a GPU (of torch 2.11, one test of compiling fails there).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,6 +16,7 @@ mkdir -p "$output"
 device=${DEVICE:-cuda}
 exec > >(tee "$output/${device/cuda/gpu}-$model.txt") 2>&1
 
+parts=${PARTS:-tests engine end_to_end}
 small=()
 [ "$device" = cuda ] || small=(--quick)
 temporary=$(mktemp -d)
@@ -33,14 +35,16 @@ chmod +x "$temporary/bin/"*
 [ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python3 -c "import sys, torch; print('python', sys.version.split()[0], 'torch', torch.__version__)"
 failed=0
-if [ "$model" = exemplar ]; then
+if [ "$model" = exemplar ] && [[ $parts == *tests* ]]; then
     # A red test costs the run its success, not its measurements. Torch warns that TF32 is off: it is meant to be.
     CENSUS_TF_TEST_DEVICE="$device" python3 -m pytest -q -p no:cacheprovider --oracle="$oracle" \
         -W "ignore:TensorFloat32" -W ignore::DeprecationWarning \
         tests/test_attention.py tests/test_engine.py tests/test_packing.py tests/test_equality_built.py || failed=1
 fi
-python3 -m benchmarks.engine --device "$device" --models "$model" --oracle "$oracle" --json "${small[@]}"
-if [ "$model" = exemplar ]; then
+if [[ $parts == *engine* ]]; then
+    python3 -m benchmarks.engine --device "$device" --models "$model" --oracle "$oracle" --json "${small[@]}"
+fi
+if [ "$model" = exemplar ] && [[ $parts == *end_to_end* ]]; then
     python3 -m benchmarks.end_to_end --device "$device" --oracle "$oracle" --json "${small[@]}"
 fi
 exit "$failed"

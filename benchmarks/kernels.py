@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [--quick] [--json] [--capabilities 80 86 89 90]
 
-Needs torch for CUDA, 2.11 or later, and gcc; no GPU and no driver: what torch asks of CUDA while it compiles is answered
+Needs torch for CUDA, 2.11 or later, and gcc, no GPU and no driver: what torch asks of CUDA while compiling is answered
 by a library made here. Compiles a layer of tf_exemplar at its true width, as a worker does, and takes its attention
-kernel apart with Triton's own tools. It says what a kernel needs and whether a GPU has it, not how fast it is: only
+kernel apart with Triton's own tools. It says what a kernel needs and whether a GPU has that, not how fast it is: only
 `benchmarks/gpu.sh` on a GPU can.
 
 as torch does it   softcap by `torch.tanh`, tiles of torch's choice
