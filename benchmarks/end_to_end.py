@@ -78,6 +78,8 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
         seconds["start-up"] += summary.times.load
         seconds |= {stage: spent.busy for stage, spent in summary.times.stages.items()}
         seconds["other"] = summary.proof_seconds
+        compute = summary.times.stages["compute"]
+        seconds["idle share"] = compute.waiting / (compute.busy + compute.waiting)
         found = {**seconds, "cells": summary.cells, "token_count": summary.tokens_computed, "array": job.folder.array}
     return {**found, "ended": time.monotonic()}
 
@@ -165,6 +167,8 @@ def main() -> None:
             columns.append(ratios(columns[1], columns[0]))
         rows.append([stage, *(spread(values, 2) for values in columns)])
     table(["seconds", *ways, *(["ratio"] if oracle else [])], rows)
+    idle = spread([one["idle share"] for one in found["ours"]], 3)
+    print(f"our device's idle share, from its first megabatch to its last: {idle}")
     if difference is not None:
         print(f"the two arrays hold the same cells; relative RMS of the difference {difference:.1e} (ours is rounded)")
     if arguments.json:

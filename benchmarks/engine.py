@@ -90,6 +90,16 @@ class Way:
         return [len(self.lengths) / seconds for seconds in self.seconds]
 
 
+def upstream_batch(shape: Shape, arguments: Any) -> int:
+    """Return the batch size for upstream: 48 on a GPU, as the forerunner's, where that fits beside us."""
+    if arguments.batch_size:
+        return int(arguments.batch_size)
+    if arguments.device == "cpu":
+        return min(4, int(arguments.cells))
+    logits = 2 * 2047 * shape.vocabulary
+    return min(48, torch.cuda.get_device_properties(0).total_memory // 4 // logits)
+
+
 def our_way(checkpoint: Path, genes: list[str], cells: Sample, precision: str, device: str) -> Way:
     """Load and warm our engine."""
     before = gpu_bytes(device)
@@ -145,7 +155,11 @@ def measure(
     reference: np.ndarray | None = None
     if upstream:
         request: dict[str, Any] = {"checkpoint": str(folder / "checkpoint"), "cells": str(folder / "cells.h5ad")}
-        request |= {"save": str(folder / "upstream.npy"), "device": device, "batch_size": arguments.batch_size}
+        request |= {
+            "save": str(folder / "upstream.npy"),
+            "device": device,
+            "batch_size": upstream_batch(shape, arguments),
+        }
         if device == "cuda":
             # A small batch: upstream's logits in float32 are 0.9 GB a cell, of tf_metazoa 2 GB.
             full = upstream_way(upstream, {**request, "batch_size": 8}, few, ways[-1].lengths, exact=True)
@@ -204,20 +218,19 @@ def main() -> None:
     parser.add_argument("--scale", type=int, help="the models' width is divided by this; default 1 on a GPU, else 8")
     parser.add_argument("--cells", type=int, help="in a round; default 480 on a GPU, else 4")
     parser.add_argument("--rounds", type=int, help="default 3, or 1 if --quick")
-    parser.add_argument("--batch-size", type=int, help="upstream's; default 48 on a GPU as the forerunner's, else 4")
+    parser.add_argument("--batch-size", type=int, help="upstream's; default 48 on a GPU if it fits, else 4")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     arguments.scale = arguments.scale or (1 if on_gpu else 8)
     small = arguments.quick and not on_gpu
     arguments.cells = arguments.cells or (480 if on_gpu else 3 if small else 4)
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
-    arguments.batch_size = arguments.batch_size or (48 if on_gpu else min(4, arguments.cells))
     models = arguments.models or (["exemplar"] if arguments.quick else list(VOCABULARIES))
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     oracle = oracle_python(arguments.oracle)
     print(
-        f"{arguments.cells} cells, {arguments.rounds} rounds, interleaved; upstream's batch {arguments.batch_size}; "
+        f"{arguments.cells} cells, {arguments.rounds} rounds, interleaved; "
         f"{torch.cuda.get_device_name() if on_gpu else f'CPU, {threads} threads for both'}; torch {torch.__version__}"
     )
     head = ["", "cells/s", "tokens/s", "fill", "useful TFLOP/s", "of matmul", "GPU GiB", "rel. RMS", "centred cos"]
@@ -227,8 +240,8 @@ def main() -> None:
         shape = Shape(name, arguments.scale, layers=2 if small else 12)
         parts = shape.upstream_flops()
         print(
-            f"{name}: width {shape.width}, {shape.layers} layers, {shape.vocabulary:,} genes; upstream computes "
-            f"{sum(parts.values()) / 1e9:,.0f} GFLOP a cell: "
+            f"{name}: width {shape.width}, {shape.layers} layers, {shape.vocabulary:,} genes; upstream, in "
+            f"batches of {upstream_batch(shape, arguments)}, computes {sum(parts.values()) / 1e9:,.0f} GFLOP a cell: "
             + ", ".join(f"{part} {flops / sum(parts.values()):.0%}" for part, flops in parts.items())
         )
         sys.stdout.flush()

@@ -259,7 +259,7 @@ class EmbeddingsArray:
         """Gather what fragments say of themselves in one file.
 
         A reader on S3 opens the array with about 15 requests and one for each such file then, not with three a fragment
-        (docs/performance.md). Nothing is removed, so no reader is harmed; it may be repeated.
+        (docs/scale.md). Nothing is removed, so no reader is harmed; it may be repeated.
         """
         config = tiledb.Config({"sm.consolidation.mode": "fragment_meta"})
         try:
