@@ -33,13 +33,13 @@ screenshots: $(VENV)/.dev $(ORACLE)/.ready  ## the pictures of the web interface
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \
 	    --oracle=$(ORACLE)/bin/transcriptformer tests/test_browser.py
 
-wheels:  ## what benchmarks/gpu.sh needs on a machine without a network: .wheels/packages.tar.xz (54 MB, 4 minutes)
+wheels:  ## what benchmarks/gpu.sh needs on a machine without a network: .wheels/packages.tar.xz (55 MB, 4 minutes)
+	rm -rf .wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	    $(addprefix --platform manylinux,_2_28_x86_64 _2_24_x86_64 _2_17_x86_64 2014_x86_64) \
 	    -c constraints.txt -r benchmarks/gpu-packages.txt -d .wheels
 	# Upstream's hydra needs this version, which has no wheel of its own.
 	$(PYTHON) -m pip wheel --quiet --no-deps -w .wheels antlr4-python3-runtime==4.9.3
-	rm -rf .wheels/packages
 	for wheel in .wheels/*.whl; do $(PYTHON) -m zipfile -e $$wheel .wheels/packages || exit 1; done
 	# One archive, and a dictionary that spans both copies of TileDB's library: two thirds of the wheels' size.
 	tar -C .wheels/packages --sort=name --exclude=tests --exclude='*.pyi' -c . \

@@ -208,6 +208,8 @@ def main() -> None:
         kernels = compile_layer(int(capability), precision, as_torch=way == "torch")
         print(json.dumps(take_apart(next(one for one in kernels if "flex_attention" in one.metadata.name))))
         return
+    if not torch.version.cuda:
+        parser.error(f"torch {torch.__version__} is not built for CUDA: install one that is (no GPU is needed)")
     rows, answers = [], []
     with tempfile.TemporaryDirectory() as place:
         stub = Path(place) / "libcuda.so.1"
