@@ -7,7 +7,7 @@
 # the equality tests on the GPU, then the engine at the true shape of the model (tf_exemplar by default) beside
 # upstream's, then, for the exemplar, the whole loop on 1,024 cells. Everything printed also goes to OUTPUT_FOLDER.
 # PARTS="engine" and the like runs a part of it, where a machine is lent for too short a time for all.
-# `DEVICE=cpu` rehearses it in small on a machine without a GPU (of torch 2.11, one test of compiling fails there).
+# `DEVICE=cpu` rehearses it in small on such a machine without a GPU (of torch 2.11, one test of compiling fails there).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-exemplar}
