@@ -78,6 +78,11 @@ class EmbeddingSet(dg.Component, dg.Model):
         description="Copy cells that an earlier release's array of this set has already (docs/reuse.md): adds the "
         "asset reused_embeddings.",
     )
+    fractional_counts: Literal["embed", "set_aside"] = Field(
+        default="embed",
+        description="Cells with counts that are no whole numbers. embed: as they are, as upstream does. set_aside: no "
+        "embedding.",
+    )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
     auto_start: Literal["off", "on"] | bool | Budget = Field(
         default="off",
@@ -139,6 +144,7 @@ class EmbeddingSet(dg.Component, dg.Model):
             checkpoint_fingerprint=self.checkpoint_fingerprint,
             spending=self._spending(effective(self.placement, deployment)),
             gene_order=self.gene_order,
+            fractional_counts=self.fractional_counts,
             reuse=self.reuse,
             owners=tuple(self.owners),
         )

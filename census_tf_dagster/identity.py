@@ -33,6 +33,7 @@ class Identity:
     compute_precision: str
     storage_precision: str
     embedding_dim: int
+    fractional_counts: str = "embed"
     numeric_version: int = NUMERIC_VERSION
 
     def to_json(self) -> str:

@@ -32,4 +32,5 @@ class SetSettings:
     spending: Spending = field(default_factory=Spending)
     gene_order: Literal["census", "vocabulary"] = "census"
     reuse: bool = False
+    fractional_counts: Literal["embed", "set_aside"] = "embed"
     owners: tuple[str, ...] = ()

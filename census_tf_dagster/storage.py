@@ -113,6 +113,10 @@ class Storage:
         """Delete the folder `uri` and all below it."""
         self._vfs.remove_dir(uri)
 
+    def remove_file(self, uri: str) -> None:
+        """Delete the file `uri`."""
+        self._vfs.remove_file(uri)
+
     def remove_empty_folders(self, uri: str) -> None:
         """Delete the local folder `uri` and all below it, each only while nothing is in it.
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from census_tf_dagster.steps.embedding import ShardSummary
 
 OBSERVE_EVERY_SECONDS = 30.0
+SET_ASIDE_NAMED = 100
+"""Cells that the metadata of a shard names; the consumers' list has all."""
 PACKAGES = ("census-tf-dagster", "torch", "tiledbsoma", "tiledb", "numpy")
 """Whose versions a shard records."""
 
@@ -66,6 +68,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         from census_tf_dagster.steps.embedding import SetAsideError, ShardSummary, embed_shard
         from census_tf_dagster.steps.estimate import tokens_left
         from census_tf_dagster.steps.upstream import find_upstream
+        from census_tf_dagster.store.array import EmbeddingsArray
 
         keys, release, shard = shard_of(context, "shard")
         observed = time.monotonic()
@@ -95,6 +98,8 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                     context.log_event(whole)
 
         with partition_job(settings, release, census, store, require_device=True) as job:
+            # Whatever else looks at the array can open it then.
+            EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
             if must_be_approved(context, settings):
                 plan = read_plan(job.store, job.folder.plan)
                 require_approval(context, settings, release, plan.totals.plan, tokens_left(job, plan))
@@ -103,7 +108,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 summary = embed_shard(job, shard, recompute=config.recompute, upstream=upstream, report=show)
             except SetAsideError as error:
                 # A retry by itself would meet the same cells.
-                metadata = {"set_aside": [str(one) for one in error.failed]}
+                metadata = {"set_aside": error.details}
                 raise final_failure(str(error), metadata) from error
             if summary.megabatches_computed:
                 # Once more: the array may have been proved between the first commit and the last.
@@ -132,7 +137,14 @@ def _figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[st
         "seconds_work": round(summary.seconds, 3),
         "seconds_proof": round(summary.proof_seconds, 3),
         "proved": summary.proved,
+        "cells_set_aside": len(summary.set_aside),
+        "cells_fractional": summary.cells_fractional,
+        "cells_widened": summary.cells_widened,
+        "megabatches_mended": summary.megabatches_mended,
     }
+    if summary.set_aside:
+        named = list(summary.set_aside.items())[:SET_ASIDE_NAMED]
+        figures["set_aside"] = [f"joinid {joinid}: {why}" for joinid, why in named]
     if summary.megabatches_computed:
         # What is paid for, from loading to the proof.
         device_seconds = (times.load + summary.seconds + summary.proof_seconds) * len(times.devices)

@@ -1,19 +1,20 @@
 """Counts of a megabatch's cells, read from the Census as CSR."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from census_tf_dagster.census.release import OrganismRelease
+from census_tf_dagster.census.release import LAYER, OrganismRelease
 from census_tf_dagster.errors import UserError
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Some cells, in ascending order of joinid.
+    """Some cells, in ascending order of joinid, whose counts can be embedded.
 
     Attributes
     ----------
@@ -24,6 +25,10 @@ class Cells:
         ascending within a cell.
     assays
         Assay label of each cell.
+    set_aside
+        Why other cells that were asked for are not among these, by joinid.
+    fractional
+        How many of these cells have counts that are no whole numbers; upstream takes them as they are.
     """
 
     joinids: npt.NDArray[np.int64]
@@ -31,10 +36,21 @@ class Cells:
     columns: npt.NDArray[np.int32]
     values: npt.NDArray[np.float32]
     assays: tuple[str, ...]
+    set_aside: dict[int, str] = field(default_factory=dict)
+    fractional: int = 0
 
 
-def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_column: str = "assay") -> Cells:
-    """Read raw counts and assays of the given cells.
+def read_cells(
+    release: OrganismRelease,
+    joinids: npt.NDArray[np.int64],
+    assay_column: str = "assay",
+    *,
+    whole_counts: bool = False,
+) -> Cells:
+    """Read raw counts and assays of the given cells; set aside those whose counts cannot be right.
+
+    A cell is set aside when a count is negative or not finite, a gene occurs twice, or obs states other counts than
+    X/raw has.
 
     Parameters
     ----------
@@ -44,12 +60,13 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
         Ascending soma_joinids.
     assay_column
         The obs column whose value becomes the auxiliary token.
+    whole_counts
+        Set aside cells with counts that are no whole numbers, too.
 
     Raises
     ------
     UserError
-        When a cell is missing, has more counts than obs says or none of them, or a count is negative, not an
-        integer or not finite.
+        When a cell is not in obs.
     """
     # A contiguous range is read several times faster as a slice than as a list of points.
     contiguous = len(joinids) == joinids[-1] - joinids[0] + 1
@@ -79,29 +96,46 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
     stored, expressed = np.zeros((2, len(joinids)), np.int64)
     for row, (_, _, values) in zip(rows, tables, strict=True):
         _count(row, values, stored, expressed)
+    reasons: dict[int, str] = {}
+
+    def set_aside(wrong: npt.NDArray[np.bool_], why: Callable[[int], str]) -> None:
+        for row in np.flatnonzero(wrong).tolist():
+            reasons.setdefault(row, why(row))
+
     # A Census that was copied in part, or written twice, shows here. The Census builder counts stored values, which
     # may include zeros, so fewer alone is no fault.
     stated = obs["nnz"].to_numpy()
-    wrong = np.flatnonzero((expressed > stated) | ((expressed == 0) & (stated > 0)))
-    if len(wrong):
-        raise UserError(
-            f"{len(wrong)} cells of {release.organism} in {release.uri} have other counts in X/raw than obs.nnz says, "
-            f"joinids {joinids[wrong[:10]].tolist()} (the first: {expressed[wrong[0]]}, obs says {stated[wrong[0]]}). "
-            "The Census is damaged or was copied only in part."
-        )
+    set_aside(
+        (expressed > stated) | ((expressed == 0) & (stated > 0)),
+        lambda row: f"X/{LAYER} holds {expressed[row]} counts, and obs.nnz states {stated[row]}",
+    )
     indptr = np.concatenate([[0], np.cumsum(stored)])
     columns, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
     filled = indptr[:-1].copy()
     for row, (_, genes, values) in zip(rows, tables, strict=True):
         _scatter(row, genes, values, filled, columns, counts)
-    twice = _sort_rows(indptr, columns, counts)
-    if twice >= 0:
-        raise UserError(
-            f"X/raw of {release.organism} in {release.uri} holds a gene twice for the cell with joinid "
-            f"{joinids[twice]}; expected one value for each cell and gene."
-        )
-    _require_raw_counts(indptr, counts, joinids, release)
-    return Cells(joinids, indptr, columns, counts, tuple(obs[assay_column].to_pylist()))
+    set_aside(_sort_rows(indptr, columns, counts), lambda _: f"X/{LAYER} holds a gene twice")
+    impossible, fractional = _judge_counts(indptr, counts)
+    set_aside(impossible >= 0, lambda row: f"X/{LAYER} holds {counts[impossible[row]]!s}, which is no count")
+    if whole_counts:
+        set_aside(fractional >= 0, lambda row: f"X/{LAYER} holds {counts[fractional[row]]!s}, which is no whole number")
+    kept = np.ones(len(joinids), np.bool_)
+    kept[list(reasons)] = False
+    assays = obs[assay_column].to_pylist()
+    if reasons:
+        of_kept = np.repeat(kept, np.diff(indptr))
+        columns, counts = columns[of_kept], counts[of_kept]
+        indptr = np.concatenate([[0], np.cumsum(np.diff(indptr)[kept])])
+        assays = [assay for assay, one in zip(assays, kept.tolist(), strict=True) if one]
+    return Cells(
+        joinids=joinids[kept],
+        indptr=indptr,
+        columns=columns,
+        values=counts,
+        assays=tuple(assays),
+        set_aside={int(joinids[row]): why for row, why in sorted(reasons.items())},
+        fractional=int(np.count_nonzero((fractional >= 0) & kept)),
+    )
 
 
 @numba.njit(cache=True, nogil=True)
@@ -122,7 +156,8 @@ def _scatter(rows, genes, values, filled, columns, counts):  # type: ignore[no-u
 
 @numba.njit(cache=True, nogil=True)
 def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
-    """Sort each row by column; return a row that has a column twice, or -1."""
+    """Sort each row by column; return which rows have a column twice."""
+    twice = np.zeros(len(indptr) - 1, np.bool_)
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
         ascending = True
@@ -137,21 +172,20 @@ def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
         counts[start:stop] = counts[start:stop][order]
         for i in range(start + 1, stop):
             if columns[i] == columns[i - 1]:
-                return row
-    return -1
+                twice[row] = True
+    return twice
 
 
-def _require_raw_counts(
-    indptr: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.float32],
-    joinids: npt.NDArray[np.int64],
-    release: OrganismRelease,
-) -> None:
-    wrong = np.flatnonzero(~((counts >= 0) & (counts == np.rint(counts)) & np.isfinite(counts)))
-    if len(wrong):
-        rows = np.unique(np.searchsorted(indptr, wrong, side="right") - 1)
-        raise UserError(
-            f"X/raw of {release.organism} in {release.uri} holds {len(wrong)} values that are no counts, e.g. "
-            f"{counts[wrong[0]]!r} in cells with joinids {joinids[rows[:10]].tolist()}; expected "
-            "non-negative integers."
-        )
+@numba.njit(cache=True, nogil=True)
+def _judge_counts(indptr, counts):  # type: ignore[no-untyped-def]
+    """Return where each row's first impossible count is, and its first that is no whole number; -1: nowhere."""
+    impossible = np.full(len(indptr) - 1, -1, np.int64)
+    fractional = np.full(len(indptr) - 1, -1, np.int64)
+    for row in range(len(indptr) - 1):
+        for i in range(indptr[row], indptr[row + 1]):
+            if not (counts[i] >= 0 and np.isfinite(counts[i])):
+                if impossible[row] < 0:
+                    impossible[row] = i
+            elif counts[i] != np.rint(counts[i]) and fractional[row] < 0:
+                fractional[row] = i
+    return impossible, fractional

@@ -4,7 +4,8 @@ A plan is two Parquet files named by the plan's content hash, and a pointer to t
 
 - ``<hash>.obs_ids.parquet``: soma_joinid, **one row group per megabatch**, so that a worker reads just its own; in a
   plan that reuses cells also source_joinid, where they stand in the earlier array;
-- ``<hash>.megabatches.parquet``: a row per megabatch (shard, first and last joinid, cells, tokens, whether reused);
+- ``<hash>.megabatches.parquet``: a row per megabatch (shard, first and last joinid, cells, tokens, checksum of its ids,
+  whether reused); the plan's hash is of these rows, so whoever reads a part of the ids can still check them;
 - ``current.json``: the hash, and the totals that people ask for.
 
 Beside them, for sets with `reuse`, ``<hash>.keys.parquet`` lets a later release find these cells (`key_file`).
@@ -13,8 +14,8 @@ Beside them, for sets with `reuse`, ``<hash>.keys.parquet`` lets a later release
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -23,6 +24,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiledb
+import xxhash
+from pydantic import TypeAdapter
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
@@ -31,6 +34,7 @@ Int64Array = npt.NDArray[np.int64]
 
 _ID_COLUMNS = ("soma_joinid", "source_joinid")
 _OF_REUSE = ("cells_reused", "tokens_reused", "source")
+_BATCH_OF_REUSE = ("reused", "sources")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Megabatch:
         How many cells, and how many tokens they make at most.
     reused
         Whether they are copied from an earlier array, not computed.
+    ids, sources
+        Checksums of its joinids and, where it is reused, of where they stand in the earlier array.
     """
 
     index: int
@@ -58,6 +64,8 @@ class Megabatch:
     cells: int
     tokens: int
     reused: bool = False
+    ids: str = ""
+    sources: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class PlanTotals:
         Of the whole plan.
     cells_reused, tokens_reused, source
         Of the cells that are copied, and the array that they are copied from.
+    obs_ids
+        Checksum of the consumers' list that was written with the plan (`store.obs_ids`).
     """
 
     plan: str
@@ -100,6 +110,7 @@ class PlanTotals:
     cells_reused: int = 0
     tokens_reused: int = 0
     source: Source | None = None
+    obs_ids: str = ""
 
     @property
     def cells_to_compute(self) -> int:
@@ -169,56 +180,77 @@ class Plan:
                 parquet = pq.ParquetFile(file)
                 for batch in batches:
                     table = parquet.read_row_group(batch.index, columns=columns)
-                    ids = table["soma_joinid"].to_numpy()
-                    if (len(ids), ids[0], ids[-1]) != (batch.cells, batch.first, batch.last) or (
-                        np.diff(ids) <= 0
-                    ).any():
-                        raise ValueError(f"megabatch {batch.index} holds other ids than the index says")
-                    if table[columns[-1]].null_count:
-                        raise ValueError(f"megabatch {batch.index} lacks {columns[-1]}")
-                    found.append((ids, table[columns[-1]].to_numpy()))
-        except (ValueError, pa.ArrowInvalid, tiledb.TileDBError) as error:
-            raise UserError(
-                f"the plan at {self.folder} is damaged ({error}): materialize obs_id_plan again."
-            ) from error
+                    if any(table[name].null_count for name in columns):
+                        raise ValueError(f"megabatch {batch.index} lacks values of {' or '.join(columns)}")
+                    ids, last = (table[name].to_numpy() for name in (columns[0], columns[-1]))
+                    if checksum(ids) != batch.ids or (len(columns) > 1 and checksum(last) != batch.sources):
+                        raise ValueError(f"megabatch {batch.index} holds other ids than were planned")
+                    found.append((ids, last))
+        except _DAMAGE as error:
+            raise _damaged(self.folder, error) from error
         return found
 
 
+_DAMAGE = (ValueError, TypeError, KeyError, IndexError, pa.ArrowException, tiledb.TileDBError)
+"""What reading a file with another content may raise."""
+
+
+def _damaged(folder: str, error: Exception | str) -> UserError:
+    said = str(error).replace("\n", " ")[:200]
+    return UserError(f"the plan at {folder} is damaged ({said}): materialize obs_id_plan again.")
+
+
+def checksum(ids: Int64Array) -> str:
+    """Return the XXH3 checksum, 128 bits in hexadecimal, of some ids."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ids, "<i8").data)
+
+
+def with_checksums(
+    megabatches: Iterable[Megabatch], joinids: Int64Array, sources: Int64Array | None = None
+) -> tuple[Megabatch, ...]:
+    """Return megabatches with the checksums of their ids.
+
+    Parameters
+    ----------
+    joinids, sources
+        In the order of the megabatches; `sources` is None in a plan that reuses nothing.
+    """
+    found, start = [], 0
+    for batch in megabatches:
+        part = slice(start, start + batch.cells)
+        copied = checksum(sources[part]) if batch.reused and sources is not None else ""
+        found.append(replace(batch, ids=checksum(joinids[part]), sources=copied))
+        start += batch.cells
+    return tuple(found)
+
+
 def plan_totals(
-    joinids: Int64Array,
-    megabatches: tuple[Megabatch, ...],
-    shards: int,
-    primary_cells: int,
-    sources: Int64Array | None = None,
-    source: Source | None = None,
+    megabatches: Sequence[Megabatch], shards: int, primary_cells: int, source: Source | None = None
 ) -> PlanTotals:
     """Sum a division up, and name it by the hash of its content.
 
     Parameters
     ----------
-    joinids, megabatches
-        Ascending, and how they are divided.
+    megabatches
+        With their checksums.
     shards, primary_cells
         As `PlanTotals` has them.
-    sources, source
-        For a plan that reuses cells: where each stands in the earlier array (-1: it is computed), and that array.
+    source
+        The array that the plan copies from, if it copies.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(joinids, "<i8").data)
-    digest.update(json.dumps([shards, [(batch.shard, batch.cells) for batch in megabatches]]).encode())
     copied = [batch for batch in megabatches if batch.reused]
-    if copied and sources is not None and source is not None:
-        digest.update(np.ascontiguousarray(sources, "<i8").data)
-        digest.update(json.dumps(asdict(source), sort_keys=True).encode())
+    source = source if copied else None
+    content = [shards, primary_cells, source and asdict(source), [asdict(batch) for batch in megabatches]]
     return PlanTotals(
-        plan=digest.hexdigest()[:16],
+        plan=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
         shards=shards,
         megabatches=len(megabatches),
-        cells=len(joinids),
+        cells=sum(batch.cells for batch in megabatches),
         primary_cells=primary_cells,
         tokens=sum(batch.tokens for batch in megabatches),
         cells_reused=sum(batch.cells for batch in copied),
         tokens_reused=sum(batch.tokens for batch in copied),
-        source=source if copied else None,
+        source=source,
     )
 
 
@@ -241,10 +273,10 @@ def write_plan(
     """
     index = pa.Table.from_pylist([asdict(batch) for batch in megabatches])
     if sources is None:
-        index = index.drop_columns(["reused"])
+        index = index.drop_columns(list(_BATCH_OF_REUSE))
     # Written again when they are there: the same content, and whole again should one have been damaged.
-    storage.write(f"{folder}/{totals.plan}.megabatches.parquet", _parquet_bytes([index]))
-    ids = _parquet_bytes(_id_tables(joinids, megabatches, sources))
+    storage.write(f"{folder}/{totals.plan}.megabatches.parquet", parquet_bytes([index]))
+    ids = parquet_bytes(_id_tables(joinids, megabatches, sources))
     storage.write(f"{folder}/{totals.plan}.obs_ids.parquet", ids)
     content = {key: value for key, value in asdict(totals).items() if sources is not None or key not in _OF_REUSE}
     storage.write(f"{folder}/current.json", json.dumps(content, indent=1).encode())
@@ -276,24 +308,24 @@ def read_plan(storage: Storage, folder: str) -> Plan:
     if not storage.exists(pointer):
         raise UserError(f"there is no plan at {folder}: materialize obs_id_plan of this release first.")
     try:
-        content = json.loads(storage.read(pointer))
-        source = content.get("source")
-        totals = PlanTotals(**{**content, "source": source and Source(**source)})
+        totals = _TOTALS.validate_json(storage.read(pointer))
         rows = pq.read_table(io.BytesIO(storage.read(f"{folder}/{totals.plan}.megabatches.parquet"))).to_pylist()
-        plan = Plan(totals, tuple(Megabatch(**row) for row in rows), folder)
-    except (ValueError, TypeError, pa.ArrowInvalid) as error:
-        raise UserError(f"the plan at {folder} is damaged ({error}): materialize obs_id_plan again.") from error
-    if sum(batch.cells for batch in plan.megabatches) != totals.cells:
-        raise UserError(f"the plan at {folder} is damaged (its files disagree): materialize obs_id_plan again.")
-    return plan
+        megabatches = _MEGABATCHES.validate_python(rows)
+    except _DAMAGE as error:
+        raise _damaged(folder, error) from error
+    if totals != replace(
+        plan_totals(megabatches, totals.shards, totals.primary_cells, totals.source), obs_ids=totals.obs_ids
+    ):
+        raise _damaged(folder, "its files disagree")
+    return Plan(totals, megabatches, folder)
 
 
-def write_obs_ids(storage: Storage, uri: str, joinids: Int64Array) -> None:
-    """Write the consumers' list of planned ids: one Parquet column, soma_joinid, ascending."""
-    storage.write(uri, _parquet_bytes([pa.table({"soma_joinid": joinids})]))
+_TOTALS = TypeAdapter(PlanTotals)
+_MEGABATCHES = TypeAdapter(tuple[Megabatch, ...])
 
 
-def _parquet_bytes(row_groups: Iterable[pa.Table]) -> bytes:
+def parquet_bytes(row_groups: Iterable[pa.Table]) -> bytes:
+    """Return a Parquet file with one row group for each table."""
     sink = io.BytesIO()
     writer = None
     for table in row_groups:

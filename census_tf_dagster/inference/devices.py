@@ -82,6 +82,8 @@ class Embedded:
     poison: str
     tokens: int
     counters: dict[str, float]
+    set_aside: dict[int, str] = field(default_factory=dict)
+    widened: list[int] = field(default_factory=list)
 
 
 @dataclass

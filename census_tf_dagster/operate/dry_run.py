@@ -14,6 +14,7 @@ from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import PlanSummary, survey
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.progress import missing_megabatches
+from census_tf_dagster.store.written import read_notes
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,15 @@ def dry_run(
         As planning would, or when a shard does not exist.
     """
     found = survey(job)
-    plan = Plan(found.summary.totals, found.division.megabatches, job.folder.plan)
+    plan = Plan(found.summary.totals, found.megabatches, job.folder.plan)
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]
     todo = batches
     if job.store.holds_files(job.folder.array):
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         if not recompute:
-            todo = missing_megabatches(array, plan, batches)
+            notes = read_notes(job.store, job.folder, plan, chosen)
+            todo = missing_megabatches(array, plan, batches, notes)
     copy = [batch for batch in todo if batch.reused]
     compute = to_compute(todo)
     cells_to_copy, cells_to_compute = (sum(batch.cells for batch in some) for some in (copy, compute))

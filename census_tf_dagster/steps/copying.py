@@ -1,19 +1,21 @@
 """Copying the cells of a shard that an earlier release's array has already. Needs no model and no Census."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from census_tf_dagster.census.plan import Source, read_plan
+from census_tf_dagster.census.plan import Megabatch, Source, read_plan
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.reuse import open_source, source_error
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.mending import mend_shard
 from census_tf_dagster.store.progress import missing_megabatches
 from census_tf_dagster.store.proof import require_shard
+from census_tf_dagster.store.written import NoteBook, Written, read_notes
 
 CELLS_AT_ONCE = 4096
 """Cells read at once; a megabatch is gathered of several such reads, and committed as one."""
@@ -52,7 +54,7 @@ class CopySummary:
 def copy_shard(
     job: Job, shard: int, *, recompute: bool = False, report: Callable[[CopySummary], None] = lambda _: None
 ) -> CopySummary:
-    """Copy what a shard of the current plan reuses; run again, it does only what is missing.
+    """Copy what a shard of the current plan reuses; run again, it does what is missing or was damaged since.
 
     Parameters
     ----------
@@ -74,27 +76,39 @@ def copy_shard(
     """
     plan = read_plan(job.store, job.folder.plan)
     batches = [batch for batch in plan.shard(shard) if batch.reused]
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    todo = list(batches) if recompute else missing_megabatches(array, plan, batches)
+    array = EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
+    notes = read_notes(job.store, job.folder, plan, [shard])
+    todo = list(batches) if recompute else missing_megabatches(array, plan, batches, notes)
     cells = sum(batch.cells for batch in batches)
     summary = CopySummary(
         plan.totals.plan, plan.totals.source, cells, cells - sum(batch.cells for batch in todo), len(batches)
     )
-    if todo and plan.totals.source is not None:
+    notebook = NoteBook(job.store, job.folder, plan, shard)
+
+    def copy(some: Sequence[Megabatch]) -> None:
         source = plan.totals.source
+        if not some or source is None:
+            return
         earlier = open_source(job, source)
-        began = time.monotonic()
+        began = time.monotonic() - summary.seconds
         with earlier.reading() as values_of, array.writing() as write:
-            for batch in todo:
+            for batch in some:
                 ids, sources = plan.read_copies(job.store, batch)
-                write(ids, _gather(values_of, array.n_features, source, sources))
+                values = _gather(values_of, array.n_features, source, sources)
+                notebook.note(Written.of(batch, ids, values))
+                write(ids, values)
                 summary.seconds = time.monotonic() - began
                 summary.megabatches_copied += 1
                 summary.cells_copied += batch.cells
                 report(summary)
         array.gather_metadata()
+
+    copy(todo)
     started = time.monotonic()
-    summary.proved = require_shard(array, plan, job.folder, shard, changed=bool(summary.megabatches_copied))
+    found = require_shard(array, plan, job.folder, shard)
+    if found is not None and found.problems:
+        mend_shard(array, plan, job.folder, shard, found, batches, copy)
+    summary.proved = found is not None
     summary.proof_seconds = time.monotonic() - started
     return summary
 

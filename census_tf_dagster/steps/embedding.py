@@ -1,21 +1,27 @@
 """Step 2: embed one shard. Does what is missing, commits each megabatch, reads everything back."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from census_tf_dagster.census.plan import Megabatch, read_plan, to_compute
+from census_tf_dagster.census.plan import Megabatch, Plan, read_plan, to_compute
 from census_tf_dagster.quality.judgement import Judgement
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.judging import judging
-from census_tf_dagster.steps.pipeline import TRIES, Times, outcomes
+from census_tf_dagster.steps.pipeline import TRIES, Outcome, Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
+from census_tf_dagster.store.mending import mend_shard
 from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import is_proved, require_shard
+from census_tf_dagster.store.proof import is_proved, require_shard, set_aside_of
+from census_tf_dagster.store.written import NoteBook, Written, read_notes
 
-MOST_SET_ASIDE = 8
-"""With more, the fault is hardly in the cells: stop spending."""
+MOST_FAILED = 8
+"""Megabatches. With more, the fault is hardly in them: stop spending."""
+MOST_SET_ASIDE = 100
+"""Cells of a shard of up to 10,000."""
+NAMED = 10
+"""Cells that an error names."""
 
 
 @dataclass
@@ -39,6 +45,12 @@ class ShardSummary:
         Time of reading back, and of waiting for upstream's own code beside it.
     proved
         Whether the shard was read back; while cells that it reuses are not copied, it is left to whoever copies them.
+    set_aside
+        Why cells of the shard have no embedding, by joinid; known once it is proved.
+    cells_widened, cells_fractional
+        Cells that this run computed in a wider precision, and those with counts that are no whole numbers.
+    megabatches_mended
+        Those that were damaged when they were read back, and were computed again.
     judgement
         What that made of a few cells; None for a shard without cells.
     """
@@ -55,6 +67,10 @@ class ShardSummary:
     proof_seconds: float = 0.0
     proved: bool = False
     judgement: Judgement | None = None
+    set_aside: dict[int, str] = field(default_factory=dict)
+    cells_widened: int = 0
+    cells_fractional: int = 0
+    megabatches_mended: int = 0
 
     def cells_per_second(self) -> float:
         """Return the rate of this run, loading excluded; 0 before anything was computed."""
@@ -70,32 +86,18 @@ class ShardSummary:
         return (self.cells - self.cells_before - self.cells_computed) / rate if rate else 0.0
 
 
-@dataclass(frozen=True)
-class SetAside:
-    """A megabatch that failed on every try, and why."""
-
-    batch: Megabatch
-    reason: str
-
-    def __str__(self) -> str:
-        return (
-            f"megabatch {self.batch.index} (joinids {self.batch.first} to {self.batch.last}, "
-            f"{self.batch.cells} cells): {self.reason}"
-        )
-
-
 class SetAsideError(Exception):
-    """Some megabatches failed on every try; all others of the shard are committed."""
+    """Megabatches could not be embedded at all, or too many cells of a shard; what is committed stays.
 
-    def __init__(self, failed: list[SetAside], untried: int, *, recompute: bool) -> None:
-        more = f", and {untried} were not tried any more" if untried else ", all others are committed"
-        # Values that were there before a recomputation still stand: without the flag nothing is missing.
-        again = "again with `recompute: true`" if recompute else "again: it tries just these"
-        super().__init__(
-            f"{len(failed)} megabatches were set aside after {TRIES} tries each{more}. When the cause is gone, run "
-            f"the shard {again}.\n" + "\n".join(f"  {one}" for one in failed)
-        )
-        self.failed = failed
+    Attributes
+    ----------
+    details
+        What failed and why, a sentence each.
+    """
+
+    def __init__(self, message: str, details: Sequence[str]) -> None:
+        super().__init__("\n  ".join([message, *details]))
+        self.details = list(details)
 
 
 def embed_shard(
@@ -106,11 +108,13 @@ def embed_shard(
     upstream: Path | None = None,
     report: Callable[[ShardSummary], None] = lambda _: None,
 ) -> ShardSummary:
-    """Embed one shard of the current plan.
+    """Embed one shard of the current plan, read it back, and mend what is wrong with it.
 
-    A megabatch that cannot be computed (bad counts, values out of range, memory) is tried again, then set
-    aside, and the shard goes on. What concerns the environment (Census or store unreachable, GPU lost) raises at
-    once, as does whatever interrupts the process; what is committed stays.
+    A cell that cannot be embedded (impossible counts, values out of every range) is set aside, and the rest of its
+    megabatch is committed. A megabatch that fails as a whole (memory) is tried again, then left, and the shard goes on.
+    What concerns the environment (Census or store unreachable, GPU lost) raises at once, as does whatever interrupts
+    the process; what is committed stays. Run again, it does what is missing and reads everything back: megabatches
+    that are damaged are computed again.
 
     Parameters
     ----------
@@ -130,48 +134,108 @@ def embed_shard(
     UserError
         Before the model is loaded, when something is missing or does not fit.
     SetAsideError
-        At the end, when megabatches were set aside.
+        At the end, when megabatches failed; at once, when more cells were set aside than can be an accident.
     ProofError
-        When what was read back is not what was planned.
+        When what was read back is not what was planned, and could not be mended.
     """
     plan = read_plan(job.store, job.folder.plan)
     batches = to_compute(plan.shard(shard))
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    todo = list(batches) if recompute else missing_megabatches(array, plan, batches)
+    array = EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
+    notes = read_notes(job.store, job.folder, plan, [shard])
+    todo = list(batches) if recompute else missing_megabatches(array, plan, batches, notes)
     cells = sum(batch.cells for batch in batches)
     summary = ShardSummary(plan.totals.plan, cells, cells - sum(batch.cells for batch in todo), len(batches))
-    failed: list[SetAside] = []
+    proved_before = is_proved(array, plan, job.folder, shard)
+    write = _Writing(job, plan, array, shard, summary, report, recompute=recompute)
     if todo:
-        ids = plan.read_ids(job.store, todo)
-        with array.writing() as write, outcomes(job, todo, ids, summary.times) as leaving:
-            began = time.monotonic()
+        write(todo)
+        array.gather_metadata()
+    started = time.monotonic()
+    # The devices are free now, and reading back does not need them.
+    anew = bool(todo) or not proved_before
+    with judging(job, plan, array, shard, upstream, anew=anew) as judge:
+        found = require_shard(array, plan, job.folder, shard)
+        summary.judgement = judge()
+    if found is not None and found.problems:
+        summary.megabatches_mended = mend_shard(array, plan, job.folder, shard, found, batches, write)
+        with judging(job, plan, array, shard, upstream, anew=True) as judge:
+            summary.judgement = judge()
+    summary.proved = found is not None
+    summary.set_aside = set_aside_of(array, plan, job.folder, shard)
+    summary.proof_seconds = time.monotonic() - started
+    return summary
+
+
+class _Writing:
+    """Computes megabatches of a shard and commits them, each noted before."""
+
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        array: EmbeddingsArray,
+        shard: int,
+        summary: ShardSummary,
+        report: Callable[[ShardSummary], None],
+        *,
+        recompute: bool,
+    ) -> None:
+        self._job, self._plan, self._array = job, plan, array
+        # Values that were there before a recomputation still stand: without the flag nothing is missing.
+        self._recompute = recompute
+        self._summary, self._report = summary, report
+        self._notes = NoteBook(job.store, job.folder, plan, shard)
+        # An accident of a few cells, or 1 %; with more, the fault is hardly in the cells.
+        self._most_set_aside = max(MOST_SET_ASIDE, summary.cells // 100)
+
+    def __call__(self, todo: Sequence[Megabatch]) -> None:
+        summary = self._summary
+        ids = self._plan.read_ids(self._job.store, todo)
+        failed: list[Outcome] = []
+        with self._array.writing() as write, outcomes(self._job, todo, ids, summary.times) as leaving:
+            began = time.monotonic() - summary.seconds
             for outcome in leaving:
-                if outcome.embeddings is None:
-                    failed.append(SetAside(outcome.batch, outcome.poison))
-                    if len(failed) == MOST_SET_ASIDE:
-                        untried = len(todo) - summary.megabatches_computed - len(failed)
-                        raise SetAsideError(failed, untried, recompute=recompute)
+                if outcome.failure:
+                    failed.append(outcome)
+                    if len(failed) == MOST_FAILED:
+                        raise self._failure(failed, len(todo) - summary.megabatches_computed - len(failed))
                     continue
                 started = time.monotonic()
                 values = outcome.embeddings
-                if job.settings.storage_precision == "bfloat16":
+                if self._job.settings.storage_precision == "bfloat16":
                     values = round_to_bfloat16(values)
-                write(outcome.joinids, values)
+                self._require_few_set_aside(outcome.set_aside)
+                self._notes.note(Written.of(outcome.batch, outcome.joinids, values, outcome.set_aside, outcome.widened))
+                if len(outcome.joinids):
+                    write(outcome.joinids, values)
                 summary.times.stages["write"].busy += time.monotonic() - started
                 summary.seconds = time.monotonic() - began
                 summary.megabatches_computed += 1
                 summary.cells_computed += len(outcome.joinids)
+                summary.cells_widened += len(outcome.widened)
+                summary.cells_fractional += outcome.fractional
                 summary.tokens_computed += outcome.tokens
-                report(summary)
-    if failed:
-        raise SetAsideError(sorted(failed, key=lambda one: one.batch.index), untried=0, recompute=recompute)
-    started = time.monotonic()
-    if summary.megabatches_computed:
-        array.gather_metadata()
-    anew = bool(summary.megabatches_computed) or not is_proved(array, plan, job.folder, shard)
-    # The devices are free now, and reading back does not need them.
-    with judging(job, plan, array, shard, upstream, anew=anew) as judge:
-        summary.proved = not anew or require_shard(array, plan, job.folder, shard, changed=True)
-        summary.judgement = judge()
-    summary.proof_seconds = time.monotonic() - started
-    return summary
+                self._report(summary)
+        if failed:
+            raise self._failure(failed, untried=0)
+
+    def _failure(self, failed: list[Outcome], untried: int) -> SetAsideError:
+        more = f", and {untried} were not tried any more" if untried else "; all others are committed"
+        return SetAsideError(
+            f"{len(failed)} megabatches failed on {TRIES} tries each{more}. When the cause is gone, run the shard "
+            f"again{' with `recompute: true`' if self._recompute else ': it tries just these'}.",
+            [
+                f"megabatch {batch.index} (joinids {batch.first} to {batch.last}, {batch.cells} cells): {failure}"
+                for batch, failure in sorted(((one.batch, one.failure) for one in failed), key=lambda one: one[0].index)
+            ],
+        )
+
+    def _require_few_set_aside(self, more: Mapping[int, str]) -> None:
+        reasons = {joinid: why for one in self._notes.noted for joinid, why in one.set_aside.items()} | dict(more)
+        if len(reasons) > self._most_set_aside:
+            raise SetAsideError(
+                f"{len(reasons)} cells of this shard cannot be embedded; at most {self._most_set_aside} of its "
+                f"{self._summary.cells} are expected. When the cause is gone, run the shard again with `recompute: "
+                "true`. The first:",
+                [f"joinid {joinid}: {why}" for joinid, why in list(reasons.items())[:NAMED]],
+            )

@@ -10,6 +10,7 @@ from census_tf_dagster.spending import Cost, Throughput, choose_rate, cost_of
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.progress import missing_megabatches
+from census_tf_dagster.store.written import read_notes
 
 
 def tokens_left(job: Job, plan: Plan) -> int:
@@ -17,7 +18,8 @@ def tokens_left(job: Job, plan: Plan) -> int:
     batches = to_compute(plan.megabatches)
     if job.store.holds_files(job.folder.array):
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-        batches = missing_megabatches(array, plan, batches)
+        notes = read_notes(job.store, job.folder, plan, range(plan.totals.shards))
+        batches = missing_megabatches(array, plan, batches, notes)
     return sum(batch.tokens for batch in batches)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -15,6 +16,7 @@ from census_tf_dagster.census.release import MEASUREMENT
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.obs_ids import obs_ids_faults, write_obs_ids
 from census_tf_dagster.store.proof import ProofError, ReleaseProof, prove_release, release_state
 from census_tf_dagster.store.rules import (
     Finding,
@@ -26,6 +28,8 @@ from census_tf_dagster.store.rules import (
     storage_version_faults,
 )
 
+REASONS = 10
+"""Different reasons for setting cells aside that the array's metadata tells."""
 RECORDED_PACKAGES = ("census-tf-dagster", "tiledbsoma", "tiledb", "cellxgene-census", "dagster")
 
 
@@ -54,7 +58,9 @@ class ArraySummary:
     Attributes
     ----------
     totals
-        The plan that it equals.
+        The plan that it equals, less the cells that were set aside.
+    cells, set_aside
+        How many cells have an embedding, and why each of the others has none, by joinid.
     shape
         Rows (obs domain) and features.
     fragments, excess_fragments
@@ -69,6 +75,8 @@ class ArraySummary:
     """
 
     totals: PlanTotals
+    cells: int
+    set_aside: dict[int, str]
     shape: tuple[int, int]
     fragments: int
     excess_fragments: int
@@ -105,7 +113,8 @@ def finish_array(
     if any(finding.wrong and (job.settings.publication or finding.rule != "storage_version") for finding in findings):
         raise RuleError(findings)
     array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    info = _embedding_info(job, plan, array, datetime.now(UTC).date())
+    info = _embedding_info(job, proof, array, datetime.now(UTC).date())
+    obs_ids = write_obs_ids(job.store, job.folder, plan, proof.set_aside)
     array.write_info(info)
     if info:
         job.store.write(job.folder.meta, _as_yaml(info))
@@ -113,7 +122,10 @@ def finish_array(
         {
             "plan": plan.totals.plan,
             "covered": proof.covered,
-            "cells": plan.totals.cells,
+            "cells": proof.cells,
+            "cells_set_aside": len(proof.set_aside),
+            "set_aside": Counter(proof.set_aside.values()).most_common(REASONS),
+            "obs_ids": obs_ids,
             "proved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in RECORDED_PACKAGES},
@@ -123,6 +135,8 @@ def finish_array(
     fragments = len(array.fragments())
     return ArraySummary(
         totals=plan.totals,
+        cells=proof.cells,
+        set_aside=proof.set_aside,
         shape=array.shape,
         fragments=fragments,
         excess_fragments=max(fragments - plan.totals.megabatches, 0),
@@ -146,17 +160,18 @@ def verify_array(
         When shards have not finished.
     """
     plan = read_plan(job.store, job.folder.plan)
-    _, findings = _look(job, plan, full=full, report=report)
+    proof, findings = _look(job, plan, full=full, report=report)
     array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
     stored = array.read_info()
     # The day on which it was finished is the one thing that need not be the same.
     submitted = _submission_date(stored) or datetime.now(UTC).date()
-    info = _embedding_info(job, plan, array, submitted)
+    info = _embedding_info(job, proof, array, submitted)
     if info is None:
         faults = [] if stored is None else ["CxG_embedding_info is there, but the set's YAML has no `publication`"]
     else:
         faults = publication_faults(stored, info)
-    return [*findings, Finding("publication", tuple(faults))]
+    listed = obs_ids_faults(job.store, job.folder, array.read_record().get("obs_ids"))
+    return [*findings, Finding("publication", tuple(faults)), Finding("obs_ids", tuple(listed))]
 
 
 def array_state(job: Job) -> str:
@@ -182,12 +197,13 @@ def _look(
     proof = prove_release(array, plan, job.folder, full=full, report=report)
     rules: tuple[Rule, ...] = ("cells", "features", "values")
     faults |= {rule: proof.problems.of_rule(rule) for rule in rules}
-    if not plan.totals.cells:
-        faults["cells"].append("there is no cell")
+    if not proof.cells:
+        faults["cells"].append("there is no cell with an embedding")
+    faults["cells"] += [f"fragment {name}: {reason}" for name, reason in array.damaged().items()]
     return proof, [Finding(rule, tuple(faults[rule])) for rule in get_args(Rule) if rule in faults]
 
 
-def _embedding_info(job: Job, plan: Plan, array: EmbeddingsArray, finished: date) -> dict[str, Any] | None:
+def _embedding_info(job: Job, proof: ReleaseProof, array: EmbeddingsArray, finished: date) -> dict[str, Any] | None:
     publication: Publication | None = job.settings.publication
     if publication is None:
         return None
@@ -195,8 +211,7 @@ def _embedding_info(job: Job, plan: Plan, array: EmbeddingsArray, finished: date
         release=job.release_name,
         organism=job.settings.organism,
         measurement=MEASUREMENT,
-        # Proved: the cells of the plan, no more and no fewer.
-        n_embeddings=plan.totals.cells,
+        n_embeddings=proof.cells,
         n_features=array.n_features,
         finished=finished,
     )

@@ -93,6 +93,7 @@ def open_job(
             compute_precision=settings.compute_precision,
             storage_precision=settings.storage_precision,
             embedding_dim=checkpoint.shape.embed_dim,
+            fractional_counts=settings.fractional_counts,
         )
         folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
         yield Job(settings, release, opened, genes, checkpoint, identity, store, folder, cache)

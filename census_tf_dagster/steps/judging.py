@@ -17,6 +17,7 @@ from census_tf_dagster.quality.thresholds import upstream_bound
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.upstream import upstream_running
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.written import read_notes
 
 CELLS = 8
 PATIENCE_SECONDS = 1800.0
@@ -98,5 +99,8 @@ def _choose(job: Job, plan: Plan, shard: int) -> npt.NDArray[np.int64]:
     batches = to_compute(plan.shard(shard))
     spread = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, CELLS).astype(int))]
     ids = np.concatenate(plan.read_ids(job.store, spread))
+    noted = read_notes(job.store, job.folder, plan, [shard])
+    without = [joinid for some in noted.values() for one in some for joinid in one.set_aside]
+    ids = np.setdiff1d(ids, np.array(without, np.int64))
     rng = np.random.default_rng([SEED, shard])
     return np.sort(rng.choice(ids, min(CELLS, len(ids)), replace=False))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from census_tf_dagster.census.cells import Cells, read_cells
 from census_tf_dagster.census.plan import Megabatch
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.devices import Device, open_devices
+from census_tf_dagster.inference.devices import Device, Embedded, open_devices
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.prepare import prepare
 from census_tf_dagster.inference.tokens import Tokenizer
@@ -31,6 +31,7 @@ JOIN_SECONDS = 120.0
 """A read of a megabatch that was under way when the shard stopped may take this long to end."""
 
 Ids = npt.NDArray[np.int64]
+NO_IDS: Ids = np.empty(0, np.int64)
 
 
 @dataclass
@@ -94,21 +95,30 @@ class Outcome:
 
     Attributes
     ----------
-    batch, joinids
+    batch
         What it was.
-    embeddings
-        float32 ``(n, embed_dim)``; None when it could not be embedded.
-    poison
-        Why not.
+    joinids, embeddings
+        Its cells that have an embedding, int64 ``(n,)`` and float32 ``(n, embed_dim)``, all finite.
+    set_aside
+        Why each of its other cells has none, by joinid.
+    widened
+        Joinids of the cells that were computed in a wider precision.
+    fractional
+        How many of its cells have counts that are no whole numbers.
     tokens
         How many went through the model.
+    failure
+        Why the megabatch as a whole could not be embedded; then nothing else is known.
     """
 
     batch: Megabatch
     joinids: Ids
-    embeddings: npt.NDArray[np.float32] | None
-    poison: str
-    tokens: int
+    embeddings: npt.NDArray[np.float32]
+    set_aside: dict[int, str] = field(default_factory=dict)
+    widened: tuple[int, ...] = ()
+    fractional: int = 0
+    tokens: int = 0
+    failure: str = ""
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -193,8 +203,10 @@ def outcomes(
     def put(target: "queue.Queue[Any]", item: object, time_of: StageTime | None = None) -> None:
         line.wait(lambda: target.put(item, timeout=POLL_SECONDS), time_of)
 
-    def set_aside(key: int, error: Exception | str) -> None:
-        put(results, (Outcome(todo[key], ids[key], None, str(error), 0), None))
+    sent: dict[int, _Sent] = {}
+
+    def fail(key: int, error: Exception | str) -> None:
+        put(results, (Outcome(todo[key], NO_IDS, _no_embeddings(job), failure=str(error)), None))
 
     def read_all() -> None:
         for key, joinids in enumerate(ids):
@@ -202,14 +214,23 @@ def outcomes(
                 began = time.monotonic()
                 try:
                     # Anything but a UserError here comes from the storage, not from these cells.
-                    cells = read_cells(job.release, joinids, job.checkpoint.aux_column)
+                    cells = read_cells(
+                        job.release,
+                        joinids,
+                        job.checkpoint.aux_column,
+                        whole_counts=job.settings.fractional_counts == "set_aside",
+                    )
                 except UserError as error:
                     if attempt == TRIES:
-                        set_aside(key, error)
+                        fail(key, error)
                     continue
                 finally:
                     times.stages["read"].busy += time.monotonic() - began
-                put(read, (key, cells), times.stages["read"])
+                if len(cells.joinids):
+                    put(read, (key, cells), times.stages["read"])
+                else:
+                    nothing = Outcome(todo[key], NO_IDS, _no_embeddings(job), set_aside=cells.set_aside)
+                    put(results, (nothing, None))
                 break
 
     def tokenize_all() -> None:
@@ -219,9 +240,11 @@ def outcomes(
             try:
                 packed = tokenizer(cells)
             except Exception as error:
-                set_aside(key, f"{type(error).__name__}: {error}")
+                fail(key, f"{type(error).__name__}: {error}")
                 continue
             times.stages["tokens"].busy += time.monotonic() - began
+            # Counts are not needed any more.
+            sent[key] = _Sent(cells.joinids, cells.set_aside, cells.fractional)
             put(tokenized, (key, packed), times.stages["tokens"])
 
     def feed(device: Device) -> None:
@@ -233,8 +256,7 @@ def outcomes(
         while True:
             answer = device.receive()
             times.count(number, answer.counters)
-            batch, joinids = todo[answer.key], ids[answer.key]
-            put(results, (Outcome(batch, joinids, answer.embeddings, answer.poison, answer.tokens), device))
+            put(results, (_outcome(todo[answer.key], sent.pop(answer.key), answer, _no_embeddings(job)), device))
 
     def leave() -> Iterator[Outcome]:
         for _ in todo:
@@ -262,6 +284,36 @@ def outcomes(
             line.start(feed, device)
             line.start(collect, number, device)
         yield leave()
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What is known of a megabatch while a device works on it."""
+
+    joinids: Ids
+    set_aside: dict[int, str]
+    fractional: int
+
+
+def _outcome(batch: Megabatch, sent: _Sent, answer: Embedded, nothing: npt.NDArray[np.float32]) -> Outcome:
+    if answer.embeddings is None:
+        return Outcome(batch, NO_IDS, nothing, failure=answer.poison)
+    kept = np.ones(len(sent.joinids), np.bool_)
+    kept[list(answer.set_aside)] = False
+    whole = kept.all()
+    return Outcome(
+        batch=batch,
+        joinids=sent.joinids if whole else sent.joinids[kept],
+        embeddings=answer.embeddings if whole else answer.embeddings[kept],
+        set_aside={**sent.set_aside, **{int(sent.joinids[at]): why for at, why in answer.set_aside.items()}},
+        widened=tuple(int(sent.joinids[at]) for at in answer.widened),
+        fractional=sent.fractional,
+        tokens=answer.tokens,
+    )
+
+
+def _no_embeddings(job: Job) -> npt.NDArray[np.float32]:
+    return np.empty((0, job.identity.embedding_dim), np.float32)
 
 
 def _acquire(slots: threading.Semaphore) -> None:

@@ -1,6 +1,6 @@
 """Step 1: list the cells, split them, write the plan, create the array."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,20 +10,23 @@ import tiledb
 
 from census_tf_dagster.census.cell_keys import KEY_COLUMNS, OPTIONAL_COLUMNS, KeyMaker, Keys, dataset_digests
 from census_tf_dagster.census.cells import read_cells
-from census_tf_dagster.census.division import Division, divide
+from census_tf_dagster.census.division import divide
 from census_tf_dagster.census.key_file import find_cells, write_keys
-from census_tf_dagster.census.plan import Plan, PlanTotals, plan_totals, write_obs_ids, write_plan
+from census_tf_dagster.census.plan import Megabatch, Plan, PlanTotals, plan_totals, with_checksums, write_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.reuse import NO_SOURCE, FoundSource, find_source
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.obs_ids import write_planned
 
 BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 3.8}
 """Stored bytes of a value with its coordinates, compressed: measured on 2,048 features (docs/performance.md)."""
 
 LEAST_KNOWN_SHARE = 0.25
 """Below this the embedding says little: human genes in a human model are near 0.9, other species' near 0."""
+NO_GENES = 2
+"""Tokens of a cell without counts: assay and START."""
 SAMPLED_CELLS = 64
 """Cells whose counts are looked at before anything is written."""
 
@@ -46,6 +49,8 @@ class PlanSummary:
         TileDB's, of the array and of the Census. Where they differ, the Census's tool refuses the embedding.
     passed_over
         Earlier arrays that cells could not be copied from, and why.
+    fractional
+        Share of the sampled cells with counts that are no whole numbers: upstream takes such counts, and warns.
     """
 
     totals: PlanTotals
@@ -57,6 +62,7 @@ class PlanSummary:
     root: str
     identity: str
     passed_over: tuple[str, ...] = ()
+    fractional: float = 0.0
 
     def reuse(self) -> str:
         """Say how much is reused and how much computed, and from which array."""
@@ -87,10 +93,10 @@ class Survey:
 
     Attributes
     ----------
-    joinids
-        Ascending soma_joinids, int64.
-    division
-        How they are divided.
+    joinids, zero_counts
+        Ascending soma_joinids, int64, and which of these cells have no counts.
+    megabatches, order
+        How they are divided, and their positions in that order; None: as they are.
     summary
         What it amounts to.
     keys
@@ -100,7 +106,9 @@ class Survey:
     """
 
     joinids: npt.NDArray[np.int64]
-    division: Division
+    zero_counts: npt.NDArray[np.bool_]
+    megabatches: tuple[Megabatch, ...]
+    order: npt.NDArray[np.int64] | None
     summary: PlanSummary
     keys: Keys | None
     sources: npt.NDArray[np.int64] | None
@@ -129,13 +137,15 @@ def survey(job: Job) -> Survey:
     cells = _list_cells(job)
     joinids = cells.joinids
     # A Census of normalised values should not cost a shard's start on a GPU node first.
-    read_cells(job.release, joinids[:: -(-len(joinids) // SAMPLED_CELLS)], job.checkpoint.aux_column)
+    fractional = _look_at_counts(job, joinids[:: -(-len(joinids) // SAMPLED_CELLS)])
 
     found, sources = _find_copies(job, cells.keys)
     reused = None if sources is None else sources >= 0
     division = divide(joinids, cells.tokens, settings.shards, settings.megabatch_size, reused)
+    ids, copied = _in_order(division.order, joinids, sources)
+    megabatches = with_checksums(division.megabatches, ids, copied)
     summary = PlanSummary(
-        totals=plan_totals(joinids, division.megabatches, settings.shards, cells.primary, sources, found.source),
+        totals=plan_totals(megabatches, settings.shards, cells.primary, found.source),
         estimated_bytes=int(len(joinids) * job.identity.embedding_dim * BYTES_PER_VALUE[settings.storage_precision]),
         expressed_genes=int(np.count_nonzero(expressing)),
         known_genes=int(np.count_nonzero(expressing[known])),
@@ -144,8 +154,31 @@ def survey(job: Job) -> Survey:
         root=job.folder.root,
         identity=job.identity.digest,
         passed_over=found.passed_over,
+        fractional=fractional,
     )
-    return Survey(joinids, division, summary, cells.keys, sources)
+    # START, and the assay: nothing else stands for a cell without counts.
+    return Survey(joinids, cells.tokens == NO_GENES, megabatches, division.order, summary, cells.keys, sources)
+
+
+def _look_at_counts(job: Job, sample: npt.NDArray[np.int64]) -> float:
+    """Refuse a Census most of whose cells would be set aside; return the share with counts that are no whole numbers."""
+    whole = job.settings.fractional_counts == "set_aside"
+    cells = read_cells(job.release, sample, job.checkpoint.aux_column, whole_counts=whole)
+    if len(cells.set_aside) > len(sample) / 2:
+        joinid, reason = next(iter(cells.set_aside.items()))
+        raise UserError(
+            f"{len(cells.set_aside)} of {len(sample)} sampled cells of {job.release.organism} in {job.release.uri} cannot "
+            f"be embedded, e.g. joinid {joinid}: {reason}. Expected raw counts: use a Census whose X/raw holds them."
+        )
+    return cells.fractional / len(sample)
+
+
+def _in_order(
+    order: npt.NDArray[np.int64] | None, joinids: npt.NDArray[np.int64], sources: npt.NDArray[np.int64] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    if order is None:
+        return joinids, sources
+    return joinids[order], None if sources is None else sources[order]
 
 
 def _find_copies(job: Job, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[np.int64] | None]:
@@ -196,7 +229,7 @@ def _list_cells(job: Job) -> _Cells:
         part = slice(n, n + len(ids))
         joinids[part] = ids
         # Assay and START, and the window's genes: an upper bound, as genes outside the vocabulary make no token.
-        tokens[part] = np.minimum(table["nnz"].to_numpy(), window) + 2
+        tokens[part] = np.minimum(table["nnz"].to_numpy(), window) + NO_GENES
         primary += pc.sum(table["is_primary_data"]).as_py() or 0
         if keys is not None and make_keys is not None:
             keys[part] = make_keys(table)
@@ -243,13 +276,11 @@ def make_plan(job: Job) -> PlanSummary:
     # First, so that nothing is written when an array of another identity is there.
     job.store.make_place(job.folder.root)
     EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())
-    write_obs_ids(job.store, job.folder.obs_ids, found.joinids)
-    totals, division, sources = found.summary.totals, found.division, found.sources
+    listed = write_planned(job.store, job.folder, found.joinids, found.zero_counts)
+    totals = replace(found.summary.totals, obs_ids=listed)
     if found.keys is not None:
         write_keys(job.store, Plan(totals, (), job.folder.plan).keys, found.joinids, found.keys)
-    joinids = found.joinids
-    if division.order is not None:
-        joinids, sources = joinids[division.order], None if sources is None else sources[division.order]
+    joinids, sources = _in_order(found.order, found.joinids, found.sources)
     # Last: a current plan is a complete one.
-    write_plan(job.store, job.folder.plan, joinids, division.megabatches, totals, sources)
+    write_plan(job.store, job.folder.plan, joinids, found.megabatches, totals, sources)
     return found.summary

@@ -22,7 +22,7 @@ from census_tf_dagster.quality.sample import SEED, digest, iter_planned, read_em
 from census_tf_dagster.quality.vocabulary import Outside, count_outside
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.proof import proved_shards, release_state
+from census_tf_dagster.store.proof import all_set_aside, proved_shards, release_state
 
 COLUMNS = ("cell_type", "tissue_general", "dataset_id", "assay")
 TITLES = {"cell_type": "cell type", "tissue_general": "tissue", "dataset_id": "dataset", "assay": "assay"}
@@ -122,14 +122,16 @@ def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
 def _listed(job: Job, plan: Plan, array: EmbeddingsArray) -> tuple[npt.NDArray[np.int64], JoinidSet, JoinidSet]:
     """Return the sample, all planned cells, and those that a proof shows to be in the array."""
     proved = proved_shards(array, plan, job.folder)
+    without = np.array(sorted(all_set_aside(array, plan, job.folder)), np.int64)
     positions = sampled_positions(np.array([batch.cells for batch in plan.megabatches], np.int64))
     planned, embedded = JoinidSet(array.rows), JoinidSet(array.rows)
     sample = []
     for index, ids in iter_planned(plan, array):
         planned.add(ids)
+        chosen = ids[positions[index]]
         if plan.megabatches[index].shard in proved:
-            embedded.add(ids)
-        sample.append(ids[positions[index]])
+            embedded.add(np.setdiff1d(ids, without, assume_unique=True))
+        sample.append(np.setdiff1d(chosen, without, assume_unique=True))
     return np.sort(np.concatenate(sample)), planned, embedded
 
 

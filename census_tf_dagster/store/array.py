@@ -2,10 +2,15 @@
 
 `soma_dim_0` is the Census obs joinid. Every embedded cell stores all its values. One write is one fragment,
 atomic. The array itself is the checkpoint: what is committed stands in its fragments.
+
+TileDB orders writes by their timestamps and hides those that are later than the reader's clock. Workers' clocks may be
+wrong, so no clock is asked: the array is created at timestamp 1, and each opening for writing takes the next number.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,12 +35,21 @@ RECORD_KEY = "census_tf_record"
 # Sorted coordinates are almost free with double-delta; zstd 1 takes a seventh of the time of the consumers'
 # levels 9 and 19 for a few percent of size (docs/performance.md).
 _ZSTD: Any = {"_type": "ZstdFilter", "level": 1}
+# Every reader of a damaged chunk gets an error, not other values.
+_MD5: Any = {"_type": "ChecksumMD5Filter"}
 _TILE_ROWS = 2048
+
+_CREATED_AT = 1
+"""TileDB timestamp of a new array; the openings that write to it follow."""
+_TIMES = re.compile(r"__\d+_(?P<last>\d+)_[0-9a-f]{32}.*")
+"""Names of what TileDB writes below an array."""
+FRAGMENT_FILES = frozenset({"__fragment_metadata.tdb", "a0.tdb", "d0.tdb", "d1.tdb"})
+"""Files of a whole fragment: its metadata, the values, the two coordinates."""
 
 
 def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
     # With one tile over all features, cells sorted by joinid and feature stand in global order.
-    coordinates: Any = ["DoubleDeltaFilter", _ZSTD]
+    coordinates: Any = ["DoubleDeltaFilter", _ZSTD, _MD5]
     return tiledbsoma.TileDBCreateOptions(
         capacity=2**17,
         allows_duplicates=False,
@@ -45,8 +59,29 @@ def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
             "soma_dim_0": {"tile": _TILE_ROWS, "filters": coordinates},
             "soma_dim_1": {"tile": n_features, "filters": coordinates},
         },
-        attrs={"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD]}},
+        attrs={"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD, _MD5]}},
     )
+
+
+class DamagedFragmentsError(UserError):
+    """Fragments are committed and cannot be opened, which keeps TileDB from opening the array.
+
+    Attributes
+    ----------
+    array
+        Where they are.
+    reasons
+        What is wrong with each, by its name.
+    """
+
+    def __init__(self, array: "EmbeddingsArray", reasons: Mapping[str, str]) -> None:
+        first, reason = next(iter(reasons.items()))
+        super().__init__(
+            f"{len(reasons)} fragments of the array at {array.uri} are damaged, e.g. {first}: {reason}. Run the shard "
+            "that wrote them again: it removes them, and computes what they held."
+        )
+        self.array = array
+        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,7 @@ class EmbeddingsArray:
                     shape=(rows, identity.embedding_dim),
                     platform_config=_creation_options(identity.embedding_dim),
                     context=storage.soma_context,
+                    tiledb_timestamp=_CREATED_AT,
                 ).close()
             except tiledbsoma.AlreadyExistsError:
                 pass
@@ -125,7 +161,7 @@ class EmbeddingsArray:
             raise UserError(f"the array at {uri} has {found.rows} rows; the Census has joinids up to {rows - 1}.")
         # Whoever created it may have died before this line.
         if stored is None and found.n_features == identity.embedding_dim and not found.fragments():
-            with tiledbsoma.SparseNDArray.open(uri, "w", context=storage.soma_context) as array:
+            with found._writing("the identity") as array:
                 array.metadata[IDENTITY_KEY] = identity.to_json()
         return cls.open(uri, storage, identity)
 
@@ -145,6 +181,19 @@ class EmbeddingsArray:
         return replace(found, n_features=identity.embedding_dim)
 
     @classmethod
+    def repair(cls, uri: str, storage: Storage, identity: Identity) -> "EmbeddingsArray":
+        """Open as `open` does; remove fragments that keep the array from being opened, or that no reader sees."""
+        while True:
+            try:
+                array = cls.open(uri, storage, identity)
+                array.fragments()
+                array.remove_fragments(array.damaged())
+            except DamagedFragmentsError as error:
+                error.array.remove_fragments(error.reasons)
+            else:
+                return array
+
+    @classmethod
     def look(cls, uri: str, storage: Storage) -> tuple["EmbeddingsArray", str | None]:
         """Open whatever array is there, for reading; return it with its identity's JSON, if it has one."""
         try:
@@ -157,6 +206,8 @@ class EmbeddingsArray:
             raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
         except (TypeError, ValueError) as error:
             raise UserError(f"{uri} holds something that is no SparseNDArray; move it away ({error}).") from error
+        except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError) as error:
+            raise cls(uri, storage, (0, 0), 0)._damage_error(error) from error
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[npt.NDArray[np.int64], npt.NDArray[np.float32]], None]]:
@@ -177,8 +228,7 @@ class EmbeddingsArray:
                 table = self._table(joinids, embeddings)
                 with self._committing(f"{len(joinids)} cells"):
                     if not opened:
-                        array = tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context)
-                        opened.append(stack.enter_context(array))
+                        opened.append(stack.enter_context(self._open_to_write()))
                     # Not sorted again: it is in global order.
                     opened[0].write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
 
@@ -204,12 +254,23 @@ class EmbeddingsArray:
             }
         )
 
+    def _open_to_write(self) -> tiledbsoma.SparseNDArray:
+        return tiledbsoma.SparseNDArray.open(
+            self.uri, "w", context=self.storage.soma_context, tiledb_timestamp=self._next_timestamp()
+        )
+
+    def _next_timestamp(self) -> int:
+        """Return a timestamp after that of everything written so far.
+
+        Two workers that open at once may get the same one. Of their values for a cell those of one of them win, always
+        the same one's: TileDB then goes by the fragments' names.
+        """
+        entries = [entry for folder in ("__fragments", "__meta") for entry in self.storage.list(f"{self.uri}/{folder}")]
+        return 1 + max([_CREATED_AT, *(_last_timestamp(_name(entry)) for entry in entries)])
+
     @contextmanager
     def _writing(self, what: str) -> Iterator[tiledbsoma.SparseNDArray]:
-        with (
-            self._committing(what),
-            tiledbsoma.SparseNDArray.open(self.uri, "w", context=self.storage.soma_context) as array,
-        ):
+        with self._committing(what), self._open_to_write() as array:
             yield array
 
     @contextmanager
@@ -223,11 +284,20 @@ class EmbeddingsArray:
             ) from error
 
     def fragments(self) -> list[Fragment]:
-        """List what is committed, from metadata alone; in order of the first joinid."""
-        infos = tiledb.FragmentInfoList(self.uri, ctx=self.storage.tiledb_ctx)
+        """List what is committed, from metadata alone; in order of the first joinid.
+
+        Raises
+        ------
+        DamagedFragmentsError
+            When a fragment's metadata cannot be read.
+        """
+        try:
+            infos = tiledb.FragmentInfoList(self.uri, ctx=self.storage.tiledb_ctx)
+        except tiledb.TileDBError as error:
+            raise self._damage_error(error) from error
         found = [
             Fragment(
-                name=info.uri.rstrip("/").rsplit("/", 1)[-1],
+                name=_name(info.uri),
                 first=int(info.nonempty_domain[0][0]),
                 last=int(info.nonempty_domain[0][1]),
                 values=int(info.cell_num),
@@ -235,6 +305,63 @@ class EmbeddingsArray:
             for info in infos
         ]
         return sorted(found, key=lambda fragment: (fragment.first, fragment.name))
+
+    def fragment_files(self) -> dict[str, dict[str, int]]:
+        """Return the size in bytes of each file of each committed fragment, whether or not it can be opened."""
+        found: dict[str, dict[str, int]] = {name: {} for name in self._committed()}
+        for path, size in self.storage.file_sizes(f"{self.uri}/__fragments").items():
+            name, _, file = path.partition("/")
+            if name in found:
+                found[name][file] = size
+        return found
+
+    def damaged(self) -> dict[str, str]:
+        """Say what is wrong with committed fragments that lack files, or that no reader sees yet; by their names."""
+        now = int(time.time() * 1000)
+        found = {}
+        for name, files in self.fragment_files().items():
+            if missing := sorted(FRAGMENT_FILES - files.keys()):
+                found[name] = f"its files {', '.join(missing)} are gone"
+            elif (written := _last_timestamp(name)) > now:
+                hours = (written - now) / 3_600_000
+                found[name] = f"its writer's clock was ahead: readers see it in {hours:.2f} hours"
+        return found
+
+    def remove_fragments(self, names: Iterable[str]) -> None:
+        """Take some fragments out of the array. Each commit goes first, so that a reader sees all of one or nothing.
+
+        Raises
+        ------
+        UserError
+            When a fragment's commit was merged with others, by somebody who consolidated the commits.
+        """
+        for name in names:
+            commit = f"{self.uri}/__commits/{name}.wrt"
+            if self.storage.exists(commit):
+                self.storage.remove_file(commit)
+            elif name in self._committed():
+                raise UserError(
+                    f"fragment {name} of {self.uri} cannot be removed: its commit is in a file with others. Remove the "
+                    "release with `remove`, and launch it again."
+                )
+            folder = f"{self.uri}/__fragments/{name}"
+            if self.storage.is_folder(folder):
+                self.storage.remove_folder(folder)
+
+    def _committed(self) -> list[str]:
+        commits = [_name(entry) for entry in self.storage.list(f"{self.uri}/__commits")]
+        if any(name.endswith(".con") for name in commits):
+            return [_name(entry) for entry in self.storage.list(f"{self.uri}/__fragments")]
+        return [name.removesuffix(".wrt") for name in commits if name.endswith(".wrt")]
+
+    def _damage_error(self, error: Exception) -> Exception:
+        """Return what to raise where TileDB could not open the array."""
+        if damaged := self.damaged():
+            return DamagedFragmentsError(self, damaged)
+        # What S3 refuses may be there, whole, at the next try.
+        if "S3" not in str(error) and (named := re.search(r"__fragments/(__[0-9a-f_]+)/", str(error))):
+            return DamagedFragmentsError(self, {named[1]: str(error).replace("\n", " ")[:200]})
+        return error
 
     def joinids_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Read which cells are present in a range of joinids, by their first feature; ascending."""
@@ -291,6 +418,16 @@ class EmbeddingsArray:
         """Store how the array was made beside its identity."""
         with self._writing("the record") as array:
             array.metadata[RECORD_KEY] = json.dumps(record, sort_keys=True)
+
+
+def _name(uri: str) -> str:
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _last_timestamp(name: str) -> int:
+    """Return the timestamp in the name of a fragment or of metadata; 0 for anything else."""
+    found = _TIMES.fullmatch(name)
+    return int(found["last"]) if found else 0
 
 
 def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

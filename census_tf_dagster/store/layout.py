@@ -53,6 +53,10 @@ class ReleaseFolder:
         """Return where the proof of a shard stands."""
         return f"{self.root}/proofs/{plan}/{shard:05d}.json"
 
+    def notes(self, plan: str, shard: int) -> str:
+        """Return the folder where each run of a shard notes what it writes."""
+        return f"{self.root}/written/{plan}/{shard:05d}"
+
     @property
     def qc(self) -> str:
         """Folder of the quality report: `report.json`, pictures, the distribution that the next release is held to."""

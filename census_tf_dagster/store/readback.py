@@ -7,9 +7,14 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import tiledb
+import tiledbsoma
 
 from census_tf_dagster.census.plan import Megabatch, Plan
+from census_tf_dagster.names import is_local
+from census_tf_dagster.s3 import StoreError
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.written import Checksum, Notes, Written
 
 CELLS_AT_ONCE = 4096
 NAMED = 10
@@ -25,6 +30,8 @@ PROBLEMS = {
     "out of range": ("features", "cells hold features beyond the last"),
     "not finite": ("values", "cells have values that are not finite"),
     "all zero": ("values", "cells have nothing but zeros, though START is always pooled"),
+    "unreadable": ("values", "cells cannot be read, as files of the array are damaged"),
+    "changed": ("values", "cells are in megabatches that hold other values than were written"),
 }
 """What can be wrong with a cell: the rule that it breaks, and how that is said."""
 
@@ -73,8 +80,32 @@ class Problems:
         return "; ".join(sentence for rule in rules for sentence in self.of_rule(rule))
 
 
-def read_back(array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...], first: int, last: int) -> Problems:
-    """Read joinids `first` to `last` back and compare them with the planned cells of `batches`.
+@dataclass
+class ReadBack:
+    """What reading some megabatches back has shown.
+
+    Attributes
+    ----------
+    problems
+        What is wrong.
+    wrong
+        Indices of the megabatches that have a problem.
+    strangers
+        Joinids, within the range that was read, that nobody planned.
+    found
+        What each megabatch that is right holds: as one of its notes says, or, where there is none, as it was read.
+    """
+
+    problems: Problems = field(default_factory=Problems)
+    wrong: set[int] = field(default_factory=set)
+    strangers: list[int] = field(default_factory=list)
+    found: list[Written] = field(default_factory=list)
+
+
+def read_back(
+    array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...], first: int, last: int, notes: Notes
+) -> ReadBack:
+    """Read joinids `first` to `last` back; compare them with the planned cells of `batches` and what was written.
 
     Parameters
     ----------
@@ -84,54 +115,151 @@ def read_back(array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...]
         Megabatches by their first joinid, all planned cells between `first` and `last`.
     first, last
         The range, inclusive.
+    notes
+        What was written of these megabatches: each must be as one of its notes says. One without a note must be whole.
     """
-    found = Problems()
+    result = ReadBack()
     with array.reading() as values_of:
-        for planned, low, high in _parts(array, plan, batches, first, last):
-            _look_at(planned, values_of(slice(low, high)), array.n_features, found)
-    return found
+        for group, parts in _groups(array, plan, batches, first, last):
+            looked = _Group(group)
+            for planned, members, low, high in parts:
+                part = _Part(planned, array.n_features)
+                try:
+                    part.look(values_of(slice(low, high)))
+                except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError, MemoryError) as error:
+                    _require_damage(array, error)
+                    looked.unreadable(planned, members, result)
+                else:
+                    looked.take(part, members, result)
+            looked.judge(notes, result)
+    return result
 
 
-def _look_at(planned: Ids, tables: Iterable[pa.Table], n_features: int, found: Problems) -> None:
-    """Add what is wrong with some planned cells, and with whatever else is among what was read."""
-    n = len(planned)
-    seen = np.zeros((n, n_features), np.bool_)
-    repeated, beyond, infinite, nonzero = np.zeros((4, n), np.bool_)
-    strangers: list[Ids] = []
-    for table in tables:
-        joinids, features, values = _columns(table)
-        if _look(joinids, features, values, planned, seen, repeated, beyond, infinite, nonzero):
-            strangers.append(np.setdiff1d(joinids, planned))
-    stored = seen.sum(axis=1)
-    # A cell that is not there at all is missing, and nothing else.
-    there = (stored > 0) | beyond
-    for problem, which in (
-        ("missing", ~there),
-        ("incomplete", there & (stored < n_features)),
-        ("repeated", repeated),
-        ("out of range", beyond),
-        ("not finite", infinite),
-        ("all zero", there & ~nonzero & ~infinite),
-    ):
-        found.add(problem, planned[which])
-    if strangers:
-        found.add("unplanned", np.unique(np.concatenate(strangers)))
+def _require_damage(array: EmbeddingsArray, error: Exception) -> None:
+    """Raise `StoreError` when a read failed for another reason than damaged files."""
+    if not is_local(array.uri) and not array.damaged() and any(word in str(error) for word in ("S3", "curl")):
+        raise StoreError(f"{array.uri} cannot be read: {error}") from error
 
 
-def _parts(
+class _Part:
+    """Some planned cells with adjacent joinids, and what the array holds of them."""
+
+    def __init__(self, planned: Ids, n_features: int) -> None:
+        n = len(planned)
+        self.planned = planned
+        self.values = np.zeros((n, n_features), np.float32)
+        self._seen = np.zeros((n, n_features), np.bool_)
+        self._repeated, self._beyond, self._infinite, self._nonzero = np.zeros((4, n), np.bool_)
+        self.strangers: list[Ids] = []
+
+    def look(self, tables: Iterable[pa.Table]) -> None:
+        """Take in whatever was read."""
+        for table in tables:
+            joinids, features, values = _columns(table)
+            marks = (self._seen, self._repeated, self._beyond, self._infinite, self._nonzero)
+            if _look(joinids, features, values, self.planned, self.values, *marks):
+                self.strangers.append(np.setdiff1d(joinids, self.planned))
+
+    def there(self) -> npt.NDArray[np.bool_]:
+        """Return which cells have anything at all."""
+        found: npt.NDArray[np.bool_] = self._seen.any(axis=1) | self._beyond
+        return found
+
+    def problems(self) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+        """Yield each problem with the cells that have it; a cell that is not there has none."""
+        there = self.there()
+        yield "incomplete", there & ~self._seen.all(axis=1)
+        yield "repeated", self._repeated
+        yield "out of range", self._beyond
+        yield "not finite", self._infinite
+        yield "all zero", there & ~self._nonzero & ~self._infinite
+
+
+class _Group:
+    """Megabatches whose ranges overlap, while they are read part by part."""
+
+    def __init__(self, batches: list[Megabatch]) -> None:
+        self._batches = batches
+        self._checksums = [Checksum() for _ in batches]
+        self._present: list[list[Ids]] = [[] for _ in batches]
+        self._absent: list[list[Ids]] = [[] for _ in batches]
+
+    def take(self, part: _Part, members: npt.NDArray[np.intp], result: ReadBack) -> None:
+        """Add a part; `members` says to which megabatch each of its cells belongs."""
+        for problem, which in part.problems():
+            if which.any():
+                result.problems.add(problem, part.planned[which])
+                result.wrong |= {self._batches[member].index for member in np.unique(members[which])}
+        if part.strangers:
+            strangers = np.unique(np.concatenate(part.strangers))
+            result.problems.add("unplanned", strangers)
+            result.strangers += strangers.tolist()
+        there = part.there()
+        for member in range(len(self._batches)):
+            mine = slice(None) if len(self._batches) == 1 and there.all() else (members == member) & there
+            self._checksums[member].add(part.planned[mine], part.values[mine])
+            self._present[member].append(part.planned[mine])
+            self._absent[member].append(part.planned[(members == member) & ~there])
+
+    def unreadable(self, planned: Ids, members: npt.NDArray[np.intp], result: ReadBack) -> None:
+        """Add a part that could not be read."""
+        result.problems.add("unreadable", planned)
+        result.wrong |= {self._batches[member].index for member in np.unique(members)}
+
+    def judge(self, notes: Notes, result: ReadBack) -> None:
+        """Compare each megabatch with what was written of it."""
+        for batch, checksum, present, absent in zip(
+            self._batches, self._checksums, self._present, self._absent, strict=True
+        ):
+            noted = notes.get(batch.index, ())
+            lacking = np.concatenate(absent) if absent else np.empty(0, np.int64)
+            same = [
+                one
+                for one in noted
+                if one.checksum == checksum.hexdigest() and one.set_aside.keys() == set(lacking.tolist())
+            ]
+            if batch.index in result.wrong:
+                continue
+            if same:
+                result.found.append(same[-1])
+                continue
+            missing = [one for one in lacking.tolist() if not any(one in other.set_aside for other in noted)]
+            if missing:
+                result.problems.add("missing", np.array(missing))
+            elif noted:
+                result.problems.add("changed", np.sort(np.concatenate([*present, lacking])))
+            else:
+                ids = np.concatenate(present)
+                result.found.append(Written(batch.index, int(ids[0]), int(ids[-1]), len(ids), checksum.hexdigest()))
+                continue
+            result.wrong.add(batch.index)
+
+
+def _groups(
     array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...], first: int, last: int
-) -> Iterator[tuple[Ids, int, int]]:
-    """Yield some planned cells at a time with the range they answer for: together without a gap."""
+) -> Iterator[tuple[list[Megabatch], Iterator[tuple[Ids, npt.NDArray[np.intp], int, int]]]]:
+    """Yield overlapping megabatches with their parts: planned cells, the megabatch of each, and the range to read.
+
+    The ranges lie side by side without a gap.
+    """
     groups = _overlapping(batches)
     ends = [group[0].first - 1 for group in groups[1:]] + [last]
     for number, (group, end) in enumerate(zip(groups, ends, strict=True)):
-        planned = np.concatenate(plan.read_ids(array.storage, group))
+        ids = plan.read_ids(array.storage, group)
+        planned, members = np.concatenate(ids), np.repeat(np.arange(len(ids)), [len(one) for one in ids])
         if len(group) > 1:
-            planned.sort()
-        for at in range(0, len(planned), CELLS_AT_ONCE):
-            low = first if number == at == 0 else int(planned[at])
-            high = end if at + CELLS_AT_ONCE >= len(planned) else int(planned[at + CELLS_AT_ONCE]) - 1
-            yield planned[at : at + CELLS_AT_ONCE], low, high
+            order = np.argsort(planned)
+            planned, members = planned[order], members[order]
+        yield group, _parts(planned, members, first if number == 0 else int(planned[0]), end)
+
+
+def _parts(
+    planned: Ids, members: npt.NDArray[np.intp], first: int, last: int
+) -> Iterator[tuple[Ids, npt.NDArray[np.intp], int, int]]:
+    for at in range(0, len(planned), CELLS_AT_ONCE):
+        low = int(planned[at]) if at else first
+        high = last if at + CELLS_AT_ONCE >= len(planned) else int(planned[at + CELLS_AT_ONCE]) - 1
+        yield planned[at : at + CELLS_AT_ONCE], members[at : at + CELLS_AT_ONCE], low, high
 
 
 def _overlapping(batches: tuple[Megabatch, ...]) -> list[list[Megabatch]]:
@@ -155,8 +283,8 @@ def _columns(table: pa.Table) -> tuple[Ids, Ids, npt.NDArray[np.float32]]:
 
 
 @numba.njit(cache=True, nogil=True)
-def _look(joinids, features, values, planned, seen, repeated, beyond, infinite, nonzero):  # type: ignore[no-untyped-def]
-    """Mark what is seen of each planned cell; tell whether other cells were among them."""
+def _look(joinids, features, values, planned, dense, seen, repeated, beyond, infinite, nonzero):  # type: ignore[no-untyped-def]
+    """Mark what is seen of each planned cell, and keep its values; tell whether other cells were among them."""
     strange = False
     last, at, known = -1, 0, False
     for i in range(len(joinids)):
@@ -173,6 +301,7 @@ def _look(joinids, features, values, planned, seen, repeated, beyond, infinite, 
         if seen[at, features[i]]:
             repeated[at] = True
         seen[at, features[i]] = True
+        dense[at, features[i]] = values[i]
         if not np.isfinite(values[i]):
             infinite[at] = True
         elif values[i] != 0:

@@ -3,7 +3,8 @@
 Theirs (`tools/census_contrib/src/census_contrib/validate.py` in the cellxgene-census repository): a 2-D sparse array of
 float32 with int64 coordinates, as many rows as the experiment's obs domain, at least one cell, only joinids of obs,
 features in range, no coordinate twice, counts as the metadata says, the Census's own storage version. Ours: exactly the
-planned cells, each with all its values, all finite, none all zero.
+planned cells less those that were set aside, each with all its values, all finite, none all zero, all as they were
+written; and a list for consumers that says so.
 """
 
 import json
@@ -16,7 +17,7 @@ import tiledbsoma
 
 from census_tf_dagster.storage import Storage
 
-Rule = Literal["schema", "shape", "storage_version", "cells", "features", "values", "publication"]
+Rule = Literal["schema", "shape", "storage_version", "cells", "features", "values", "publication", "obs_ids"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The consumers' list of cells: which were planned, and what there is to know of each before its embedding is used.
+
+One Parquet file beside the array, a row per planned cell: ``soma_joinid`` ascending, ``zero_counts`` (the cell has no
+count at all, so its embedding says nothing) and ``set_aside`` (why the cell has no embedding; null for the others).
+"""
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from census_tf_dagster.census.plan import Plan, parquet_bytes
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.storage import Storage
+from census_tf_dagster.store.layout import ReleaseFolder
+
+SCHEMA = pa.schema([("soma_joinid", pa.int64()), ("zero_counts", pa.bool_()), ("set_aside", pa.string())])
+
+
+def write_planned(
+    storage: Storage, folder: ReleaseFolder, joinids: npt.NDArray[np.int64], zero_counts: npt.NDArray[np.bool_]
+) -> str:
+    """Write the list of a plan, ascending joinids; return its checksum."""
+    return _write(storage, folder, joinids, zero_counts, pa.nulls(len(joinids), pa.string()))
+
+
+def write_obs_ids(storage: Storage, folder: ReleaseFolder, plan: Plan, set_aside: dict[int, str]) -> str:
+    """Write down which planned cells have no embedding, and why; return the list's checksum.
+
+    Raises
+    ------
+    UserError
+        When the list that was written with the plan is gone or damaged.
+    """
+    content = storage.read(folder.obs_ids) if storage.exists(folder.obs_ids) else b""
+    found = None
+    if _checksum(content) == plan.totals.obs_ids:
+        if not set_aside:
+            return plan.totals.obs_ids
+        found = pq.read_table(io.BytesIO(content))
+    else:
+        # Written by an earlier finish, with other cells set aside.
+        found = _table(content)
+        if found is None or _checksum(_bytes(_planned(found))) != plan.totals.obs_ids:
+            raise UserError(f"the list of cells at {folder.obs_ids} is damaged: materialize obs_id_plan again.")
+    joinids, zero_counts = (found[name].to_numpy() for name in SCHEMA.names[:2])
+    reasons = np.full(len(joinids), None, object)
+    reasons[np.searchsorted(joinids, list(set_aside))] = list(set_aside.values())
+    return _write(storage, folder, joinids, zero_counts, pa.array(reasons, pa.string()))
+
+
+def obs_ids_faults(storage: Storage, folder: ReleaseFolder, expected: str | None) -> list[str]:
+    """Compare the list with the checksum that the finished array's record has."""
+    if not storage.exists(folder.obs_ids):
+        return [f"{folder.obs_ids} is gone: materialize obs_id_plan again, then embeddings_array"]
+    if expected is not None and _checksum(storage.read(folder.obs_ids)) != expected:
+        return [f"{folder.obs_ids} has changed: materialize obs_id_plan again, then embeddings_array"]
+    return []
+
+
+def _planned(found: pa.Table) -> pa.Table:
+    return found.set_column(2, SCHEMA.field("set_aside"), pa.nulls(len(found), pa.string()))
+
+
+def _table(content: bytes) -> pa.Table | None:
+    try:
+        found = pq.read_table(io.BytesIO(content))
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return found if found.schema.equals(SCHEMA) else None
+
+
+def _bytes(table: pa.Table) -> bytes:
+    return parquet_bytes([table.combine_chunks()])
+
+
+def _write(
+    storage: Storage,
+    folder: ReleaseFolder,
+    joinids: npt.NDArray[np.int64],
+    zero_counts: npt.NDArray[np.bool_],
+    set_aside: pa.Array,
+) -> str:
+    table = pa.table([pa.array(joinids), pa.array(zero_counts), set_aside], schema=SCHEMA)
+    content = _bytes(table)
+    storage.write(folder.obs_ids, content)
+    return _checksum(content)
+
+
+def _checksum(content: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(content)
