@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
@@ -105,6 +105,8 @@ class StoredObject:
     ----------
     bucket, key
         Its name.
+    size
+        Bytes.
     written
         When it was written, in seconds since 1970.
     archived
@@ -113,6 +115,7 @@ class StoredObject:
 
     bucket: str
     key: str
+    size: int
     written: float
     archived: bool
 
@@ -120,7 +123,8 @@ class StoredObject:
 class S3Objects:
     """Whole objects: asked for, read and replaced in one request each.
 
-    TileDB's file layer is not used for these: it deletes an object before it replaces it.
+    TileDB's file layer is not used for these: it deletes an object before it replaces it. No listing shows the empty
+    objects with a name that ends in ``/``: the S3 console makes them so that a person sees a folder.
     """
 
     def __init__(self, settings: S3Settings) -> None:
@@ -187,26 +191,42 @@ class S3Objects:
         return size if size and math.ceil(of.size / size) == int(parts) else None
 
     def any_below(self, uri: str) -> bool:
-        """Tell whether an object stands below the prefix `uri`; not when there is no such bucket."""
-        bucket, key = _split(uri)
-        prefix = f"{key.rstrip('/')}/" if key else ""
-        found = self._ask(uri, lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1))
-        return found is not None and bool(found["KeyCount"])
+        """Tell whether there is an object below the prefix `uri`; not when there is no such bucket."""
+        return next(self.below(uri), None) is not None
 
     def list_below(self, uri: str) -> dict[str, int]:
         """Return the size in bytes of each object below the prefix `uri`, by its name from there on."""
-        bucket, key = _split(uri)
-        prefix = f"{key.rstrip('/')}/" if key else ""
-        found: dict[str, int] = {}
-        after: dict[str, str] = {}
-        while True:
-            page = self._ask(uri, lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **after))  # noqa: B023
-            if page is None:
-                return found
-            found |= {one["Key"].removeprefix(prefix): one["Size"] for one in page.get("Contents", [])}
+        start = len(_prefix(uri))
+        return {one.key[start:]: one.size for one in self.below(uri)}
+
+    def entries(self, uri: str) -> set[str]:
+        """Return the names directly below the prefix `uri`: of objects, and of prefixes of further ones."""
+        start = len(_prefix(uri))
+        names = set()
+        for page in self._pages(uri, Delimiter="/"):
+            names |= {one["Key"][start:] for one in page.get("Contents", ()) if not _is_marker(one)}
+            names |= {one["Prefix"][start:].rstrip("/") for one in page.get("CommonPrefixes", ())}
+        return names - {""}
+
+    def below(self, uri: str) -> Iterator[StoredObject]:
+        """Yield the objects below the prefix `uri`."""
+        bucket, _ = _split(uri)
+        for page in self._pages(uri):
+            for one in page.get("Contents", ()):
+                if not _is_marker(one):
+                    archived = one.get("StorageClass") == ARCHIVE_CLASS
+                    written = one["LastModified"].timestamp()
+                    yield StoredObject(bucket, one["Key"], int(one["Size"]), written, archived)
+
+    def _pages(self, uri: str, **more: str) -> Iterator[Any]:
+        """Yield the pages of the listing below the prefix `uri`; none when there is no such bucket."""
+        bucket, _ = _split(uri)
+        request = {"Bucket": bucket, "Prefix": _prefix(uri), **more}
+        while (page := self._ask(uri, lambda: self._client.list_objects_v2(**request))) is not None:
+            yield page
             if not page["IsTruncated"]:
-                return found
-            after = {"ContinuationToken": page["NextContinuationToken"]}
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, uri: str) -> bytes | None:
         """Return an object's content; None when there is none."""
@@ -225,14 +245,6 @@ class S3Objects:
         bucket, key = _split(uri)
         if self._ask(uri, lambda: self._client.put_object(Bucket=bucket, Key=key, Body=content)) is None:
             raise UserError(f"there is no bucket {bucket!r} for {uri}.")
-
-    def below(self, uri: str) -> Iterator[StoredObject]:
-        """Yield the objects below the prefix `uri`."""
-        bucket, key = _split(uri)
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key.rstrip('/')}/")
-        for one in self._ask(uri, lambda: [found for page in pages for found in page.get("Contents", ())]) or ():
-            archived = one.get("StorageClass") == ARCHIVE_CLASS
-            yield StoredObject(bucket, one["Key"], one["LastModified"].timestamp(), archived)
 
     def archive(self, one: StoredObject) -> None:
         """Copy an object onto itself in the storage class of `ARCHIVE_CLASS`; a reader sees it all the time."""
@@ -293,6 +305,17 @@ class S3Objects:
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
+
+
+def _prefix(uri: str) -> str:
+    """Return how the keys of all objects below `uri` begin."""
+    _, key = _split(uri)
+    return f"{key.rstrip('/')}/" if key else ""
+
+
+def _is_marker(listed: Mapping[str, Any]) -> bool:
+    """Tell whether a listed object only marks a folder."""
+    return listed["Key"].endswith("/") and not listed["Size"]
 
 
 def _etag_of(path: Path, part_size: int, *, in_parts: bool) -> str:

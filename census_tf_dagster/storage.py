@@ -9,7 +9,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -75,7 +75,7 @@ class Storage:
         return _path(uri).is_file() if is_local(uri) else self._objects.exists(uri)
 
     def is_folder(self, uri: str) -> bool:
-        """Tell whether a folder (or a prefix with objects below it) stands at `uri`."""
+        """Tell whether there is a folder at `uri`; on S3, whether there are objects below that prefix."""
         return _path(uri).is_dir() if is_local(uri) else self._objects.any_below(uri)
 
     def holds_files(self, uri: str) -> bool:
@@ -85,8 +85,25 @@ class Storage:
         return any(files for _, _, files in os.walk(_path(uri)))
 
     def list(self, uri: str) -> list[str]:
-        """Return the URIs of the entries directly below the folder `uri`, sorted."""
-        return sorted(self._vfs.ls(uri)) if self.is_folder(uri) else []
+        """Return the URIs of the entries directly below the folder `uri`, sorted; none when there is no such folder."""
+        if not is_local(uri):
+            names = self._objects.entries(uri)
+        else:
+            names = {entry.name for entry in _path(uri).iterdir()} if self.is_folder(uri) else set()
+        return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
+
+    def file_sizes(self, uri: str) -> dict[str, int]:
+        """Return the bytes of each file at any depth below the folder `uri`, by its path from there on, with ``/``."""
+        if not is_local(uri):
+            return self._objects.list_below(uri)
+        root = _path(uri)
+        sizes = {}
+        for folder, _, names in os.walk(root):
+            for file in (Path(folder) / name for name in names):
+                # Another process may remove a file meanwhile.
+                with suppress(FileNotFoundError):
+                    sizes[file.relative_to(root).as_posix()] = file.stat().st_size
+        return sizes
 
     def size(self, uri: str) -> int:
         """Return the bytes of all files below the folder `uri`."""

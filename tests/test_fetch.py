@@ -65,6 +65,16 @@ def test_a_prefix_is_fetched_once(folder: Path, tmp_path: Path, storage: Storage
     assert len(downloads) == 4
 
 
+def test_folders_in_the_prefix(folder: Path, tmp_path: Path, client: Any, storage: Storage) -> None:
+    for key in ("", "vocabs/", "vocabs/old/", "vocabs/empty/", "vocabs/old/../../../../out"):
+        client.put_object(Bucket="models", Key=f"tf/c/{key}", Body=b"")
+    client.put_object(Bucket="models", Key="tf/c/vocabs/old/assay_vocab.json", Body=b"{}")
+    local = fetch(URI, storage, tmp_path / "cache")
+    assert read_checkpoint(local).fingerprint == read_checkpoint(folder).fingerprint
+    assert (local / "vocabs" / "old" / "assay_vocab.json").read_bytes() == b"{}"
+    assert not (tmp_path / "cache" / "fetched" / "out").exists()
+
+
 def test_a_single_file(folder: Path, tmp_path: Path, storage: Storage) -> None:
     local = fetch(f"{URI}/vocabs/x_gene.h5", storage, tmp_path / "cache")
     assert local.name == "x_gene.h5"

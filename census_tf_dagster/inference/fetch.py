@@ -66,7 +66,8 @@ def _find_objects(uri: str, storage: Storage) -> dict[str, S3Object]:
     if found := storage.find_object(uri):
         return {basename: found}
     names = ["config.json", "model_weights.pt"]
-    names += [f"vocabs/{entry.rsplit('/', 1)[-1]}" for entry in storage.list(f"{uri}/vocabs")]
+    # A key may hold what leaves a folder.
+    names += [f"vocabs/{name}" for name in storage.file_sizes(f"{uri}/vocabs") if ".." not in name.split("/")]
     objects = {}
     for name in names:
         found = storage.find_object(f"{uri}/{name}")
