@@ -43,7 +43,7 @@ def require_gpu(set_name: str, release: str) -> None:
 
 
 def count_gpus() -> int:
-    """Return how many GPUs the driver shows this process, without torch."""
+    """Return how many GPUs the driver shows this process (CUDA_VISIBLE_DEVICES), without torch."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -163,11 +163,9 @@ def open_devices(
             send(_pipe(process.stdin), order)
             return process
 
-        first = start(0)
-        found = _message(first)["devices"]
-        started = [first, *(start(number) for number in range(1, processes or found))]
-        for process in started[1:]:
-            _message(process)
+        # Where there is no GPU, the one process says what torch finds instead.
+        found = max(count_gpus(), 1) if device == "cuda" else 1
+        started = [start(number) for number in range(processes or found)]
         yield [Device(process, _message(process)) for process in started]
 
 

@@ -4,8 +4,6 @@ On CUDA rows have a fixed length and two are under way at once: while the device
 copied. The length comes from free memory and is halved when memory runs out; what is done stays done.
 """
 
-import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.attention import MASK_BLOCK
+from census_tf_dagster.inference.gpu import choose_device, is_lost, require_compiler, too_small
 from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.packing import PackedCells, Row, assemble, choose_cells
 from census_tf_dagster.inference.prepared import load_model
@@ -27,10 +26,6 @@ LONGEST_ROW = {"cpu": 8192, "cuda": 65536}
 """Tokens: with more, kernels gain nothing."""
 MEMORY_SHARE = 0.5
 """Of the free memory that a row may take by estimate: allocators round up."""
-
-
-DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
-"""What torch raises when the device cannot go on; 2.5 has no error of its own for it."""
 LEAST_HEAD_DIM = 16
 """Narrower heads FlexAttention refuses on CUDA."""
 
@@ -44,35 +39,6 @@ class NonFiniteError(ArithmeticError):
             "Values may be out of this precision's range: set compute_precision to fp32 or bf16."
         )
         self.cells = cells
-
-
-def choose_device(device: str) -> torch.device:
-    """Resolve a set's `device`.
-
-    Parameters
-    ----------
-    device
-        ``cuda``, one of many as ``cuda:1``, or ``cpu``.
-
-    Raises
-    ------
-    UserError
-        When a GPU is asked for and there is none: a GPU-sized job must not crawl on a CPU unnoticed.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "this set asks for a GPU (device: cuda) and this machine has none that torch can use. Run it where one "
-            "is, or set `device: cpu` in the set's YAML for a small trial."
-        )
-    return torch.device(device)
-
-
-def require_compiler() -> None:
-    """Raise `UserError` where kernels cannot be built: Triton compiles its launchers with the system's C compiler."""
-    if not os.environ.get("CC") and not any(shutil.which(name) for name in ("gcc", "cc", "clang")):
-        raise UserError(
-            "no C compiler (gcc, clang or $CC) is here; Triton needs one for the GPU's kernels: install gcc."
-        )
 
 
 @dataclass
@@ -164,14 +130,23 @@ class Engine:
 
     @classmethod
     def load(cls, prepared: Path, genes: Sequence[str], device: str, batch_size: int | None = None) -> "Engine":
-        """Load a prepared checkpoint for one gene axis, as `load_model` does."""
+        """Load a prepared checkpoint for one gene axis, as `load_model` does.
+
+        Raises
+        ------
+        UserError
+            When there is no such device, it is too small, or kernels for it cannot be built here.
+        """
         target = choose_device(device)
         if target.type == "cuda":
             # Events, streams and pinned memory belong to the current device.
             torch.cuda.set_device(target)
             require_compiler()
-        engine = cls(*load_model(prepared, genes, target), batch_size)
-        engine._warm_up()
+        try:
+            engine = cls(*load_model(prepared, genes, target), batch_size)
+            engine._warm_up()
+        except torch.OutOfMemoryError as error:
+            raise too_small(target) from error.with_traceback(None)
         return engine
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
@@ -250,9 +225,9 @@ class Engine:
             self._under_way.append(_UnderWay(work, row, result, began, self._now()))
         except torch.OutOfMemoryError as error:
             self._halve(work, row, error)
-        except DEVICE_LOST:
-            raise
         except Exception as error:
+            if is_lost(error):
+                raise
             self._fail(work, error)
 
     def _collect(self, done: _UnderWay) -> None:
@@ -280,6 +255,8 @@ class Engine:
 
     def _halve(self, work: Work, row: Row, error: Exception) -> None:
         """Pack all that waits, this row first, into rows half as long."""
+        # The traceback would keep the row's activations alive.
+        error = error.with_traceback(None)
         while self._under_way:
             self._collect(self._under_way.popleft())
         torch.cuda.empty_cache()
@@ -294,6 +271,10 @@ class Engine:
                 cells = np.concatenate(list(one.waiting))
                 chosen = choose_cells(one.packed.lengths()[cells], self.row_length, self.batch_size)
                 one.waiting = deque(np.sort(cells[positions]) for positions in chosen)
+
+    def peak_bytes(self) -> int:
+        """Return the most GPU memory that tensors took at once; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.model.device) if self._cuda else 0
 
     def _warm_up(self) -> None:
         """Compile, and find out whether the row length fits, before there is anything to lose."""
