@@ -118,7 +118,7 @@ def _serve(
         if done.failure:
             outbox.put(({**answer, "poison": f"{type(done.failure).__name__}: {done.failure}"}, []))
         else:
-            outbox.put((answer, [done.embeddings]))
+            outbox.put(({**answer, "set_aside": done.set_aside, "widened": done.widened}, [done.embeddings]))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.inference.set_aside import NonFiniteError
 from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
 MOST_UNCOMMITTED = 2
@@ -67,9 +68,13 @@ class Embedded:
     key
         As it was sent.
     embeddings
-        float32 ``(n_cells, embed_dim)``; None when these cells could not be embedded.
+        float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside; None when none could be embedded.
     poison
         Why not.
+    set_aside
+        Why a cell has no embedding, by its position in the megabatch, ascending.
+    widened
+        Positions, ascending, of the cells whose values left the precision's range and were computed in float32.
     tokens
         How many went through the model.
     counters
@@ -80,6 +85,8 @@ class Embedded:
     key: int
     embeddings: npt.NDArray[np.float32] | None
     poison: str
+    set_aside: dict[int, str]
+    widened: list[int]
     tokens: int
     counters: dict[str, float]
 
@@ -117,16 +124,31 @@ class Device:
             raise _lost(self.process, self.about["name"])
         header, arrays = message
         return Embedded(
-            header["key"], arrays[0] if arrays else None, header.get("poison", ""), header["tokens"], header["counters"]
+            key=header["key"],
+            embeddings=arrays[0] if arrays else None,
+            poison=header.get("poison", ""),
+            # JSON's keys are strings.
+            set_aside={int(cell): reason for cell, reason in header.get("set_aside", {}).items()},
+            widened=header.get("widened", []),
+            tokens=header["tokens"],
+            counters=header["counters"],
         )
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
-        """Embed some cells and wait for them."""
+        """Embed some cells and wait for them.
+
+        Raises
+        ------
+        ArithmeticError
+            When some or all cannot be embedded, saying why.
+        """
         self.send(0, cells)
         answer = self.receive()
         self.commit()
         if answer.embeddings is None:
             raise ArithmeticError(answer.poison)
+        if answer.set_aside:
+            raise NonFiniteError(answer.set_aside)
         return answer.embeddings
 
 

@@ -22,6 +22,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.devices import Device, open_devices
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.prepare import prepare
+from census_tf_dagster.inference.set_aside import NonFiniteError
 from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.steps.job import Job
 
@@ -234,7 +235,10 @@ def outcomes(
             answer = device.receive()
             times.count(number, answer.counters)
             batch, joinids = todo[answer.key], ids[answer.key]
-            put(results, (Outcome(batch, joinids, answer.embeddings, answer.poison, answer.tokens), device))
+            embeddings, poison = answer.embeddings, answer.poison
+            if answer.set_aside:
+                embeddings, poison = None, str(NonFiniteError(answer.set_aside))
+            put(results, (Outcome(batch, joinids, embeddings, poison, answer.tokens), device))
 
     def leave() -> Iterator[Outcome]:
         for _ in todo:
