@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch._dynamo.utils import counters
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.inference import model as model_module
 from census_tf_dagster.inference.checkpoint import read_checkpoint
-from census_tf_dagster.inference.engine import Engine, NonFiniteError
+from census_tf_dagster.inference.engine import Engine
 from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.packing import PackedCells, Row, assemble
 from tests.support import BOUND, load_engine, relative_errors
@@ -147,13 +146,3 @@ def test_one_failure_leaves_the_others_alone(engine: Engine, monkeypatch: pytest
     assert str(works[0].failure) == "these cells"
     assert works[1].failure is None
     assert relative_errors(works[1].embeddings, expected).max() <= BOUND / 10
-
-
-def test_values_that_are_not_finite(engine: Engine) -> None:
-    table = engine.model.table
-    poisoned = table[0].clone()
-    poisoned[START + 1] = torch.nan
-    engine.model = replace(engine.model, table=(poisoned, table[1]))
-    tokens = np.array([START, START + 2, START, START + 1], np.int32)
-    with pytest.raises(NonFiniteError, match=r"1 cells have .* not finite in fp32, positions \[1\]"):
-        engine.embed(PackedCells(tokens, np.zeros(4, np.float32), np.array([0, 2, 4])))

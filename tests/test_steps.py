@@ -10,6 +10,7 @@ import tiledbsoma
 
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.quality.sample import read_embeddings
 from census_tf_dagster.steps.embedding import ShardSummary, embed_shard
 from census_tf_dagster.steps.finishing import array_state, finish_array
 from census_tf_dagster.steps.job import Job
@@ -91,7 +92,7 @@ def test_recompute_makes_the_proof_stale_and_finishing_reads_again(project: Proj
         plan = read_plan(job.store, job.folder.plan)
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         (ids,) = plan.read_ids(job.store, [plan.shard(2)[0]])
-        array.write(ids, np.ones((len(ids), 16), np.float32))
+        array.write(ids, read_embeddings(array, ids))
         assert array_state(job) == "stale"
         assert finish_array(job).read_again == (2,)
         assert array_state(job) == "proved"

@@ -43,7 +43,6 @@ def main() -> None:
     threading.Thread(target=_read, args=(source, inbox, committed), daemon=True).start()
     threading.Thread(target=_write, args=(target, outbox), daemon=True).start()
     header, _ = inbox.get()
-    outbox.put(({"devices": torch.cuda.device_count() if header["device"] != "cpu" else 1}, []))
     try:
         engine = Engine.load(Path(header["prepared"]), header["genes"], header["device"], header["batch_size"])
     except UserError as error:
@@ -114,12 +113,12 @@ def _serve(
         answer["counters"] = {
             **vars(engine.counters),
             "elapsed": time.monotonic() - started,
-            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "peak_bytes": engine.peak_bytes(),
         }
         if done.failure:
             outbox.put(({**answer, "poison": f"{type(done.failure).__name__}: {done.failure}"}, []))
         else:
-            outbox.put((answer, [done.embeddings]))
+            outbox.put(({**answer, "set_aside": done.set_aside, "widened": done.widened}, [done.embeddings]))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.inference.set_aside import NonFiniteError
 from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
 MOST_UNCOMMITTED = 2
@@ -43,7 +44,7 @@ def require_gpu(set_name: str, release: str) -> None:
 
 
 def count_gpus() -> int:
-    """Return how many GPUs the driver shows this process, without torch."""
+    """Return how many GPUs the driver shows this process (CUDA_VISIBLE_DEVICES), without torch."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -67,9 +68,13 @@ class Embedded:
     key
         As it was sent.
     embeddings
-        float32 ``(n_cells, embed_dim)``; None when these cells could not be embedded.
+        float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside; None when none could be embedded.
     poison
         Why not.
+    set_aside
+        Why a cell has no embedding, by its position in the megabatch, ascending.
+    widened
+        Positions, ascending, of the cells whose values left the precision's range and were computed in float32.
     tokens
         How many went through the model.
     counters
@@ -80,10 +85,10 @@ class Embedded:
     key: int
     embeddings: npt.NDArray[np.float32] | None
     poison: str
+    set_aside: dict[int, str]
+    widened: list[int]
     tokens: int
     counters: dict[str, float]
-    set_aside: dict[int, str] = field(default_factory=dict)
-    widened: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -119,16 +124,31 @@ class Device:
             raise _lost(self.process, self.about["name"])
         header, arrays = message
         return Embedded(
-            header["key"], arrays[0] if arrays else None, header.get("poison", ""), header["tokens"], header["counters"]
+            key=header["key"],
+            embeddings=arrays[0] if arrays else None,
+            poison=header.get("poison", ""),
+            # JSON's keys are strings.
+            set_aside={int(cell): reason for cell, reason in header.get("set_aside", {}).items()},
+            widened=header.get("widened", []),
+            tokens=header["tokens"],
+            counters=header["counters"],
         )
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
-        """Embed some cells and wait for them."""
+        """Embed some cells and wait for them.
+
+        Raises
+        ------
+        ArithmeticError
+            When some or all cannot be embedded, saying why.
+        """
         self.send(0, cells)
         answer = self.receive()
         self.commit()
         if answer.embeddings is None:
             raise ArithmeticError(answer.poison)
+        if answer.set_aside:
+            raise NonFiniteError(answer.set_aside)
         return answer.embeddings
 
 
@@ -165,11 +185,9 @@ def open_devices(
             send(_pipe(process.stdin), order)
             return process
 
-        first = start(0)
-        found = _message(first)["devices"]
-        started = [first, *(start(number) for number in range(1, processes or found))]
-        for process in started[1:]:
-            _message(process)
+        # Where there is no GPU, the one process says what torch finds instead.
+        found = max(count_gpus(), 1) if device == "cuda" else 1
+        started = [start(number) for number in range(processes or found)]
         yield [Device(process, _message(process)) for process in started]
 
 

@@ -4,11 +4,9 @@ On CUDA rows have a fixed length and two are under way at once: while the device
 copied. The length comes from free memory and is halved when memory runs out; what is done stays done.
 """
 
-import os
-import shutil
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,60 +17,19 @@ from torch import Tensor
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.attention import MASK_BLOCK
+from census_tf_dagster.inference.gpu import choose_device, is_lost, require_compiler, too_small
 from census_tf_dagster.inference.model import Model
+from census_tf_dagster.inference.non_finite import Judged, SecondLook
 from census_tf_dagster.inference.packing import PackedCells, Row, assemble, choose_cells
 from census_tf_dagster.inference.prepared import load_model
+from census_tf_dagster.inference.set_aside import NonFiniteError
 
 LONGEST_ROW = {"cpu": 8192, "cuda": 65536}
 """Tokens: with more, kernels gain nothing."""
 MEMORY_SHARE = 0.5
 """Of the free memory that a row may take by estimate: allocators round up."""
-
-
-DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
-"""What torch raises when the device cannot go on; 2.5 has no error of its own for it."""
 LEAST_HEAD_DIM = 16
 """Narrower heads FlexAttention refuses on CUDA."""
-
-
-class NonFiniteError(ArithmeticError):
-    """The model gave NaN or infinity for some cells."""
-
-    def __init__(self, cells: npt.NDArray[np.int64], precision: str) -> None:
-        super().__init__(
-            f"{len(cells)} cells have embeddings that are not finite in {precision}, positions {cells[:10].tolist()}. "
-            "Values may be out of this precision's range: set compute_precision to fp32 or bf16."
-        )
-        self.cells = cells
-
-
-def choose_device(device: str) -> torch.device:
-    """Resolve a set's `device`.
-
-    Parameters
-    ----------
-    device
-        ``cuda``, one of many as ``cuda:1``, or ``cpu``.
-
-    Raises
-    ------
-    UserError
-        When a GPU is asked for and there is none: a GPU-sized job must not crawl on a CPU unnoticed.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "this set asks for a GPU (device: cuda) and this machine has none that torch can use. Run it where one "
-            "is, or set `device: cpu` in the set's YAML for a small trial."
-        )
-    return torch.device(device)
-
-
-def require_compiler() -> None:
-    """Raise `UserError` where kernels cannot be built: Triton compiles its launchers with the system's C compiler."""
-    if not os.environ.get("CC") and not any(shutil.which(name) for name in ("gcc", "cc", "clang")):
-        raise UserError(
-            "no C compiler (gcc, clang or $CC) is here; Triton needs one for the GPU's kernels: install gcc."
-        )
 
 
 @dataclass
@@ -110,17 +67,24 @@ class Work:
     packed
         Their tokens.
     embeddings
-        float32 ``(n_cells, embed_dim)``; valid once nothing is left and nothing has failed.
+        float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside; valid once nothing is left and nothing has
+        failed.
     left
         Cells that are not embedded yet.
     failure
-        Why these cells could not be embedded.
+        Why none of these cells could be embedded.
+    set_aside
+        Why a cell has no embedding, by its position.
+    widened
+        Positions, ascending, of the cells whose values left the precision's range and were computed in float32.
     """
 
     packed: PackedCells
     embeddings: npt.NDArray[np.float32]
     left: int
     failure: Exception | None = None
+    set_aside: dict[int, str] = field(default_factory=dict)
+    widened: list[int] = field(default_factory=list)
     waiting: deque[npt.NDArray[np.int64]] = field(default_factory=deque)
 
 
@@ -128,6 +92,7 @@ class Work:
 class _UnderWay:
     work: Work
     row: Row
+    length: int | None
     result: Tensor
     began: "torch.cuda.Event | float"
     ended: "torch.cuda.Event | float"
@@ -142,15 +107,18 @@ class Engine:
         What computes, and in which precision it does.
     batch_size
         Cells in a row at most; None: as many as fit.
-    row_length
-        Tokens in a row at most; None: by free memory.
+    load_wider
+        Loads the model in float32, for cells that leave the precision's range; None where nothing is wider.
     """
 
     def __init__(
-        self, model: Model, precision: str, batch_size: int | None = None, row_length: int | None = None
+        self,
+        model: Model,
+        precision: str,
+        batch_size: int | None = None,
+        load_wider: Callable[[], Model] | None = None,
     ) -> None:
         self.model = model
-        self.precision = precision
         self.batch_size = batch_size
         self.counters = Counters()
         self._cuda = model.device.type == "cuda"
@@ -158,20 +126,35 @@ class Engine:
             raise UserError(f"attention heads are {width} wide; on a GPU {LEAST_HEAD_DIM} or more are expected.")
         longest_cell = model.shape.seq_len + 1
         self._shortest_row = -(-longest_cell // MASK_BLOCK) * MASK_BLOCK
-        self.row_length = row_length or self._choose_row_length()
+        self.row_length = self._choose_row_length()
+        self._look_again = SecondLook(model, precision, load_wider, self._shortest_row)
         self._works: deque[Work] = deque()
         self._under_way: deque[_UnderWay] = deque()
 
     @classmethod
     def load(cls, prepared: Path, genes: Sequence[str], device: str, batch_size: int | None = None) -> "Engine":
-        """Load a prepared checkpoint for one gene axis, as `load_model` does."""
+        """Load a prepared checkpoint for one gene axis, as `load_model` does.
+
+        Raises
+        ------
+        UserError
+            When there is no such device, it is too small, or kernels for it cannot be built here.
+        """
         target = choose_device(device)
         if target.type == "cuda":
             # Events, streams and pinned memory belong to the current device.
             torch.cuda.set_device(target)
             require_compiler()
-        engine = cls(*load_model(prepared, genes, target), batch_size)
-        engine._warm_up()
+
+        def load_wider() -> Model:
+            return load_model(prepared, genes, target, torch.float32)[0]
+
+        try:
+            model, precision = load_model(prepared, genes, target)
+            engine = cls(model, precision, batch_size, load_wider if precision != "fp32" else None)
+            engine._warm_up()
+        except torch.OutOfMemoryError as error:
+            raise too_small(target) from error.with_traceback(None)
         return engine
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
@@ -185,14 +168,20 @@ class Engine:
         Raises
         ------
         NonFiniteError
-            Naming the cells whose values are not finite.
+            Naming the cells that were set aside.
         """
+        done = self._finish(cells)
+        if done.set_aside:
+            raise NonFiniteError(done.set_aside)
+        return done.embeddings
+
+    def _finish(self, cells: PackedCells) -> Work:
         self.add(cells)
         while (done := self.step()) is None:
             pass
         if done.failure:
             raise done.failure
-        return done.embeddings
+        return done
 
     def add(self, cells: PackedCells) -> Work:
         """Take some cells on; `step` embeds them."""
@@ -241,36 +230,58 @@ class Engine:
         began_packing = time.monotonic()
         row = assemble(work.packed, work.waiting.popleft())
         self.counters.packing += time.monotonic() - began_packing
-        try:
+
+        length = self.row_length if self._cuda else None
+
+        def launch() -> None:
             began = self._now()
-            result = self.model.embed(row, self.row_length if self._cuda else None)
+            result = self.model.embed(row, length)
             if self._cuda:
                 on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
                 result = on_host.copy_(result, non_blocking=True)
-            self._under_way.append(_UnderWay(work, row, result, began, self._now()))
-        except torch.OutOfMemoryError as error:
-            self._halve(work, row, error)
-        except DEVICE_LOST:
-            raise
-        except Exception as error:
-            self._fail(work, error)
+            self._under_way.append(_UnderWay(work, row, length, result, began, self._now()))
+
+        self._attempt(work, row, launch)
 
     def _collect(self, done: _UnderWay) -> None:
         if isinstance(done.ended, torch.cuda.Event):
             done.ended.synchronize()
         self.counters.busy += _seconds_between(done.began, done.ended)
         self.counters.tokens += len(done.row.tokens)
-        self.counters.row_tokens += self.row_length if self._cuda else len(done.row.tokens)
+        self.counters.row_tokens += done.length or len(done.row.tokens)
         self.counters.rows += 1
-        work, result = done.work, done.result.numpy()
+        work, embeddings = done.work, done.result.numpy()
         if work.failure:
             return
-        wrong = ~np.isfinite(result).all(axis=1)
-        if wrong.any():
-            self._fail(work, NonFiniteError(done.row.cells[wrong], self.precision))
+        if np.isfinite(embeddings).all():
+            self._take(work, done.row, Judged(embeddings))
             return
-        work.embeddings[done.row.cells] = result
-        work.left -= len(result)
+
+        def judge() -> None:
+            began = time.monotonic()
+            judged = self._look_again(done.row, embeddings, done.length)
+            self.counters.busy += time.monotonic() - began
+            self._take(work, done.row, judged)
+
+        self._attempt(work, done.row, judge)
+
+    def _take(self, work: Work, row: Row, judged: Judged) -> None:
+        work.embeddings[row.cells] = judged.embeddings
+        work.left -= len(row.cells)
+        if judged.set_aside or judged.widened:
+            work.set_aside = dict(sorted({**work.set_aside, **judged.set_aside}.items()))
+            work.widened = sorted([*work.widened, *judged.widened])
+
+    def _attempt(self, work: Work, row: Row, compute: Callable[[], None]) -> None:
+        """Do something for a row; shorten rows when memory runs out, and give the cells up on any other error."""
+        try:
+            compute()
+        except torch.OutOfMemoryError as error:
+            self._halve(work, row, error)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            self._fail(work, error)
 
     def _fail(self, work: Work, error: Exception) -> None:
         # Its traceback would keep the row's activations alive.
@@ -280,9 +291,13 @@ class Engine:
 
     def _halve(self, work: Work, row: Row, error: Exception) -> None:
         """Pack all that waits, this row first, into rows half as long."""
+        # The traceback would keep the row's activations alive.
+        error = error.with_traceback(None)
         while self._under_way:
             self._collect(self._under_way.popleft())
         torch.cuda.empty_cache()
+        if work.failure:
+            return
         if self.row_length <= self._shortest_row:
             self._fail(work, error)
             return
@@ -295,6 +310,10 @@ class Engine:
                 chosen = choose_cells(one.packed.lengths()[cells], self.row_length, self.batch_size)
                 one.waiting = deque(np.sort(cells[positions]) for positions in chosen)
 
+    def peak_bytes(self) -> int:
+        """Return the most GPU memory that tensors took at once; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.model.device) if self._cuda else 0
+
     def _warm_up(self) -> None:
         """Compile, and find out whether the row length fits, before there is anything to lose."""
         if not self._cuda:
@@ -302,7 +321,8 @@ class Engine:
         length = self.model.shape.seq_len + 1
         cells = self.row_length // length
         tokens = np.full(cells * length, self.model.pooled_from, np.int32)
-        self.embed(PackedCells(tokens, np.zeros(len(tokens), np.float32), np.arange(cells + 1) * length))
+        # Whatever their values: no Census has such cells.
+        self._finish(PackedCells(tokens, np.zeros(len(tokens), np.float32), np.arange(cells + 1) * length))
         self.counters = Counters(halvings=self.counters.halvings)
 
     def _now(self) -> "torch.cuda.Event | float":

@@ -18,7 +18,9 @@ from census_tf_dagster.inference.shape import ModelShape
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_model(prepared: Path, genes: Sequence[str], device: torch.device) -> tuple[Model, str]:
+def load_model(
+    prepared: Path, genes: Sequence[str], device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Model, str]:
     """Load a prepared checkpoint for one gene axis; return the model and its precision.
 
     Parameters
@@ -29,6 +31,8 @@ def load_model(prepared: Path, genes: Sequence[str], device: torch.device) -> tu
         The genes that can occur, in the order of their tokens; all known to the checkpoint.
     device
         Where the model computes.
+    dtype
+        Of weights and activations; None: as they were prepared.
     """
     with safe_open(prepared, "pt") as file, torch.inference_mode():
         metadata = file.metadata()
@@ -37,7 +41,7 @@ def load_model(prepared: Path, genes: Sequence[str], device: torch.device) -> tu
 
         def get(name: str) -> Tensor:
             tensor: Tensor = file.get_tensor(name)
-            return tensor.to(device)
+            return tensor.to(device, dtype or tensor.dtype)
 
         def maybe(name: str) -> Tensor | None:
             return get(name) if name in names else None
@@ -62,9 +66,10 @@ def load_model(prepared: Path, genes: Sequence[str], device: torch.device) -> tu
         ]
         row_of_gene = {name: specials + i for i, name in enumerate(split_names(file.get_tensor("genes")))}
         rows = torch.tensor([*range(specials), *(row_of_gene[gene] for gene in genes)])
+        table = file.get_tensor("table")[rows]
         return Model(
             shape=shape,
-            table=first_table(file.get_tensor("table")[rows].to(device), entries[0]),
+            table=first_table(table.to(device, dtype or table.dtype), entries[0]),
             pooled_from=specials - 1,
             entries=tuple(entries[1:]),
             rests=tuple(rests),

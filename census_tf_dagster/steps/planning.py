@@ -161,14 +161,14 @@ def survey(job: Job) -> Survey:
 
 
 def _look_at_counts(job: Job, sample: npt.NDArray[np.int64]) -> float:
-    """Refuse a Census most of whose cells would be set aside; return the share with counts that are no whole numbers."""
+    """Refuse a Census that would have most cells set aside; return the share with counts that are no whole numbers."""
     whole = job.settings.fractional_counts == "set_aside"
     cells = read_cells(job.release, sample, job.checkpoint.aux_column, whole_counts=whole)
     if len(cells.set_aside) > len(sample) / 2:
         joinid, reason = next(iter(cells.set_aside.items()))
         raise UserError(
-            f"{len(cells.set_aside)} of {len(sample)} sampled cells of {job.release.organism} in {job.release.uri} cannot "
-            f"be embedded, e.g. joinid {joinid}: {reason}. Expected raw counts: use a Census whose X/raw holds them."
+            f"{len(cells.set_aside)} of {len(sample)} sampled cells of {job.release.organism} in {job.release.uri} "
+            f"cannot be embedded, e.g. joinid {joinid}: {reason}. Expected raw counts: use a Census that has them."
         )
     return cells.fractional / len(sample)
 

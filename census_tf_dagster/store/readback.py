@@ -101,6 +101,9 @@ class ReadBack:
     strangers: list[int] = field(default_factory=list)
     found: list[Written] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return bool(self.problems)
+
 
 def read_back(
     array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...], first: int, last: int, notes: Notes
