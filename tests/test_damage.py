@@ -148,6 +148,7 @@ SEEN_IN_METADATA: list[Callable[[Job], None]] = [
     without_fragment_commit_and_its_name_in_the_proof,
     from_a_clock_that_is_ahead,
 ]
+UNOPENABLE = (without_fragment, without_fragment_and_gathered_metadata)
 SEEN_BY_READING: list[Callable[[Job], None]] = [flipped_values, flipped_coordinates]
 
 
@@ -159,12 +160,13 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
     assert wrong(finished) == wrong(finished, full=True) == {}
     shard = shard_of(finished)
     damage(finished)
-    try:
+    if damage in UNOPENABLE:
+        with pytest.raises(UserError, match=rf"They are of shards \[{shard}\]\."):
+            wrong(finished)
+    else:
         assert wrong(finished, full=damage in SEEN_BY_READING) != {}
         with pytest.raises(RuleError):
             finish_array(finished)
-    except UserError as error:
-        assert f"They are of shards [{shard}]." in str(error)
     embed_shard(finished, shard)
     for other in {0, 1, 2, 3} - {shard} if damage is later_value_of_two_shards else ():
         embed_shard(finished, other)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.oracle
 def built_cells() -> Cells:
     """Cells with exactly LENGTHS known genes expressed, each once per known and once with an unknown assay.
 
-    All have genes outside the vocabulary too, some counts above 30, and explicit zeros.
+    All have genes outside the vocabulary too, some counts above 30 or between whole numbers, and explicit zeros.
     """
     rng = np.random.default_rng(7)
     rows = []
@@ -51,6 +51,8 @@ def built_cells() -> Cells:
     mixed.data = np.floor(mixed.data)
     assert (mixed.data == 0).sum() > 100
     assert np.array_equal(mixed.toarray(), counts.toarray())
+    # Every seventh count is no whole number, some of them near 0 and above 30.
+    mixed.data[::7] = np.where(mixed.data[::7] > 0, mixed.data[::7] - np.float32(0.7), 0)
     mixed.sort_indices()
     return Cells(
         joinids=np.arange(len(assays)),

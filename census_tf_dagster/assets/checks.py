@@ -25,10 +25,12 @@ RULES = {
     "shape": "As many rows as the Census's obs has, as many columns as the model gives values.",
     "storage_version": "The TileDB storage version of the Census, which its curators ask for. A warning where the set "
     "has no `publication`.",
-    "cells": "At least one cell, and exactly the planned ones: none is missing, none is there that was not planned.",
+    "cells": "At least one cell, and exactly the planned ones, less those that were set aside: none is missing, and "
+    "none is there that was not planned.",
     "features": "Each cell has each feature exactly once.",
-    "values": "All values are finite, and no cell is all zero (START is always pooled).",
+    "values": "All values are finite and those that were written, and no cell is all zero (START is always pooled).",
     "publication": "CxG_embedding_info says what the set's YAML says, and what the array holds.",
+    "obs_ids": "obs_ids.parquet beside the array, the list of its cells, is as it was written when it was finished.",
 }
 """What `store.rules` checks, here so that definitions load without it."""
 

@@ -40,7 +40,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
         automation_condition=once_for_new_partitions(settings.spending),
         description=(
             f"The TileDB-SOMA array with the embedding of every planned cell of {settings.organism}, proved: exactly "
-            "the planned cells, each with all its values, all finite."
+            "the planned cells less those that were set aside, each with all its values, all finite."
         ),
     )
     def embeddings_array(
@@ -56,12 +56,15 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
                 summary = finish_array(job, full=config.full, report=show)
             except RuleError as error:
                 for evaluation in evaluations(settings, context.partition_key, error.findings):
-                    if evaluation.check_name != "publication":
+                    if evaluation.check_name not in ("publication", "obs_ids"):
                         context.log_event(evaluation)
                 raise final_failure(str(error)) from error
         return dg.MaterializeResult(
             metadata={
-                "cells": summary.totals.cells,
+                "cells": summary.cells,
+                "cells_planned": summary.totals.cells,
+                "cells_set_aside": len(summary.set_aside),
+                "set_aside": [f"{cells} cells: {why}" for why, cells in summary.reasons()],
                 "rows": summary.shape[0],
                 "features": summary.shape[1],
                 "fragments": summary.fragments,

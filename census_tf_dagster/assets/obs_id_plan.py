@@ -62,6 +62,11 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
         here, there = store.s3_region, "" if is_local(census.location) else census.s3_region
         if here and there and here != there:
             context.log.warning(f"the Census is in {there}, the store in {here}: what crosses regions is paid for.")
+        if summary.fractional:
+            context.log.warning(
+                f"{summary.fractional:.0%} of the sampled cells have counts that are no whole numbers: they are "
+                "embedded as they are, as upstream does. To leave such cells out, set `fractional_counts: set_aside`."
+            )
         listed = census.listed(context.partition_key)
         for warning in listed.objections(cost.finish(utc_now())) if listed else []:
             context.log.warning(warning)
@@ -85,6 +90,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "expressed_genes": summary.expressed_genes,
                 "expressed_genes_known": summary.known_genes,
                 "expressed_entries_known_share": summary.known_share,
+                "cells_fractional_share": summary.fractional,
                 "storage_version": ours,
                 "storage_version_census": theirs,
                 "plan": totals.plan,

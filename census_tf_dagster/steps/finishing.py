@@ -85,6 +85,14 @@ class ArraySummary:
     uri: str
     identity: str
 
+    def reasons(self) -> list[tuple[str, int]]:
+        """Return the commonest reasons for setting cells aside, with the number of cells."""
+        return _reasons(self.set_aside)
+
+
+def _reasons(set_aside: dict[int, str]) -> list[tuple[str, int]]:
+    return Counter(set_aside.values()).most_common(REASONS)
+
 
 def finish_array(
     job: Job, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
@@ -124,7 +132,7 @@ def finish_array(
             "covered": proof.covered,
             "cells": proof.cells,
             "cells_set_aside": len(proof.set_aside),
-            "set_aside": Counter(proof.set_aside.values()).most_common(REASONS),
+            "set_aside": _reasons(proof.set_aside),
             "obs_ids": obs_ids,
             "proved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
