@@ -19,13 +19,13 @@ import numpy as np
 
 from benchmarks.common import arguments_parser, peak_gib, spread, table
 from benchmarks.finalise import build, identity
-from census_tf_dagster.census.plan import Megabatch, Source, plan_totals, read_plan, write_plan
+from census_tf_dagster.census.plan import Megabatch, Source, plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.steps.copying import CopySummary, copy_shard
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.proof import coverage, prove_shard
+from census_tf_dagster.store.proof import Committed, coverage, prove_shard
 
 FEATURES, MEGABATCH = 2048, 16_384
 ORDERS = {"datasets of 2,048 cells": 2048, "every cell by itself": 1}
@@ -38,7 +38,7 @@ def build_earlier(place: str, cells: int) -> None:
     array = EmbeddingsArray.open(folder.array, storage, identity(FEATURES))
     plan = read_plan(storage, folder.plan)
     assert not prove_shard(array, plan, folder, 0)
-    covered = coverage(fragment.name for fragment in array.fragments())
+    covered = coverage(Committed.of(array).between(0, cells))
     array.write_record({"plan": plan.totals.plan, "covered": covered})
 
 
@@ -55,7 +55,8 @@ def copy(place: str, cells: int, together: int, round_: int) -> dict[str, float]
         for index, first in enumerate(range(0, cells, MEGABATCH))
     )
     source = Source("r", earlier.root, identity(FEATURES).digest)
-    totals = plan_totals(joinids, batches, 1, 0, sources, source)
+    batches = with_checksums(batches, joinids, sources)
+    totals = plan_totals(batches, 1, 0, source)
     write_plan(storage, folder.plan, joinids, batches, totals, sources)
     EmbeddingsArray.create(folder.array, storage, identity(FEATURES), cells)
     job = cast("Job", SimpleNamespace(store=storage, folder=folder, identity=identity(FEATURES)))

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.common import arguments_parser, peak_gib, spread, table
 from census_tf_dagster.census.division import divide
-from census_tf_dagster.census.plan import plan_totals, read_plan, write_plan
+from census_tf_dagster.census.plan import plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
@@ -40,7 +40,8 @@ def build(place: str, cells: int, features: int, shards: int, megabatch: int) ->
     folder = ReleaseFolder.of(place, "s", "r", identity(features))
     joinids = np.arange(cells, dtype=np.int64)
     batches = divide(joinids, np.full(cells, 1800, np.int32), shards, megabatch).megabatches
-    write_plan(storage, folder.plan, joinids, batches, plan_totals(joinids, batches, shards, 0))
+    batches = with_checksums(batches, joinids)
+    write_plan(storage, folder.plan, joinids, batches, plan_totals(batches, shards, 0))
     array = EmbeddingsArray.create(folder.array, storage, identity(features), cells)
     rng = np.random.default_rng(0)
     mean = rng.normal(size=features).astype(np.float32)

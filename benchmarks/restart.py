@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from census_tf_dagster.census.division import divide
-from census_tf_dagster.census.plan import plan_totals, read_plan, write_plan
+from census_tf_dagster.census.plan import plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.progress import missing_megabatches
 from census_tf_dagster.store.proof import is_proved, prove_shard
+from census_tf_dagster.store.written import NoteBook, Written, read_notes
 
 FEATURES = 8
 
@@ -49,22 +50,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = ReleaseFolder.of(place, "s", "r", identity)
         joinids = np.arange(cells, dtype=np.int64)
-        batches = divide(joinids, np.full(cells, 1800, np.int32), 1, 16384).megabatches
-        write_plan(storage, folder.plan, joinids, batches, plan_totals(joinids, batches, 1, 0))
+        batches = with_checksums(divide(joinids, np.full(cells, 1800, np.int32), 1, 16384).megabatches, joinids)
+        write_plan(storage, folder.plan, joinids, batches, plan_totals(batches, 1, 0))
         array = EmbeddingsArray.create(folder.array, storage, identity, cells)
+        notes = NoteBook(storage, folder, read_plan(storage, folder.plan), 0)
         rows: dict[str, list[float]] = {}
 
         def ask() -> int:
             plan = read_plan(storage, folder.plan)
             opened = EmbeddingsArray.open(folder.array, storage, identity)
-            return len(missing_megabatches(opened, plan, plan.shard(0)))
+            notes = read_notes(storage, folder, plan, [0])
+            return len(missing_megabatches(opened, plan, plan.shard(0), notes))
 
         for number, batch in enumerate(batches):
             if number == len(batches) // 2:
                 assert ask() == len(batches) - number
                 rows["half-done: what is missing"] = timed(ask)
             values = np.ones((batch.cells, FEATURES), np.float32)
-            array.write(joinids[batch.first : batch.last + 1], values)
+            ids = joinids[batch.first : batch.last + 1]
+            notes.note(Written.of(batch, ids, values))
+            array.write(ids, values)
         assert ask() == 0
         rows["finished: what is missing"] = timed(ask)
         plan = read_plan(storage, folder.plan)

@@ -23,7 +23,7 @@ def main() -> None:
         plan = read_plan(job.store, job.folder.plan)
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         batches = plan.shard(int(shard))
-        todo = batches if everything else missing_megabatches(array, plan, batches)
+        todo = batches if everything else missing_megabatches(array, plan, batches, {})
         with array.writing() as write:
             for ids in plan.read_ids(job.store, todo):
                 write(ids, value_of(ids, array.n_features))

@@ -376,7 +376,7 @@ def test_resume_reads_metadata_alone_though_ranges_overlap(project: Project, mon
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
         with monkeypatch.context() as patched:
             patched.setattr(EmbeddingsArray, "joinids_between", lambda *_: pytest.fail("read"))
-            assert all(batch.reused for batch in missing_megabatches(array, plan, plan.megabatches))
+            assert all(batch.reused for batch in missing_megabatches(array, plan, plan.megabatches, {}))
 
             class Killed(Exception):
                 pass

@@ -138,7 +138,7 @@ def test_proof_fails_on_a_missing_cell(project: Project) -> None:
         (ids,) = plan.read_ids(job.store, [plan.shard(0)[0]])
         damage(job, ids[:-1].tolist(), np.ones((len(ids) - 1, 16)))
         array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-        problems = prove_shard(array, plan, job.folder, 0)
+        problems = prove_shard(array, plan, job.folder, 0).problems
         assert problems.first["missing"][0] == ids[-1]
         assert "planned cells are missing" in str(problems)
 
