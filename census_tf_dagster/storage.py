@@ -7,7 +7,6 @@ Knows nothing of arrays' contents.
 import io
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ import tiledb
 import tiledbsoma
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.files import replacing
 from census_tf_dagster.names import is_local
 from census_tf_dagster.s3 import S3Object, S3Objects, S3Settings
 
@@ -169,14 +169,8 @@ class Storage:
     def write(self, uri: str, content: bytes) -> None:
         """Replace the file at `uri` as a whole: a reader sees the old or the new one, never a part."""
         if is_local(uri):
-            path = _path(uri)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
+            with replacing(_path(uri)) as partial:
                 partial.write_bytes(content)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
         else:
             self._objects.write(uri, content)
 
@@ -187,18 +181,14 @@ class Storage:
     @contextmanager
     def writing(self, uri: str) -> Iterator[IO[bytes]]:
         """Replace the file at `uri` piece by piece; it is there as a whole once this ends without an error."""
-        folder = _path(uri).parent if is_local(uri) else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{uri.rsplit('/', 1)[-1]}.{uuid.uuid4().hex}"
-        try:
-            with partial.open("wb") as file:
+        if is_local(uri):
+            with replacing(_path(uri)) as partial, partial.open("wb") as file:
                 yield file
-            if is_local(uri):
-                partial.replace(_path(uri))
-            else:
-                self._objects.upload(uri, partial)
-        finally:
-            partial.unlink(missing_ok=True)
+        else:
+            with tempfile.NamedTemporaryFile(prefix="census-tf-") as file:
+                yield file
+                file.flush()
+                self._objects.upload(uri, Path(file.name))
 
     def download(self, uri: str, path: Path, expected: S3Object) -> None:
         """Copy an object of S3 to the local `path`, atomically.
@@ -208,13 +198,8 @@ class Storage:
         StoreError
             When it is not the `expected` one any more, or what came is not what S3 says it holds.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
+        with replacing(path) as partial:
             self._objects.download(uri, partial, expected)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _path(uri: str) -> Path:

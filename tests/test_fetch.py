@@ -1,6 +1,7 @@
 """Checkpoints on S3: fetched once, verified each time, and never mixed."""
 
 import hashlib
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,21 @@ def test_another_version_gets_a_folder_of_its_own(tmp_path: Path, client: Any, s
     assert (first / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut short", "removed", "no digests", "digests cut short"])
+@pytest.mark.parametrize(
+    "harm", ["flipped", "flipped, times kept", "cut short", "removed", "no digests", "digests cut short"]
+)
 def test_a_copy_that_was_harmed_is_fetched_again(
     folder: Path, tmp_path: Path, storage: Storage, downloads: list[str], harm: str
 ) -> None:
     local = fetch(URI, storage, tmp_path / "cache")
     downloads.clear()
     weights, digests = local / "model_weights.pt", local.parent / DIGESTS
-    content = weights.read_bytes()
+    content, state = weights.read_bytes(), weights.stat()
     match harm:
-        case "flipped":
+        case "flipped" | "flipped, times kept":
             weights.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+            if harm != "flipped":
+                os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
         case "cut short":
             weights.write_bytes(content[:1000])
         case "removed":

@@ -191,7 +191,7 @@ class Plan:
         return found
 
 
-_DAMAGE = (ValueError, TypeError, KeyError, IndexError, pa.ArrowException, tiledb.TileDBError)
+_DAMAGE = (ValueError, TypeError, KeyError, IndexError, OSError, pa.ArrowException, tiledb.TileDBError)
 """What reading a file with another content may raise."""
 
 

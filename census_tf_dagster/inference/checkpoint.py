@@ -1,32 +1,30 @@
 """Upstream's checkpoint folder: what it says, whether it is whole, and what identifies it.
 
-Layout (TranscriptFormer 0.6.1): ``config.json`` with everything below ``model``; ``model_weights.pt``, a
-strict state dict that already holds the gene embedding matrix; ``vocabs/assay_vocab.json``;
-``vocabs/*_gene.h5`` of which inference needs the names only. This module reads no weights and imports no
-torch, so the control plane can plan with it.
+Layout (TranscriptFormer 0.6.1): ``config.json`` (`checkpoint_config`); ``model_weights.pt``, a strict state dict that
+already holds the gene embedding matrix (`torch_file`, `state_dict`); ``vocabs/assay_vocab.json``; ``vocabs/*_gene.h5``
+of which inference needs the names only. Nothing here imports torch, so the control plane can plan with it.
 """
 
 import hashlib
 import json
-import pickletools
-import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.checkpoint_config import UNKNOWN, CheckpointConfig, read_config, read_json
+from census_tf_dagster.inference.digests import file_digest
 from census_tf_dagster.inference.shape import ModelShape
+from census_tf_dagster.inference.state_dict import HEADS, MATRIX, require_state
+from census_tf_dagster.inference.torch_file import read_index, require_whole
 
+WEIGHTS = "model_weights.pt"
 SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
 """Upstream's order; embedding surgery relies on it."""
-TENSOR_NAMES = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
-"""All that a saved state dict's index may name."""
-START, PAD, UNKNOWN = "[START]", "[PAD]", "unknown"
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,13 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path |
     pretrained
         ``.h5`` embedding files ("all-embeddings") for a species outside the vocabulary.
     cache
-        Local folder that remembers the hashes of files, by path, size and time of change: tf_metazoa's weights take
-        seconds to hash.
+        Local folder that remembers which files were read and found whole (`digests`); None: read them all now.
 
     Raises
     ------
     UserError
-        When a file is missing or of another architecture than TranscriptFormer's published models.
+        When a file is missing or damaged, or the model is none that is computed here: `checkpoint_config` judges the
+        configuration, `state_dict` names and shapes of the weights. Nothing of the weights is loaded.
     """
     for name in ("config.json", "model_weights.pt", "vocabs"):
         if not (folder / name).exists():
@@ -101,73 +99,59 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path |
             raise UserError(
                 f"{folder} has no {name}; expected a checkpoint as `transcriptformer download` makes it.{hint}"
             )
-    config = _read_json(folder / "config.json")
-    try:
-        model, data = config["model"]["model_config"], config["model"]["data_config"]
-        shape = ModelShape(
-            embed_dim=int(model["embed_dim"]),
-            num_heads=int(model["num_heads"]),
-            num_layers=int(model["num_layers"]),
-            model_dim=int(model["model_dim"]),
-            seq_len=int(model["seq_len"]),
-            softcap=float(model["softcap"]),
-            log_counts_eps=float(model["log_counts_eps"]),
-            activation=str(model["activation"]),
-        )
-        aux_columns = str(data["aux_cols"]).split(",")
-        gene_files = [folder / "vocabs" / str(name) for name in data["esm2_mappings"]]
-        special_tokens = tuple(data["special_tokens"])
-        pads_zeros = bool(data["pad_zeros"]) and data["gene_pad_token"] == PAD
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder / 'config.json'} is not a TranscriptFormer configuration: {error!r}. Expected the entries "
-            "model.model_config and model.data_config of a published checkpoint."
-        ) from error
-    if len(aux_columns) != 1 or not pads_zeros:
-        raise UserError(
-            f"{folder / 'config.json'}: aux_cols is {data['aux_cols']!r}, pad_zeros {data['pad_zeros']} with "
-            f"{data['gene_pad_token']!r}; expected one auxiliary column and zeros padded with {PAD}, as in the "
-            "published models."
-        )
-    if shape.num_heads < 1 or shape.embed_dim % shape.num_heads:
-        raise UserError(
-            f"{folder / 'config.json'}: embed_dim {shape.embed_dim} is not a multiple of num_heads {shape.num_heads}."
-        )
-
+    config = read_config(folder / "config.json")
+    gene_files = [folder / "vocabs" / name for name in config.gene_files]
     genes = unique_in_order(name for path in gene_files for name in read_gene_names(path))
-    gene_rows = {token: row for row, token in enumerate([*special_tokens, *genes])}
-    aux_vocab = {str(k): int(v) for k, v in _read_json(folder / "vocabs" / f"{aux_columns[0]}_vocab.json").items()}
-    for token, vocabulary in ((START, gene_rows), (PAD, gene_rows), (UNKNOWN, aux_vocab)):
-        if token not in vocabulary:
-            raise UserError(f"the vocabulary of {folder} has no {token}; it is not TranscriptFormer's.")
-    if not all(0 <= row < len(aux_vocab) for row in aux_vocab.values()):
-        raise UserError(f"{folder}: the tokens of {aux_columns[0]}_vocab.json must be 0 to {len(aux_vocab) - 1}.")
-    pretrained_genes: dict[str, int] = {}
-    if pretrained:
-        # Upstream keeps the old row numbers of START and PAD after exchanging the matrix, so another order
-        # of special tokens would silently take other rows.
-        if special_tokens != SPECIAL_TOKENS[: len(special_tokens)]:
-            raise UserError(
-                f"{folder}: special tokens {special_tokens} are not in upstream's order {SPECIAL_TOKENS}; pretrained "
-                "embeddings cannot be used with it."
-            )
-        listed = unique_in_order(name for path in pretrained for name in read_gene_names(path))
-        pretrained_genes = {gene: position for position, gene in enumerate(listed)}
+    gene_rows = {token: row for row, token in enumerate([*config.special_tokens, *genes])}
+    if len(gene_rows) < len(config.special_tokens) + len(genes):
+        both = sorted({*config.special_tokens} & {*genes})
+        raise UserError(f"{folder}: {', '.join(both)[:200]} is a special token and a gene; expected different names.")
+    aux_vocab = _read_aux_vocab(folder / "vocabs" / f"{config.aux_column}_vocab.json")
+    pretrained_genes = _pretrained_genes(folder, config, pretrained) if pretrained else {}
 
-    _require_tensors_only(folder / "model_weights.pt")
-    digest = hashlib.sha256(json.dumps([config["model"], aux_vocab, genes], sort_keys=True).encode())
-    for path in (folder / "model_weights.pt", *pretrained):
+    weights = folder / WEIGHTS
+    index = read_index(weights)
+    require_state(weights, index, config, tokens=len(gene_rows), aux_values=len(aux_vocab))
+    for path in pretrained:
+        _require_width(path, index[MATRIX].shape[1])
+    used = {name: tensor for name, tensor in index.items() if not name.startswith(HEADS)}
+    digest = hashlib.sha256(json.dumps([config.content, aux_vocab, genes], sort_keys=True).encode())
+    digest.update(file_digest(weights, cache, partial(require_whole, weights, used)))
+    for path in pretrained:
         digest.update(file_digest(path, cache))
     return Checkpoint(
         folder=folder,
-        shape=shape,
-        aux_column=aux_columns[0],
+        shape=config.shape,
+        aux_column=config.aux_column,
         aux_vocab=aux_vocab,
         gene_rows=gene_rows,
         pretrained=tuple(pretrained),
         pretrained_genes=pretrained_genes,
         fingerprint=digest.hexdigest(),
     )
+
+
+def _read_aux_vocab(path: Path) -> dict[str, int]:
+    vocabulary = read_json(path)
+    tokens = list(vocabulary.values())
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < len(tokens) for token in tokens):
+        raise UserError(f"{path}: expected the token of each value, a whole number from 0 to {len(tokens) - 1}.")
+    if UNKNOWN not in vocabulary:
+        raise UserError(f"{path} has no {UNKNOWN}, the token of values that the model does not know.")
+    return vocabulary
+
+
+def _pretrained_genes(folder: Path, config: CheckpointConfig, pretrained: Sequence[Path]) -> dict[str, int]:
+    # Upstream keeps the old row numbers of START and PAD after exchanging the matrix, so another order of special
+    # tokens would silently take other rows.
+    if config.special_tokens != SPECIAL_TOKENS[: len(config.special_tokens)]:
+        raise UserError(
+            f"{folder}: special tokens {config.special_tokens} are not in the order {SPECIAL_TOKENS} that upstream "
+            "expects where it exchanges embeddings; remove `pretrained_embeddings` from the set, or use a checkpoint "
+            "with that order."
+        )
+    listed = unique_in_order(name for path in pretrained for name in read_gene_names(path))
+    return {gene: position for position, gene in enumerate(listed)}
 
 
 def read_gene_names(path: Path) -> list[str]:
@@ -185,65 +169,34 @@ def read_gene_names(path: Path) -> list[str]:
     try:
         with h5py.File(path, "r") as file:
             return [key.decode() for key in file["keys"][:]]
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a gene embedding file: {error}. Expected HDF5 with `keys` and `arrays`.") from (
             error
         )
 
 
-def file_digest(path: Path, cache: Path | None) -> bytes:
-    """Return the SHA-256 of a file; `cache` remembers it by path, size, time of change and inode."""
-    if cache is None:
-        return _hash_file(path)
-    state = path.stat()
-    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
-    remembered = cache / "digests" / hashlib.sha256(key.encode()).hexdigest()
-    if remembered.exists() and len(digest := remembered.read_bytes()) == hashlib.sha256().digest_size:
-        return digest
-    digest = _hash_file(path)
-    # A cache that cannot be written costs time alone.
-    with suppress(OSError):
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        remembered.write_bytes(digest)
-    return digest
+def wrong_width(path: Path, gene: str, shape: tuple[int, ...], esm_dim: int) -> UserError:
+    """Return what is wrong with an embedding file whose vectors do not fit a checkpoint."""
+    return UserError(
+        f"{path}: the embedding of {gene} is {shape}; the checkpoint takes ({esm_dim},). Use the embedding files that "
+        "belong to the checkpoint."
+    )
 
 
-def _require_tensors_only(path: Path) -> None:
-    """Refuse weights that are cut short, or whose pickled index names anything but tensors; runs none of it."""
+def _require_width(path: Path, esm_dim: int) -> None:
+    """Look at the first embedding of a file; the others are read when the checkpoint is prepared."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            operations = list(pickletools.genops(archive.read(index)))
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is no whole PyTorch file of weights ({error}); it may be cut short. Expected model_weights.pt as "
-            "`transcriptformer download` makes it: download it again."
-        ) from error
-    names = {str(argument) for operation, argument, _ in operations if operation.name in ("GLOBAL", "INST")}
-    strange = sorted(name for name in names if not TENSOR_NAMES.fullmatch(name))
-    strange += sorted({operation.name for operation, _, _ in operations if operation.name == "STACK_GLOBAL"})
-    if strange:
-        raise UserError(
-            f"{path} is a pickle that names {', '.join(strange)}; only tensors may be in it, and it was not loaded. "
-            "Get model_weights.pt from its publisher again."
+        with h5py.File(path, "r") as file:
+            gene = file["keys"][0].decode()
+            shape = file["arrays"][gene].shape
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a gene embedding file: {error}. Expected HDF5 with `keys` and `arrays`.") from (
+            error
         )
+    if shape != (esm_dim,):
+        raise wrong_width(path, gene, shape, esm_dim)
 
 
 def unique_in_order(names: Any) -> list[str]:
     """Drop later occurrences, as upstream does."""
     return list(dict.fromkeys(names))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}; expected a JSON object.")
-    return content
-
-
-def _hash_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.checkpoint import file_digest
+from census_tf_dagster.inference.digests import file_digest
 from census_tf_dagster.names import is_local
 from census_tf_dagster.s3 import S3Object
 from census_tf_dagster.storage import Storage
@@ -31,7 +31,8 @@ def fetch(uri: str, storage: Storage, cache: Path) -> Path:
         How S3 is reached.
     cache
         Local folder that keeps copies from S3; several processes may share it. A copy is used again when the objects
-        are the same (size and ETag) and each file's SHA-256 is still the one that it came with.
+        are the same (size and ETag) and each file's SHA-256 is still the one that it came with; that of a large file
+        may be remembered (`digests`), and `prepare` takes it again before anything is computed.
 
     Raises
     ------

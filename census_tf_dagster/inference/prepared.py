@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.model import Entry, Model, Rest, first_table
+from census_tf_dagster.inference.seal import is_sealed
 from census_tf_dagster.inference.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,7 +35,14 @@ def load_model(
         Where the model computes.
     dtype
         Of weights and activations; None: as they were prepared.
+
+    Raises
+    ------
+    UserError
+        When the file is damaged.
     """
+    if not is_sealed(prepared):
+        raise UserError(f"{prepared} is damaged or gone: run this again, and it is built anew from the checkpoint.")
     with safe_open(prepared, "pt") as file, torch.inference_mode():
         metadata = file.metadata()
         shape = ModelShape(**json.loads(metadata["shape"]))

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+ACTIVATIONS = ("gelu", "relu", "silu")
+"""Those of the feed-forward part that upstream knows."""
+
 
 @dataclass(frozen=True)
 class ModelShape:

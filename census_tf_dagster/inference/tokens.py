@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from census_tf_dagster.census.cells import Cells
-from census_tf_dagster.inference.checkpoint import UNKNOWN, Checkpoint
+from census_tf_dagster.inference.checkpoint import Checkpoint
+from census_tf_dagster.inference.checkpoint_config import UNKNOWN
 from census_tf_dagster.inference.packing import PackedCells
 
 GeneOrder = Literal["census", "vocabulary"]

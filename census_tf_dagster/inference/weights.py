@@ -13,97 +13,102 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.checkpoint import START, Checkpoint
-from census_tf_dagster.inference.model import ACTIVATIONS
+from census_tf_dagster.inference.checkpoint import WEIGHTS, Checkpoint, wrong_width
+from census_tf_dagster.inference.checkpoint_config import START
 from census_tf_dagster.inference.prepared import DTYPES, join_names
+from census_tf_dagster.inference.seal import SEAL, UNSEALED
+from census_tf_dagster.inference.state_dict import MATRIX
 
 TABLE_ROWS_AT_ONCE = 4096
 
 
 def write_prepared(checkpoint: Checkpoint, precision: str, path: Path) -> None:
-    """Write a checkpoint's prepared file; the embedding MLP is applied in float32, then everything is cast."""
+    """Write a checkpoint's prepared file, unsealed: the embedding MLP is applied in float32, then everything is cast.
+
+    Parameters
+    ----------
+    checkpoint
+        As `read_checkpoint` accepted it: its tensors are all there.
+    precision
+        ``fp32``, ``fp16`` or ``bf16``.
+    path
+        Where to write.
+
+    Raises
+    ------
+    UserError
+        When a value is not finite in that precision.
+    """
     metadata = {
+        SEAL: UNSEALED,
         "precision": precision,
         "shape": json.dumps(asdict(checkpoint.shape)),
         "assays": str(len(checkpoint.aux_vocab)),
     }
-    save_file(_prepared_tensors(checkpoint, DTYPES[precision]), path, metadata)
+    tensors = _prepared_tensors(checkpoint, DTYPES[precision])
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{checkpoint.folder}: weights ({name}) leave the range of {precision}; set `compute_precision` to "
+                f"{'fp32' if precision == 'bf16' else 'bf16 or fp32'} in the set's YAML."
+                if precision != "fp32"
+                else f"{checkpoint.folder}: the embeddings of genes and assays ({name}) are not finite, so no cell's "
+                "could be. Get the checkpoint from its publisher again."
+            )
+    save_file(tensors, path, metadata)
 
 
 def _prepared_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    state = _State(checkpoint.folder / "model_weights.pt")
-    shape = checkpoint.shape
-    dim, hidden = shape.embed_dim, shape.model_dim
-    if shape.activation not in ACTIVATIONS:
-        raise UserError(f"{checkpoint.folder}: activation {shape.activation!r}; expected one of {sorted(ACTIVATIONS)}.")
+    state = _load_state(checkpoint.folder / WEIGHTS)
     tensors: dict[str, Tensor] = {}
 
-    def add(name: str, parts: Sequence[str], *size: int) -> None:
-        tensors[name] = torch.cat([state.get(part, size) for part in parts]).to(dtype)
+    def add(name: str, *parts: str) -> None:
+        if parts[0] in state:
+            tensors[name] = torch.cat([state[part].float() for part in parts]).to(dtype)
 
-    def add_bias(name: str, parts: Sequence[str], size: int) -> None:
-        if any(part in state for part in parts):
-            add(name, parts, size)
-
-    for i in range(shape.num_layers):
+    for i in range(checkpoint.shape.num_layers):
         at = f"transformer_encoder.encoder_layers.{i}"
         projections = [f"{at}.self_attn.linears.{k}" for k in range(4)]
         for norm in ("norm1", "norm2"):
-            add(f"{i}.{norm}.weight", [f"{at}.{norm}.weight"], dim)
-            add(f"{i}.{norm}.bias", [f"{at}.{norm}.bias"], dim)
-        add(f"{i}.qkv", [f"{name}.weight" for name in projections[:3]], dim, dim)
-        add_bias(f"{i}.qkv_bias", [f"{name}.bias" for name in projections[:3]], dim)
-        add(f"{i}.out", [f"{projections[3]}.weight"], dim, dim)
-        add_bias(f"{i}.out_bias", [f"{projections[3]}.bias"], dim)
-        add(f"{i}.linear1", [f"{at}.linear1.weight"], hidden, dim)
-        add_bias(f"{i}.linear1_bias", [f"{at}.linear1.bias"], hidden)
-        add(f"{i}.linear2", [f"{at}.linear2.weight"], dim, hidden)
-        add_bias(f"{i}.linear2_bias", [f"{at}.linear2.bias"], dim)
+            add(f"{i}.{norm}.weight", f"{at}.{norm}.weight")
+            add(f"{i}.{norm}.bias", f"{at}.{norm}.bias")
+        add(f"{i}.qkv", *(f"{name}.weight" for name in projections[:3]))
+        add(f"{i}.qkv_bias", *(f"{name}.bias" for name in projections[:3]))
+        add(f"{i}.out", f"{projections[3]}.weight")
+        add(f"{i}.out_bias", f"{projections[3]}.bias")
+        for linear in ("linear1", "linear2"):
+            add(f"{i}.{linear}", f"{at}.{linear}.weight")
+            add(f"{i}.{linear}_bias", f"{at}.{linear}.bias")
     genes, table = _embedding_table(checkpoint, state)
     return {**tensors, "genes": join_names(genes), "table": table.to(dtype)}
 
 
-class _State:
-    """A state dict on disk. Tensors are mapped, not read, until they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            # weights_only admits tensors alone: no code of the file runs.
-            self.tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise UserError(f"{path} cannot be read as a state dict of tensors: {error}") from error
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def get(self, name: str, size: tuple[int, ...]) -> Tensor:
-        """Return a tensor whose size must be as given; -1 allows any."""
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise UserError(f"{self.path} has no {name}; expected the weights of the model in config.json.")
-        same_rank = len(tensor.shape) == len(size)
-        if not same_rank or any(want not in (-1, got) for got, want in zip(tensor.shape, size, strict=True)):
-            raise UserError(f"{self.path}: {name} is {tuple(tensor.shape)}; config.json says {size}.")
-        return tensor
+def _load_state(path: Path) -> Mapping[str, Tensor]:
+    """Open a state dict on disk. Tensors are mapped, not read, until they are asked for."""
+    try:
+        # weights_only admits tensors alone: no code of the file runs.
+        state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a state dict of tensors: {error}") from error
+    return state
 
 
 @torch.inference_mode()
-def _embedding_table(checkpoint: Checkpoint, state: _State) -> tuple[list[str], Tensor]:
+def _embedding_table(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
     """Return the genes, and the embeddings of assays, START and them, float32."""
     dim, assays = checkpoint.shape.embed_dim, len(checkpoint.aux_vocab)
-    at = "gene_embeddings.mlp.layers"
-    matrix = state.get("gene_embeddings.embedding.weight", (len(checkpoint.gene_rows), -1))
+    matrix = state[MATRIX]
     esm_dim = matrix.shape[1]
     # Linear, ReLU, LayerNorm, Dropout, Linear.
-    first = state.get(f"{at}.0.weight", (dim, esm_dim)), state.get(f"{at}.0.bias", (dim,))
-    norm = state.get(f"{at}.2.weight", (dim,)), state.get(f"{at}.2.bias", (dim,))
-    second = state.get(f"{at}.4.weight", (dim, dim)), state.get(f"{at}.4.bias", (dim,))
+    first, norm, second = (
+        [state[f"gene_embeddings.mlp.layers.{layer}.{part}"].float() for part in ("weight", "bias")]
+        for layer in (0, 2, 4)
+    )
 
     start = checkpoint.gene_rows[START]
     if checkpoint.pretrained:
         genes = sorted(checkpoint.pretrained_genes)
-        source = torch.cat([matrix[start][None], _pretrained_rows(checkpoint, genes, esm_dim)])
+        source = torch.cat([matrix[start][None].float(), _pretrained_rows(checkpoint, genes, esm_dim)])
         order = torch.arange(len(source))
     else:
         # Other special tokens go along as if they were genes: no Census has genes of such names.
@@ -112,10 +117,10 @@ def _embedding_table(checkpoint: Checkpoint, state: _State) -> tuple[list[str], 
         order = torch.tensor([start, *(checkpoint.gene_rows[gene] for gene in genes)])
 
     table = torch.empty(assays + len(order), dim)
-    table[:assays] = state.get(f"aux_embeddings.{checkpoint.aux_column}.weight", (assays, dim))
+    table[:assays] = state[f"aux_embeddings.{checkpoint.aux_column}.weight"]
     for begin in range(0, len(order), TABLE_ROWS_AT_ONCE):
-        rows = source[order[begin : begin + TABLE_ROWS_AT_ONCE]]
-        hidden = F.layer_norm(F.relu(F.linear(rows, *first)), (dim,), *norm)
+        rows = source[order[begin : begin + TABLE_ROWS_AT_ONCE]].float()
+        hidden = F.layer_norm(F.relu(F.linear(rows, *first)), (dim,), norm[0], norm[1])
         table[assays + begin : assays + begin + len(rows)] = F.linear(hidden, *second)
     return genes, table
 
@@ -133,8 +138,6 @@ def _pretrained_rows(checkpoint: Checkpoint, genes: Sequence[str], esm_dim: int)
                     continue
                 values = arrays[key][()]
                 if values.shape != (esm_dim,):
-                    raise UserError(
-                        f"{path}: the embedding of {key.decode()} is {values.shape}; the checkpoint takes ({esm_dim},)."
-                    )
+                    raise wrong_width(path, key.decode(), values.shape, esm_dim)
                 rows[row] = values
     return torch.from_numpy(rows)
