@@ -49,6 +49,9 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
             f"{summary.expressed_genes:,} expressed genes"
         )
         context.log.info(str(cost))
+        context.log.info(f"gene ids: {summary.gene_check}")
+        for warning in summary.warnings:
+            context.log.warning(warning)
         if settings.reuse:
             context.log.info(summary.reuse())
             for reason in summary.passed_over:
@@ -71,6 +74,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "cells": totals.cells,
                 "primary_cells": totals.primary_cells,
                 "duplicate_cells": totals.cells - totals.primary_cells,
+                "cells_without_counts": "unknown" if (zeros := totals.cells_without_counts) is None else zeros,
                 "tokens": totals.tokens,
                 "cells_to_compute": totals.cells_to_compute,
                 "tokens_to_compute": totals.tokens_to_compute,
@@ -87,6 +91,8 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "expressed_entries_known_share": summary.known_share,
                 "storage_version": ours,
                 "storage_version_census": theirs,
+                "gene_ids": summary.gene_check,
+                "warnings": "\n\n".join(summary.warnings) or "none",
                 "plan": totals.plan,
                 "identity": summary.identity,
                 "folder": dg.MetadataValue.path(summary.root),

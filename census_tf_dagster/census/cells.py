@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from census_tf_dagster.census.release import OrganismRelease
+from census_tf_dagster.census.release import NNZ, OrganismRelease
 from census_tf_dagster.errors import UserError
 
 
@@ -55,7 +55,7 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
     contiguous = len(joinids) == joinids[-1] - joinids[0] + 1
     coords = slice(int(joinids[0]), int(joinids[-1])) if contiguous else pa.array(joinids)
 
-    names = ["soma_joinid", "nnz", assay_column]
+    names = ["soma_joinid", assay_column, *([NNZ] if release.has_nnz else [])]
     obs = release.obs.read(coords=(coords,), column_names=names).concat().sort_by("soma_joinid")
     found = obs["soma_joinid"].to_numpy()
     if not np.array_equal(found, joinids):
@@ -81,7 +81,7 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
         _count(row, values, stored, expressed)
     # A Census that was copied in part, or written twice, shows here. The Census builder counts stored values, which
     # may include zeros, so fewer alone is no fault.
-    stated = obs["nnz"].to_numpy()
+    stated = obs[NNZ].to_numpy() if release.has_nnz else expressed
     wrong = np.flatnonzero((expressed > stated) | ((expressed == 0) & (stated > 0)))
     if len(wrong):
         raise UserError(

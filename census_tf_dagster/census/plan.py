@@ -89,6 +89,8 @@ class PlanTotals:
         Of the whole plan.
     cells_reused, tokens_reused, source
         Of the cells that are copied, and the array that they are copied from.
+    cells_without_counts
+        Planned cells that express no gene; None where the Census does not say.
     """
 
     plan: str
@@ -100,6 +102,7 @@ class PlanTotals:
     cells_reused: int = 0
     tokens_reused: int = 0
     source: Source | None = None
+    cells_without_counts: int | None = None
 
     @property
     def cells_to_compute(self) -> int:
@@ -288,9 +291,21 @@ def read_plan(storage: Storage, folder: str) -> Plan:
     return plan
 
 
-def write_obs_ids(storage: Storage, uri: str, joinids: Int64Array) -> None:
-    """Write the consumers' list of planned ids: one Parquet column, soma_joinid, ascending."""
-    storage.write(uri, _parquet_bytes([pa.table({"soma_joinid": joinids})]))
+def write_obs_ids(
+    storage: Storage, uri: str, joinids: Int64Array, zero_counts: npt.NDArray[np.bool_] | None = None
+) -> None:
+    """Write the consumers' list of planned ids as Parquet.
+
+    Parameters
+    ----------
+    joinids
+        Ascending soma_joinids, ``(n,)``.
+    zero_counts
+        Which of these cells express no gene, ``(n,)``; None, and null in the file, where the Census does not say.
+    """
+    unknown = pa.nulls(len(joinids), pa.bool_())
+    zeros = unknown if zero_counts is None else pa.array(zero_counts)
+    storage.write(uri, _parquet_bytes([pa.table({"soma_joinid": joinids, "zero_counts": zeros})]))
 
 
 def _parquet_bytes(row_groups: Iterable[pa.Table]) -> bytes:
