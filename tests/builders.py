@@ -1,11 +1,12 @@
 """A tiny project with synthetic cells: a Census, a checkpoint and a set, in well under a second."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from census_tf_dagster.census.plan import read_plan
-from census_tf_dagster.demo.census import build_census
+from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.steps.job import Job
@@ -25,9 +26,15 @@ PUBLICATION = {
 }
 
 
-def tiny(project: Project, *, cells: int = 200, **attributes: Any) -> Project:
-    """Add a Census of human cells, a checkpoint with a window of 63 genes, and the set `tiny`."""
+def tiny(
+    project: Project, *, cells: int = 200, change: Callable[[Organism], None] = lambda _: None, **attributes: Any
+) -> Project:
+    """Add a Census of human cells, a checkpoint with a window of 63 genes, and the set `tiny`.
+
+    `change` alters the cells before the Census is written.
+    """
     organism = synthetic_organism("homo_sapiens", "Homo sapiens", cells, N_GENES, "ENSG", seed=1, median_genes=40)
+    change(organism)
     build_census(str(project.census), RELEASE, [organism])
     genes = organism.genes["feature_id"].tolist()
     build_checkpoint(

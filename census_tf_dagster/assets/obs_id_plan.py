@@ -49,6 +49,9 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
             f"{summary.expressed_genes:,} expressed genes"
         )
         context.log.info(str(cost))
+        context.log.info(f"gene ids: {summary.gene_check}")
+        for warning in summary.warnings:
+            context.log.warning(warning)
         if settings.reuse:
             context.log.info(summary.reuse())
             for reason in summary.passed_over:
@@ -62,11 +65,6 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
         here, there = store.s3_region, "" if is_local(census.location) else census.s3_region
         if here and there and here != there:
             context.log.warning(f"the Census is in {there}, the store in {here}: what crosses regions is paid for.")
-        if summary.fractional:
-            context.log.warning(
-                f"{summary.fractional:.0%} of the sampled cells have counts that are no whole numbers: they are "
-                "embedded as they are, as upstream does. To leave such cells out, set `fractional_counts: set_aside`."
-            )
         listed = census.listed(context.partition_key)
         for warning in listed.objections(cost.finish(utc_now())) if listed else []:
             context.log.warning(warning)
@@ -76,6 +74,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "cells": totals.cells,
                 "primary_cells": totals.primary_cells,
                 "duplicate_cells": totals.cells - totals.primary_cells,
+                "cells_without_counts": "unknown" if (zeros := totals.cells_without_counts) is None else zeros,
                 "tokens": totals.tokens,
                 "cells_to_compute": totals.cells_to_compute,
                 "tokens_to_compute": totals.tokens_to_compute,
@@ -90,9 +89,10 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "expressed_genes": summary.expressed_genes,
                 "expressed_genes_known": summary.known_genes,
                 "expressed_entries_known_share": summary.known_share,
-                "cells_fractional_share": summary.fractional,
                 "storage_version": ours,
                 "storage_version_census": theirs,
+                "gene_ids": summary.gene_check,
+                "warnings": "\n\n".join(summary.warnings) or "none",
                 "plan": totals.plan,
                 "identity": summary.identity,
                 "folder": dg.MetadataValue.path(summary.root),

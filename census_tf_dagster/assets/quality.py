@@ -17,6 +17,7 @@ from census_tf_dagster.partitions import RELEASES, shard_partitions
 from census_tf_dagster.quality.thresholds import (
     LEAST_DEVIATIONS,
     LEAST_EXCESS,
+    LEAST_RANK,
     MOST_SHIFT,
     MOST_SPREAD,
     upstream_bound,
@@ -39,6 +40,9 @@ CHECKS = {
     "drift_from_previous_release": "Cell types lie where they lay in the set's previous release: their means have "
     f"moved by at most {MOST_SHIFT} standard deviations, their spread by at most a factor of {2**MOST_SPREAD:.2f}. If "
     "not, cells of the two releases should not be compared before somebody knows why.",
+    "gene_ids_fit_counts": "Genes that nearly every cell needs (ribosome, respiratory chain) are expressed by more "
+    f"cells than others, in at least {LEAST_RANK:.0%} of pairs, and `var` and X agree on which genes are. "
+    "If not, the gene axis is permuted or another species': `same_as_upstream` reads the same `var` and cannot tell.",
     "same_as_upstream": "In every shard a few cells were embedded again by upstream's own code, and the array holds "
     "the same values within the bound of the set's precision.",
 }
@@ -134,6 +138,7 @@ def shown(report: "Report") -> dict[str, Any]:
     genes = report.genes_per_cell
     return metadata | {
         "sampled_cells": report.about["sample"]["cells"],
+        "sampled_cells_without_counts": report.about["sample"]["without_counts"],
         "genes_per_cell_median": genes["quantile_0.5"],
         "cells_over_window": genes["cells_over_window"],
         "cells_over_window_share": round(genes["share_over_window"], 4),

@@ -48,7 +48,7 @@ def dataset_digests(release: OrganismRelease, gene_ids: Sequence[str], seen: Seq
     columns = np.array([column_of[gene] for gene in seen], dtype=np.int64)
     names = np.frombuffer(b"".join(_digest(gene) for gene in seen), dtype="V16")
     rows = 1 + max((row for row, _ in versions.values()), default=-1)
-    presence = release.presence(rows)
+    presence = release.presence(rows, len(gene_ids))
     found = {}
     for dataset, (row, version) in versions.items():
         genes = names if presence is None else names[presence[row, columns]]

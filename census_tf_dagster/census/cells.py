@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from census_tf_dagster.census.release import LAYER, OrganismRelease
+from census_tf_dagster.census.release import LAYER, NNZ, OrganismRelease
 from census_tf_dagster.errors import UserError
 
 
@@ -72,7 +72,7 @@ def read_cells(
     contiguous = len(joinids) == joinids[-1] - joinids[0] + 1
     coords = slice(int(joinids[0]), int(joinids[-1])) if contiguous else pa.array(joinids)
 
-    names = ["soma_joinid", "nnz", assay_column]
+    names = ["soma_joinid", assay_column, *([NNZ] if release.has_nnz else [])]
     obs = release.obs.read(coords=(coords,), column_names=names).concat().sort_by("soma_joinid")
     found = obs["soma_joinid"].to_numpy()
     if not np.array_equal(found, joinids):
@@ -104,10 +104,10 @@ def read_cells(
 
     # A Census that was copied in part, or written twice, shows here. The Census builder counts stored values, which
     # may include zeros, so fewer alone is no fault.
-    stated = obs["nnz"].to_numpy()
+    stated = obs[NNZ].to_numpy() if release.has_nnz else expressed
     set_aside(
         (expressed > stated) | ((expressed == 0) & (stated > 0)),
-        lambda row: f"X/{LAYER} holds {expressed[row]} counts, and obs.nnz states {stated[row]}",
+        lambda row: f"X/{LAYER} holds {expressed[row]} counts, and obs.{NNZ} states {stated[row]}",
     )
     indptr = np.concatenate([[0], np.cumsum(stored)])
     columns, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)

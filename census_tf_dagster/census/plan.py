@@ -99,6 +99,8 @@ class PlanTotals:
         Of the cells that are copied, and the array that they are copied from.
     obs_ids
         Checksum of the consumers' list that was written with the plan (`store.obs_ids`).
+    cells_without_counts
+        Planned cells that express no gene; None where the Census does not say.
     """
 
     plan: str
@@ -111,6 +113,7 @@ class PlanTotals:
     tokens_reused: int = 0
     source: Source | None = None
     obs_ids: str = ""
+    cells_without_counts: int | None = None
 
     @property
     def cells_to_compute(self) -> int:
@@ -313,9 +316,8 @@ def read_plan(storage: Storage, folder: str) -> Plan:
         megabatches = _MEGABATCHES.validate_python(rows)
     except _DAMAGE as error:
         raise _damaged(folder, error) from error
-    if totals != replace(
-        plan_totals(megabatches, totals.shards, totals.primary_cells, totals.source), obs_ids=totals.obs_ids
-    ):
+    found = plan_totals(megabatches, totals.shards, totals.primary_cells, totals.source)
+    if totals != replace(found, obs_ids=totals.obs_ids, cells_without_counts=totals.cells_without_counts):
         raise _damaged(folder, "its files disagree")
     return Plan(totals, megabatches, folder)
 

@@ -16,7 +16,10 @@ import tiledbsoma
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
 
-OBS_COLUMNS = {"soma_joinid", "nnz", "is_primary_data"}
+OBS_COLUMNS = {"soma_joinid", "is_primary_data"}
+NNZ = "nnz"
+"""Number of expressed genes of a cell (obs), of cells that express a gene (var). Since schema 1.1: the releases of
+2023-05-15 and 2023-07-25 have it in neither."""
 MEASUREMENT = "RNA"
 LAYER = "raw"
 PRESENCE = "feature_dataset_presence_matrix"
@@ -29,16 +32,21 @@ class Genes:
     Attributes
     ----------
     ids
-        Gene ids without version suffix, in the order of `var`'s soma_joinid.
+        Gene ids without version suffix, in the order of `var`'s soma_joinid. An id may occur more than once; see
+        `repeated`.
     cells_expressing
-        Number of cells that express each gene, int64 ``(n_genes,)``.
+        Number of cells that express each gene, int64 ``(n_genes,)``; None where the release does not say.
     fingerprint
         SHA-256 over the ids in order: embeddings depend on the order (tokens follow it).
     """
 
     ids: tuple[str, ...]
-    cells_expressing: npt.NDArray[np.int64]
+    cells_expressing: npt.NDArray[np.int64] | None
     fingerprint: str
+
+    def repeated(self) -> list[str]:
+        """Return the ids that occur more than once, sorted."""
+        return sorted(gene for gene, often in Counter(self.ids).items() if often > 1)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,15 @@ class OrganismRelease:
         _, last = self.obs.non_empty_domain()[0]
         return int(last) + 1
 
+    @property
+    def has_nnz(self) -> bool:
+        """Whether obs says how many genes each cell expresses."""
+        return NNZ in self.obs.keys()  # noqa: SIM118
+
+    def cells(self) -> int:
+        """Return the number of obs rows; joinids may have gaps, so the largest one says less."""
+        return int(self.obs.count)
+
     def storage_version(self) -> int:
         """Return the TileDB storage version of obs: consumers want an embedding in the same one."""
         return self.storage.storage_version(self.obs.uri)
@@ -105,37 +122,36 @@ class OrganismRelease:
         Raises
         ------
         UserError
-            When two genes share an id once version suffixes are removed (upstream refuses those too).
+            When var and X/raw do not fit each other.
         """
-        var = (
-            self.experiment.ms[MEASUREMENT]
-            .var.read(column_names=["soma_joinid", "feature_id", "nnz"])
-            .concat()
-            .sort_by("soma_joinid")
-        )
+        frame = self.experiment.ms[MEASUREMENT].var
+        has_nnz = NNZ in frame.keys()  # noqa: SIM118
+        columns = ["soma_joinid", "feature_id", *([NNZ] if has_nnz else [])]
+        var = frame.read(column_names=columns).concat().sort_by("soma_joinid")
         joinids = var["soma_joinid"].to_numpy()
         if not np.array_equal(joinids, np.arange(len(joinids))):
             raise UserError(
                 f"{self.uri} {self.organism}: var joinids are not 0..{len(joinids) - 1}; this is no Census."
             )
         ids = tuple(str(gene).split(".")[0] for gene in var["feature_id"].to_pylist())
-        if len(set(ids)) < len(ids):
-            seen: set[str] = set()
-            twice = sorted({gene for gene in ids if gene in seen or seen.add(gene)})  # type: ignore[func-returns-value]
-            raise UserError(
-                f"{self.uri} {self.organism}: {len(twice)} gene ids occur more than once after removing "
-                f"version suffixes, e.g. {twice[:3]}; each must be unique. Use a Census without duplicates."
-            )
-        if self.counts.shape[1] != len(ids):
+        if not self._columns_fit(len(ids)):
             raise UserError(
                 f"X/{LAYER} of {self.organism} in {self.uri} has {self.counts.shape[1]} columns, var has {len(ids)} "
                 "genes; they must agree. The Census is damaged."
             )
         return Genes(
             ids=ids,
-            cells_expressing=var["nnz"].to_numpy().astype(np.int64),
+            cells_expressing=var[NNZ].to_numpy().astype(np.int64) if has_nnz else None,
             fingerprint=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         )
+
+    def _columns_fit(self, genes: int) -> bool:
+        """Tell whether X/raw has so many columns; before SOMA 1.15, arrays were as wide as their type allows."""
+        counts = self.counts
+        if counts.tiledbsoma_has_upgraded_shape:
+            return bool(counts.shape[1] == genes)
+        _, (_, last) = counts.non_empty_domain()
+        return bool(last < genes <= counts.shape[1])
 
     def dataset_versions(self) -> dict[str, tuple[int, str]]:
         """Return joinid and version of each dataset that has exactly one; empty where the Census does not say."""
@@ -153,20 +169,25 @@ class OrganismRelease:
             if row["dataset_id"] and row["dataset_version_id"] and often[row["dataset_id"]] == 1
         }
 
-    def presence(self, datasets: int) -> npt.NDArray[np.bool_] | None:
+    def presence(self, datasets: int, genes: int) -> npt.NDArray[np.bool_] | None:
         """Return which genes each dataset has, bool ``(datasets, genes)`` by joinids; None: the Census does not say."""
         if PRESENCE not in (measurement := self.experiment.ms[MEASUREMENT]):
             return None
         matrix = measurement[PRESENCE]
         if not isinstance(matrix, tiledbsoma.SparseNDArray):
             return None
-        found = np.zeros((max(datasets, matrix.shape[0]), matrix.shape[1]), np.bool_)
+        found = np.zeros((datasets, genes), np.bool_)
         for table in matrix.read().tables():
-            found[table["soma_dim_0"].to_numpy(), table["soma_dim_1"].to_numpy()] = table["soma_data"].to_numpy()
+            rows, columns, values = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
+            # Of datasets that are not asked for; the matrix's own shape may be far larger than its content.
+            inside = (rows < datasets) & (columns < genes)
+            found[rows[inside], columns[inside]] = values[inside]
         return found
 
     def iter_obs(self, value_filter: str | None, columns: Iterable[str] = ()) -> Iterator[pa.Table]:
-        """Yield tables of soma_joinid, nnz, is_primary_data and `columns` of the matching cells, in any order.
+        """Yield tables of the matching cells, in any order.
+
+        They have soma_joinid, is_primary_data, nnz where obs has it, and `columns`.
 
         Raises
         ------
@@ -174,16 +195,23 @@ class OrganismRelease:
             When `value_filter` cannot be parsed or names a column that does not exist.
         """
         try:
-            yield from self.obs.read(value_filter=value_filter, column_names=sorted(OBS_COLUMNS | set(columns)))
+            names = OBS_COLUMNS | set(columns) | ({NNZ} if self.has_nnz else set())
+            yield from self.obs.read(value_filter=value_filter, column_names=sorted(names))
         except (SyntaxError, ValueError, KeyError, tiledbsoma.SOMAError) as error:
             if value_filter is None or "IO Error" in str(error) or "S3" in str(error):
                 raise
-            known = ", ".join(name for name in self.obs.keys() if not name.startswith("soma_"))  # noqa: SIM118
+            hidden = ("soma_joinid", "_ontology_term_id")
+            known = ", ".join(name for name in self.obs.keys() if not name.endswith(hidden))  # noqa: SIM118
             said = str(error).partition("\n")[0]
             raise UserError(
-                f"value_filter {value_filter!r} was not understood ({said}). Expected a SOMA filter such as "
-                f"\"tissue_general == 'lung' and is_primary_data == True\" over the obs columns: {known}."
+                f"value_filter {shortened(value_filter)} was not understood ({said[:160]}). Expected a SOMA filter "
+                f"such as \"tissue_general == 'lung' and is_primary_data == True\" over the obs columns: {known}."
             ) from error
+
+
+def shortened(text: str, characters: int = 160) -> str:
+    """Return a text in quotes for a message, cut where it is long."""
+    return repr(text) if len(text) <= characters else f"{text[:characters]!r}..."
 
 
 @contextmanager

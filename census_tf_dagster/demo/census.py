@@ -14,6 +14,7 @@ import scipy.sparse as sp
 import tiledbsoma as soma
 
 from census_tf_dagster.demo import info_tables, schema
+from census_tf_dagster.demo.frames import write_frame
 from census_tf_dagster.errors import UserError
 
 ROWS_PER_WRITE = 2048
@@ -115,14 +116,14 @@ def build_census(uri: str, release: str, organisms: Sequence[Organism]) -> None:
     root: soma.Collection[Any] = soma.Collection.create(uri)
     with root:
         with root.add_new_collection("census_info") as info:
-            _write_frame(info, "summary", info_tables.summary(release, obs))
-            _write_frame(info, "datasets", datasets)
-            _write_frame(
+            write_frame(info, "summary", info_tables.summary(release, obs))
+            write_frame(info, "datasets", datasets)
+            write_frame(
                 info,
                 "summary_cell_counts",
                 info_tables.cell_counts(dict(zip(labels, obs.values(), strict=True))),
             )
-            _write_frame(info, "organisms", info_tables.organisms(labels))
+            write_frame(info, "organisms", info_tables.organisms(labels))
         with root.add_new_collection("census_data") as data:
             for organism in organisms:
                 with data.add_new_collection(organism.name, soma.Experiment) as experiment:
@@ -140,7 +141,7 @@ def _write_experiment(experiment: Any, organism: Organism, obs: pd.DataFrame, da
 
     stats = pd.concat([_obs_statistics(block) for _, block in _blocks(counts)], ignore_index=True)
     stats["n_measured_vars"] = np.bincount(presence.row, minlength=len(dataset_ids))[dataset_of]
-    _write_frame(experiment, "obs", pd.concat([obs, stats], axis=1))
+    write_frame(experiment, "obs", pd.concat([obs, stats], axis=1))
 
     rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
     cells_in_dataset = np.bincount(dataset_of, minlength=len(dataset_ids)).astype(np.float64)
@@ -150,7 +151,7 @@ def _write_experiment(experiment: Any, organism: Organism, obs: pd.DataFrame, da
     var["feature_length"] = organism.genes["feature_length"].to_numpy(np.int64)
     var["nnz"] = np.bincount(counts.indices, minlength=n_genes)
     var["n_measured_obs"] = measured.astype(np.int64)
-    _write_frame(rna, "var", var)
+    write_frame(rna, "var", var)
 
     with rna.add_new_sparse_ndarray(
         "feature_dataset_presence_matrix", type=pa.bool_(), shape=(len(dataset_ids), n_genes)
@@ -202,17 +203,3 @@ def _coordinates(rows: Any, columns: Any, values: Any) -> pa.Table:
             "soma_data": values,
         }
     )
-
-
-def _write_frame(parent: Any, name: str, frame: pd.DataFrame) -> None:
-    frame = frame.assign(soma_joinid=np.arange(len(frame)))
-    frame = frame[["soma_joinid", *frame.columns.drop("soma_joinid")]]
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    domain = [(0, len(frame) - 1)]
-    # tiledbsoma 2.3.0 loses enumeration values written through the handle that creates the dataframe.
-    with parent.add_new_dataframe(
-        name, schema=table.schema, index_column_names=["soma_joinid"], domain=domain
-    ) as created:
-        uri = created.uri
-    with soma.DataFrame.open(uri, "w") as opened:
-        opened.write(table)

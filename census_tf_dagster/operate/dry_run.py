@@ -126,16 +126,19 @@ def describe(result: DryRun) -> str:
     reuse = "".join(f"not reused: {reason}\n" for reason in plan.passed_over)
     if plan.totals.source is not None or plan.passed_over:
         reuse = f"reuse: {plan.reuse()}\n{reuse}"
+    warnings = "".join(f"WARNING: {warning}\n" for warning in plan.warnings)
+    zeros = plan.totals.cells_without_counts
     copies = ""
     if result.cells_to_copy:
         copies = f", and copy {result.cells_to_copy:,} in {result.megabatches_to_copy:,}"
     return (
-        f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary), {plan.totals.tokens:,} tokens, "
+        f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary, "
+        f"{'an unknown number' if zeros is None else f'{zeros:,}'} without counts), {plan.totals.tokens:,} tokens, "
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
         f"checkpoint: {result.checkpoint_fingerprint} (what `checkpoint_fingerprint` in the set's YAML would demand)\n"
         f"genes: the checkpoint knows {plan.known_genes:,} of {plan.expressed_genes:,} expressed "
-        f"({plan.known_share:.1%} of all entries)\n"
-        f"{differ}{reuse}"
+        f"({plan.known_share:.1%} of all entries). {plan.gene_check}\n"
+        f"{differ}{reuse}{warnings}"
         f"would run {len(result.shards)} shards and compute {result.cells_to_compute:,} of their {result.cells:,} "
         f"cells in {result.megabatches_to_compute:,} writes{copies}, about {result.bytes_to_write:,} bytes\n"
         f"cost: {result.cost}{done}\n"

@@ -8,27 +8,39 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from census_tf_dagster.census.release import OrganismRelease
+from census_tf_dagster.census.release import NNZ, OrganismRelease
 
 Ids = npt.NDArray[np.int64]
+
+_BLOCK = 2**23
+"""Joinids whose bits are kept together, in a megabyte."""
 
 MOST_GENES = 100_000
 """Genes of a cell are counted exactly up to here: above any gene axis of a Census."""
 
 
 class JoinidSet:
-    """A set of joinids below a limit, at a bit each: 20 MB for the 162 million human cells of 2025-11-08."""
+    """A set of joinids, at a bit each where they are dense: 20 MB for the 162 million human cells of 2025-11-08."""
 
-    def __init__(self, rows: int) -> None:
-        self._bits = np.zeros(rows // 8 + 1, np.uint8)
+    def __init__(self) -> None:
+        self._blocks: dict[int, npt.NDArray[np.uint8]] = {}
 
     def add(self, joinids: Ids) -> None:
         """Add some."""
-        np.bitwise_or.at(self._bits, joinids >> 3, (1 << (joinids & 7)).astype(np.uint8))
+        of = joinids // _BLOCK
+        for block in np.unique(of).tolist():
+            inside = joinids[of == block] - block * _BLOCK
+            bits = self._blocks.setdefault(block, np.zeros(_BLOCK // 8, np.uint8))
+            np.bitwise_or.at(bits, inside >> 3, (1 << (inside & 7)).astype(np.uint8))
 
     def holds(self, joinids: Ids) -> npt.NDArray[np.bool_]:
         """Tell of each whether it is in the set."""
-        found: npt.NDArray[np.bool_] = (self._bits[joinids >> 3] >> (joinids & 7).astype(np.uint8) & 1) == 1
+        found = np.zeros(len(joinids), np.bool_)
+        of = joinids // _BLOCK
+        for block in np.unique(of).tolist():
+            if (bits := self._blocks.get(block)) is not None:
+                inside = joinids[of == block] - block * _BLOCK
+                found[of == block] = (bits[inside >> 3] >> (inside & 7).astype(np.uint8) & 1) == 1
         return found
 
 
@@ -63,13 +75,16 @@ class ObsSummary:
     counts
         By column and value: cells of the release, planned, embedded.
     genes
-        How many planned cells have so many expressed genes, int64 ``(MOST_GENES + 1,)``.
+        How many planned cells have so many expressed genes, int64 ``(MOST_GENES + 1,)``; None where obs does not say.
+    sampled_genes
+        Expressed genes of the sampled cells, int64, in ascending order of joinid; None where obs does not say.
     labels
-        The columns of the sampled cells, in ascending order of joinid.
+        The columns of the sampled cells, in the same order.
     """
 
     counts: dict[str, dict[str, Counter[str]]]
-    genes: npt.NDArray[np.int64]
+    genes: npt.NDArray[np.int64] | None
+    sampled_genes: npt.NDArray[np.int64] | None
     labels: dict[str, npt.NDArray[np.str_]] = field(default_factory=dict)
 
     def table(self, column: str) -> list[Covered]:
@@ -97,19 +112,23 @@ def read_obs(
     """
     whats = ("cells", "planned", "embedded")
     found = ObsSummary(
-        {column: {what: Counter() for what in whats} for column in columns}, np.zeros(MOST_GENES + 1, np.int64)
+        {column: {what: Counter() for what in whats} for column in columns},
+        np.zeros(MOST_GENES + 1, np.int64) if release.has_nnz else None,
+        np.zeros(len(sample), np.int64) if release.has_nnz else None,
     )
-    sampled = JoinidSet(release.obs_rows())
+    sampled = JoinidSet()
     sampled.add(sample)
     labels: dict[str, npt.NDArray[np.object_]] = {column: np.full(len(sample), "", object) for column in columns}
-    for table in release.obs.read(column_names=["soma_joinid", "nnz", *columns]):
+    for table in release.obs.read(column_names=["soma_joinid", *columns, *([NNZ] if release.has_nnz else [])]):
         joinids = table["soma_joinid"].to_numpy()
         masks = {"cells": np.ones(len(joinids), np.bool_)}
         masks |= {"planned": planned.holds(joinids), "embedded": embedded.holds(joinids)}
-        genes = np.minimum(table["nnz"].to_numpy()[masks["planned"]], MOST_GENES)
-        found.genes += np.bincount(genes, minlength=MOST_GENES + 1)
         rows = np.flatnonzero(sampled.holds(joinids))
         positions = np.searchsorted(sample, joinids[rows])
+        if found.genes is not None and found.sampled_genes is not None:
+            genes = np.minimum(table[NNZ].to_numpy(), MOST_GENES)
+            found.genes += np.bincount(genes[masks["planned"]], minlength=MOST_GENES + 1)
+            found.sampled_genes[positions] = genes[rows]
         for column in columns:
             names, codes = _encoded(table[column])
             for what, mask in masks.items():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from census_tf_dagster.census.gene_check import GeneEvidence
 from census_tf_dagster.quality.judgement import Judgement
 from census_tf_dagster.quality.measures import Agreement, Dimensions, Drift
 from census_tf_dagster.quality.thresholds import (
@@ -102,6 +103,16 @@ def of_drift(found: Drift | None, before: str | None) -> Verdict:
         f"Most: {found.worst_type}, by {found.worst_shift:.2f}."
     )
     return Verdict(found.shift <= MOST_SHIFT and found.spread <= MOST_SPREAD, text, figures=figures)
+
+
+def of_genes(found: GeneEvidence) -> Verdict:
+    """Judge whether the gene ids belong to the counts."""
+    figures: dict[str, float | int | str] = {"cells": found.cells, "housekeeping_genes": found.listed}
+    if found.rank is not None:
+        figures["rank"] = found.rank
+    if found.correlation is not None:
+        figures["correlation_with_var"] = found.correlation
+    return Verdict(not found.doubts, str(found), figures=figures)
 
 
 def of_judgement(found: Judgement) -> Verdict:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from census_tf_dagster.census.cells import read_cells
+from census_tf_dagster.census.gene_check import expressing_cells
 from census_tf_dagster.census.release import OrganismRelease
 from census_tf_dagster.quality.sample import RUN, SEED, Ids
 
@@ -25,14 +26,18 @@ class Outside:
         Which rows of the sample they are, ascending.
     counts, outside
         All counts of each cell, and those of genes without a token, float64 ``(n,)``.
-    known_genes
-        Genes with a token that each cell expresses, int64 ``(n,)``.
+    genes, known_genes
+        Genes that each cell expresses, and those of them with a token, int64 ``(n,)``.
+    expressing
+        How many of these cells express each gene of `var`, int64 ``(n_genes,)``.
     """
 
     rows: npt.NDArray[np.int64]
     counts: npt.NDArray[np.float64]
     outside: npt.NDArray[np.float64]
+    genes: npt.NDArray[np.int64]
     known_genes: npt.NDArray[np.int64]
+    expressing: npt.NDArray[np.int64]
 
     @property
     def share(self) -> float:
@@ -76,21 +81,29 @@ def count_outside(
         runs = np.sort(np.random.default_rng(SEED).choice(-(-len(sample) // RUN), size=cells // RUN, replace=False))
         rows = (runs[:, None] * RUN + np.arange(RUN)).reshape(-1)
         rows = rows[rows < len(sample)]
-    parts = list(_count(release, sample[rows], known, assay_column))
-    counts, outside, genes = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Outside(rows, counts, outside, genes)
+    expressing = np.zeros(len(known), np.int64)
+    parts = list(_count(release, sample[rows], known, assay_column, expressing))
+    counts, outside, genes, known_genes = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Outside(rows, counts, outside, genes, known_genes, expressing)
 
 
 def _count(
-    release: OrganismRelease, joinids: Ids, known: npt.NDArray[np.bool_], assay_column: str
+    release: OrganismRelease,
+    joinids: Ids,
+    known: npt.NDArray[np.bool_],
+    assay_column: str,
+    expressing: npt.NDArray[np.int64],
 ) -> Iterator[tuple[npt.NDArray[Any], ...]]:
     for start in range(0, len(joinids), CELLS_AT_ONCE):
         cells = read_cells(release, joinids[start : start + CELLS_AT_ONCE], assay_column)
         of = np.repeat(np.arange(len(cells.joinids)), np.diff(cells.indptr))
         seen = known[cells.columns]
+        expressed = cells.values > 0
+        expressing += expressing_cells(cells, len(known))
         n = len(cells.joinids)
         yield (
             np.bincount(of, cells.values, minlength=n),
             np.bincount(of[~seen], cells.values[~seen], minlength=n),
-            np.bincount(of[seen & (cells.values > 0)], minlength=n),
+            np.bincount(of[expressed], minlength=n),
+            np.bincount(of[seen & expressed], minlength=n),
         )

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.cells import read_cells
+from census_tf_dagster.census.release import NNZ
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.devices import Device, open_devices, require_gpu
 from census_tf_dagster.inference.prepare import prepare
@@ -143,9 +144,11 @@ def _spread(job: Job, planned: npt.NDArray[np.int64], cells: int) -> npt.NDArray
     rng = np.random.default_rng(SEED)
     candidates = np.sort(rng.choice(planned, min(CANDIDATES, len(planned)), replace=False))
     column = job.checkpoint.aux_column
-    names = ["soma_joinid", "nnz", column]
+    # Where the release does not say how long cells are, their order decides.
+    length = NNZ if job.release.has_nnz else "soma_joinid"
+    names = sorted({"soma_joinid", length, column})
     frame = job.release.obs.read(coords=(pa.array(candidates),), column_names=names).concat().to_pandas()
-    groups = [group.sort_values("nnz").soma_joinid.to_numpy() for _, group in frame.groupby(column, observed=True)]
+    groups = [group.sort_values(length).soma_joinid.to_numpy() for _, group in frame.groupby(column, observed=True)]
     share = -(-cells // len(groups))
     chosen = [group[np.unique(np.linspace(0, len(group) - 1, share).astype(int))] for group in groups]
     return np.sort(np.concatenate(chosen))

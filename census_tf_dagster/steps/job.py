@@ -76,6 +76,7 @@ def open_job(
                 f"{settings.name} expects {settings.checkpoint_fingerprint} (checkpoint_fingerprint). Get the "
                 "checkpoint from its publisher again, or change what the set expects."
             )
+        _require_unique(opened, genes, checkpoint)
         if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
             raise UserError(
                 f"obs of {settings.organism} in {census_uri} lacks the column {checkpoint.aux_column!r} that the "
@@ -97,6 +98,16 @@ def open_job(
         )
         folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
         yield Job(settings, release, opened, genes, checkpoint, identity, store, folder, cache)
+
+
+def _require_unique(release: OrganismRelease, genes: Genes, checkpoint: Checkpoint) -> None:
+    """Refuse a gene that would make two tokens; genes that the checkpoint does not know make none."""
+    twice = [gene for gene in genes.repeated() if checkpoint.knows(gene)]
+    if twice:
+        raise UserError(
+            f"{release.uri} {release.organism}: {len(twice)} gene ids that the checkpoint knows occur more than once "
+            f"after removing version suffixes, e.g. {twice[:3]}; each must be unique. Use a Census without duplicates."
+        )
 
 
 def _gene_fingerprint(settings: SetSettings, genes: Genes, checkpoint: Checkpoint) -> str:

@@ -4,18 +4,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import tiledb
 
-from census_tf_dagster.census.cell_keys import KEY_COLUMNS, OPTIONAL_COLUMNS, KeyMaker, Keys, dataset_digests
-from census_tf_dagster.census.cells import read_cells
+from census_tf_dagster.census.cell_keys import Keys
+from census_tf_dagster.census.cells import Cells, read_cells
 from census_tf_dagster.census.division import divide
+from census_tf_dagster.census.gene_check import expressing_cells, look_at_genes, require_organism
 from census_tf_dagster.census.key_file import find_cells, write_keys
 from census_tf_dagster.census.plan import Megabatch, Plan, PlanTotals, plan_totals, with_checksums, write_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.steps.job import Job
+from census_tf_dagster.steps.listing import filter_warnings, list_cells
 from census_tf_dagster.steps.reuse import NO_SOURCE, FoundSource, find_source
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import write_planned
@@ -25,8 +24,6 @@ BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 3.8}
 
 LEAST_KNOWN_SHARE = 0.25
 """Below this the embedding says little: human genes in a human model are near 0.9, other species' near 0."""
-NO_GENES = 2
-"""Tokens of a cell without counts: assay and START."""
 SAMPLED_CELLS = 64
 """Cells whose counts are looked at before anything is written."""
 
@@ -49,8 +46,11 @@ class PlanSummary:
         TileDB's, of the array and of the Census. Where they differ, the Census's tool refuses the embedding.
     passed_over
         Earlier arrays that cells could not be copied from, and why.
-    fractional
-        Share of the sampled cells with counts that are no whole numbers: upstream takes such counts, and warns.
+    warnings
+        What a person should look at before the shards run: labels that the value filter misses, gene ids that hardly
+        belong to the counts, what the release does not say.
+    gene_check
+        What speaks for the gene ids.
     """
 
     totals: PlanTotals
@@ -62,7 +62,8 @@ class PlanSummary:
     root: str
     identity: str
     passed_over: tuple[str, ...] = ()
-    fractional: float = 0.0
+    warnings: tuple[str, ...] = ()
+    gene_check: str = ""
 
     def reuse(self) -> str:
         """Say how much is reused and how much computed, and from which array."""
@@ -94,7 +95,7 @@ class Survey:
     Attributes
     ----------
     joinids, zero_counts
-        Ascending soma_joinids, int64, and which of these cells have no counts.
+        Ascending soma_joinids, int64, and which of these cells have no counts; None where obs does not say.
     megabatches, order
         How they are divided, and their positions in that order; None: as they are.
     summary
@@ -106,7 +107,7 @@ class Survey:
     """
 
     joinids: npt.NDArray[np.int64]
-    zero_counts: npt.NDArray[np.bool_]
+    zero_counts: npt.NDArray[np.bool_] | None
     megabatches: tuple[Megabatch, ...]
     order: npt.NDArray[np.int64] | None
     summary: PlanSummary
@@ -122,46 +123,64 @@ def survey(job: Job) -> Survey:
     UserError
         When no cell matches, the checkpoint hardly knows the organism, or counts are none.
     """
-    settings = job.settings
+    settings, release = job.settings, job.release
+    require_organism(job.genes.ids, settings.organism)
     known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
     expressing = job.genes.cells_expressing
-    known_share = float(expressing[known].sum() / max(expressing.sum(), 1))
-    if known_share < LEAST_KNOWN_SHARE:
-        raise UserError(
-            f"{settings.checkpoint} knows {known_share:.1%} of what cells of {settings.organism} express "
-            f"({np.count_nonzero(known)} of {len(known)} genes; the Census has {', '.join(job.genes.ids[:3])}, ...); "
-            f"at least {LEAST_KNOWN_SHARE:.0%} is expected. For a species outside its vocabulary set "
-            "`pretrained_embeddings`, or choose another checkpoint."
-        )
-
-    cells = _list_cells(job)
+    if expressing is not None:
+        _require_known(job, known, expressing)
+    cells = list_cells(job)
     joinids = cells.joinids
     # A Census of normalised values should not cost a shard's start on a GPU node first.
-    fractional = _look_at_counts(job, joinids[:: -(-len(joinids) // SAMPLED_CELLS)])
+    sample = _look_at_counts(job, joinids[:: -(-len(joinids) // SAMPLED_CELLS)])
+    sampled = expressing_cells(sample, len(known))
+    tokens = cells.tokens
+    if expressing is None:
+        expressing = sampled
+        _require_known(job, known, expressing)
+    if tokens is None:
+        window = job.checkpoint.shape.seq_len - 1
+        mean = np.minimum(np.diff(sample.indptr), window).mean() + 2
+        tokens = np.full(len(joinids), round(mean), np.int32)
+    genes = look_at_genes(job.genes, settings.organism, sampled, len(sample.joinids))
+    warnings = [*filter_warnings(job, len(joinids)), *genes.doubts]
+    if not release.has_nnz:
+        warnings.append(
+            f"obs of this release does not say how many genes cells express (schema 1.0): tokens are those of "
+            f"{len(sample.joinids)} cells, shards have equal numbers of cells, and cells without counts are not named."
+        )
+    if sample.fractional:
+        warnings.append(
+            f"{sample.fractional} of {len(sample.joinids)} sampled cells have counts that are not whole numbers. They "
+            "are embedded as they are, as upstream does; to leave such cells out, set `fractional_counts: set_aside`."
+        )
 
     found, sources = _find_copies(job, cells.keys)
     reused = None if sources is None else sources >= 0
-    division = divide(joinids, cells.tokens, settings.shards, settings.megabatch_size, reused)
+    division = divide(joinids, tokens, settings.shards, settings.megabatch_size, reused)
     ids, copied = _in_order(division.order, joinids, sources)
     megabatches = with_checksums(division.megabatches, ids, copied)
     summary = PlanSummary(
-        totals=plan_totals(megabatches, settings.shards, cells.primary, found.source),
+        totals=replace(
+            plan_totals(megabatches, settings.shards, cells.primary, found.source),
+            cells_without_counts=None if cells.zero_counts is None else int(cells.zero_counts.sum()),
+        ),
         estimated_bytes=int(len(joinids) * job.identity.embedding_dim * BYTES_PER_VALUE[settings.storage_precision]),
         expressed_genes=int(np.count_nonzero(expressing)),
         known_genes=int(np.count_nonzero(expressing[known])),
-        known_share=known_share,
+        known_share=_share(expressing, known),
         storage_versions=(_storage_version(job), job.release.storage_version()),
         root=job.folder.root,
         identity=job.identity.digest,
         passed_over=found.passed_over,
-        fractional=fractional,
+        warnings=tuple(warnings),
+        gene_check=str(genes),
     )
-    # START, and the assay: nothing else stands for a cell without counts.
-    return Survey(joinids, cells.tokens == NO_GENES, megabatches, division.order, summary, cells.keys, sources)
+    return Survey(joinids, cells.zero_counts, megabatches, division.order, summary, cells.keys, sources)
 
 
-def _look_at_counts(job: Job, sample: npt.NDArray[np.int64]) -> float:
-    """Refuse a Census that would have most cells set aside; return the share with counts that are no whole numbers."""
+def _look_at_counts(job: Job, sample: npt.NDArray[np.int64]) -> Cells:
+    """Read some cells; refuse a Census that would have most of them set aside."""
     whole = job.settings.fractional_counts == "set_aside"
     cells = read_cells(job.release, sample, job.checkpoint.aux_column, whole_counts=whole)
     if len(cells.set_aside) > len(sample) / 2:
@@ -170,7 +189,7 @@ def _look_at_counts(job: Job, sample: npt.NDArray[np.int64]) -> float:
             f"{len(cells.set_aside)} of {len(sample)} sampled cells of {job.release.organism} in {job.release.uri} "
             f"cannot be embedded, e.g. joinid {joinid}: {reason}. Expected raw counts: use a Census that has them."
         )
-    return cells.fractional / len(sample)
+    return cells
 
 
 def _in_order(
@@ -179,6 +198,23 @@ def _in_order(
     if order is None:
         return joinids, sources
     return joinids[order], None if sources is None else sources[order]
+
+
+def _share(expressing: npt.NDArray[np.int64], known: npt.NDArray[np.bool_]) -> float:
+    """Return the share of expressed (cell, gene) pairs whose gene is known."""
+    return float(expressing[known].sum() / max(expressing.sum(), 1))
+
+
+def _require_known(job: Job, known: npt.NDArray[np.bool_], expressing: npt.NDArray[np.int64]) -> None:
+    """Refuse a checkpoint that hardly knows the organism's genes."""
+    settings, share = job.settings, _share(expressing, known)
+    if share < LEAST_KNOWN_SHARE:
+        raise UserError(
+            f"{settings.checkpoint} knows {share:.1%} of what cells of {settings.organism} express "
+            f"({np.count_nonzero(known)} of {len(known)} genes; the Census has {', '.join(job.genes.ids[:3])}, ...); "
+            f"at least {LEAST_KNOWN_SHARE:.0%} is expected. For a species outside its vocabulary set "
+            "`pretrained_embeddings`, or choose another checkpoint."
+        )
 
 
 def _find_copies(job: Job, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[np.int64] | None]:
@@ -196,62 +232,6 @@ def _find_copies(job: Job, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[
         reason = f"{found.source.root}: no cell is the same, with the same genes in the same order"
         return FoundSource(None, "", (*found.passed_over, reason)), None
     return found, sources
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """Matching cells, ascending: ids int64 ``(n,)``, tokens at most ``(n,)``, keys where the set reuses cells."""
-
-    joinids: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.integer]
-    keys: Keys | None
-    primary: int
-
-
-def _list_cells(job: Job) -> _Cells:
-    settings, window = job.settings, job.checkpoint.shape.seq_len - 1
-    make_keys, columns = None, []
-    if settings.reuse:
-        make_keys = _key_maker(job)
-        columns = [*KEY_COLUMNS, job.checkpoint.aux_column] if make_keys else []
-        columns += [name for name in OPTIONAL_COLUMNS if make_keys and name in job.release.obs.keys()]  # noqa: SIM118
-    # As many as there can be: the system gives memory to what is filled alone.
-    most = job.release.obs_rows()
-    joinids = np.empty(most, np.int64)
-    tokens = np.empty(most, np.min_scalar_type(window + 2))
-    keys = np.zeros((most, 2), np.uint64) if settings.reuse else None
-    n = primary = 0
-    for table in job.release.iter_obs(settings.value_filter, columns):
-        ids = table["soma_joinid"].to_numpy()
-        if settings.mod > 1:
-            table = table.filter(pa.array(ids % settings.mod == 0))
-            ids = table["soma_joinid"].to_numpy()
-        part = slice(n, n + len(ids))
-        joinids[part] = ids
-        # Assay and START, and the window's genes: an upper bound, as genes outside the vocabulary make no token.
-        tokens[part] = np.minimum(table["nnz"].to_numpy(), window) + NO_GENES
-        primary += pc.sum(table["is_primary_data"]).as_py() or 0
-        if keys is not None and make_keys is not None:
-            keys[part] = make_keys(table)
-        n += len(ids)
-    if not n:
-        raise UserError(
-            f"no cell of {settings.organism} in {job.release.uri} matches value_filter {settings.value_filter!r} with "
-            f"mod {settings.mod}. The organism has {job.release.obs_rows()} cells."
-        )
-    joinids, tokens, keys = joinids[:n], tokens[:n], None if keys is None else keys[:n]
-    if (joinids[1:] <= joinids[:-1]).any():
-        order = np.argsort(joinids, kind="stable")
-        joinids, tokens, keys = joinids[order], tokens[order], None if keys is None else keys[order]
-    return _Cells(joinids, tokens, keys, primary)
-
-
-def _key_maker(job: Job) -> KeyMaker | None:
-    """Return what makes keys; None when obs lacks what they are made of: then every cell is computed."""
-    if not set(KEY_COLUMNS) <= set(job.release.obs.keys()):
-        return None
-    seen = genes_in_order(job.genes.ids, job.checkpoint, job.settings.gene_order)
-    return KeyMaker(dataset_digests(job.release, job.genes.ids, seen), job.checkpoint.aux_column)
 
 
 def _storage_version(job: Job) -> int:

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from census_tf_dagster.census.gene_check import look_at_genes
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.quality import measures, pictures, verdicts
-from census_tf_dagster.quality.coverage import JoinidSet, ObsSummary, read_obs
+from census_tf_dagster.quality.coverage import MOST_GENES, JoinidSet, read_obs
 from census_tf_dagster.quality.judgement import Judgement
 from census_tf_dagster.quality.measures import Distribution
 from census_tf_dagster.quality.projection import project
 from census_tf_dagster.quality.report import Report, read_about, read_distribution
 from census_tf_dagster.quality.sample import SEED, digest, iter_planned, read_embeddings, sampled_positions
-from census_tf_dagster.quality.vocabulary import Outside, count_outside
+from census_tf_dagster.quality.vocabulary import COUNTED_CELLS, Outside, count_outside
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.proof import all_set_aside, proved_shards, release_state
@@ -71,28 +72,42 @@ def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         columns = [name for name in COLUMNS if name in job.release.obs.keys()]  # noqa: SIM118
         obs = read_obs(job.release, columns, planned, embedded, sample)
         labels = {name: obs.labels.get(name, np.full(len(sample), "(none)")) for name in COLUMNS}
-    with clock.part("the sample's embeddings"):
-        embeddings = read_embeddings(array, sample)
-    with clock.part("neighbours"):
-        neighbours = measures.find_neighbours(embeddings) if len(sample) > 1 else None
-    with clock.part("UMAP"):
-        points = project(embeddings, neighbours) if neighbours else np.zeros((len(sample), 2), np.float32)
     with clock.part("counts outside the vocabulary"):
         known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
-        outside = count_outside(job.release, sample, known, job.checkpoint.aux_column)
+        # Where obs does not say which cells have counts, all of the sample are counted.
+        most = len(sample) if obs.sampled_genes is None else COUNTED_CELLS
+        outside = count_outside(job.release, sample, known, job.checkpoint.aux_column, most)
+    sampled_genes = outside.genes if obs.sampled_genes is None else obs.sampled_genes
+    genes = (
+        np.bincount(np.minimum(outside.genes, MOST_GENES), minlength=MOST_GENES + 1) if obs.genes is None else obs.genes
+    )
+    # Embeddings of cells without counts are nearly equal: they tell of nothing but the assay.
+    counted = sampled_genes > 0
+    if not counted.any():
+        raise UserError(f"none of the {len(sample):,} sampled cells has counts: there is nothing to measure.")
+    with clock.part("the sample's embeddings"):
+        embeddings = read_embeddings(array, sample[counted])
+        shown = {name: values[counted] for name, values in labels.items()}
+    with clock.part("neighbours"):
+        neighbours = measures.find_neighbours(embeddings) if len(embeddings) > 1 else None
+    with clock.part("UMAP"):
+        points = project(embeddings, neighbours) if neighbours else np.zeros((len(embeddings), 2), np.float32)
     with clock.part("measures"):
-        distribution = Distribution.of(embeddings, labels["cell_type"])
+        distribution = Distribution.of(embeddings, shown["cell_type"])
         found = {
             "neighbours_share_cell_type": verdicts.of_neighbours(
-                measures.label_agreement(neighbours, labels["cell_type"], labels["dataset_id"]) if neighbours else None
+                measures.label_agreement(neighbours, shown["cell_type"], shown["dataset_id"]) if neighbours else None
             ),
             "no_collapsed_dimensions": verdicts.of_dimensions(measures.look_at_dimensions(embeddings)),
             "drift_from_previous_release": _drift(job, distribution),
+            "gene_ids_fit_counts": verdicts.of_genes(
+                look_at_genes(job.genes, job.settings.organism, outside.expressing, len(outside.rows))
+            ),
             "same_as_upstream": verdicts.of_judgements(_judgements(job, plan)),
         }
     window = job.checkpoint.shape.seq_len
     with clock.part("pictures"):
-        drawn = _draw(job, points, labels, obs, outside, window)
+        drawn = _draw(job, points, shown, genes) | _draw_counts(job, labels, genes, outside, window)
     report = Report(
         about={
             "set": job.settings.name,
@@ -101,10 +116,16 @@ def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
             "plan": plan.totals.plan,
             "covered": array.read_record()["covered"],
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "sample": {"cells": len(sample), "seed": SEED, "digest": digest(sample)},
+            "sample": {
+                "cells": len(sample),
+                "without_counts": int((~counted).sum()),
+                "seed": SEED,
+                "digest": digest(sample),
+            },
+            "cells_without_counts": None if obs.genes is None else int(obs.genes[0]),
         },
         coverage={name: obs.table(name) for name in columns},
-        genes_per_cell=_genes_per_cell(obs.genes, window),
+        genes_per_cell=_genes_per_cell(genes, window),
         vocabulary={
             "cells_counted": len(outside.rows),
             "counts_outside": outside.share,
@@ -124,7 +145,7 @@ def _listed(job: Job, plan: Plan, array: EmbeddingsArray) -> tuple[npt.NDArray[n
     proved = proved_shards(array, plan, job.folder)
     without = np.array(sorted(all_set_aside(array, plan, job.folder)), np.int64)
     positions = sampled_positions(np.array([batch.cells for batch in plan.megabatches], np.int64))
-    planned, embedded = JoinidSet(array.rows), JoinidSet(array.rows)
+    planned, embedded = JoinidSet(), JoinidSet()
     sample = []
     for index, ids in iter_planned(plan, array):
         planned.add(ids)
@@ -182,36 +203,60 @@ def _genes_per_cell(genes: npt.NDArray[np.int64], window: int) -> dict[str, floa
     }
 
 
+def _named(job: Job, labels: Mapping[str, npt.NDArray[np.str_]]) -> dict[str, npt.NDArray[np.str_]]:
+    """Return labels with the titles of datasets instead of their ids."""
+    titles = job.release.dataset_titles()
+    return {**labels, "dataset_id": np.array([titles.get(one, one) for one in labels["dataset_id"]], np.str_)}
+
+
+def _head(job: Job) -> str:
+    return f"{job.settings.name} · {job.release_name}"
+
+
 def _draw(
     job: Job,
     points: npt.NDArray[np.float32],
     labels: Mapping[str, npt.NDArray[np.str_]],
-    obs: ObsSummary,
-    outside: Outside,
-    window: int,
+    genes: npt.NDArray[np.int64],
 ) -> dict[str, bytes]:
-    head = f"{job.settings.name} · {job.release_name}"
-    titles = job.release.dataset_titles()
-    shown = {**labels, "dataset_id": np.array([titles.get(one, one) for one in labels["dataset_id"]], np.str_)}
-    cells = int(obs.genes.sum())
-    about = f"UMAP of {len(points):,} of {cells:,} cells, always the same ones. Distances between groups mean little."
-    drawn = {
+    """Draw the sample's cells that have counts, coloured by what they are."""
+    about = (
+        f"UMAP of {len(points):,} of {int(genes.sum()):,} cells, always the same ones. "
+        "Distances between groups mean little."
+    )
+    named = _named(job, labels)
+    return {
         f"umap_{name.removesuffix('_id').removesuffix('_general')}": pictures.scatter(
-            points, shown[name], title, f"{head} · by {title}", about
+            points, named[name], title, f"{_head(job)} · by {title}", about
         )
         for name, title in TITLES.items()
     }
-    drawn["genes_per_cell"] = pictures.genes_histogram(
-        obs.genes,
-        window,
-        f"{head} · genes per cell and the model's window",
-        f"All {cells:,} planned cells, by nnz of obs: genes outside the vocabulary, which take no room, count here.",
+
+
+def _draw_counts(
+    job: Job,
+    labels: Mapping[str, npt.NDArray[np.str_]],
+    genes: npt.NDArray[np.int64],
+    outside: Outside,
+    window: int,
+) -> dict[str, bytes]:
+    """Draw how much of a cell the model sees, with the labels of all of the sample."""
+    named = _named(job, labels)
+    which = (
+        "All {:,} planned cells, by nnz of obs" if job.release.has_nnz else "{:,} cells of the sample, by their counts"
     )
-    drawn["outside_vocabulary"] = pictures.share_bars(
-        [(f"by {TITLES[name]}", outside.shares_by(shown[name])) for name in ("assay", "dataset_id")],
-        outside.share,
-        f"{head} · counts of genes that the model does not know",
-        f"Share of all counts (cells counted), over {len(outside.rows):,} cells of the sample. Red: all of them, "
-        f"{outside.share:.1%}.",
-    )
-    return drawn
+    return {
+        "genes_per_cell": pictures.genes_histogram(
+            genes,
+            window,
+            f"{_head(job)} · genes per cell and the model's window",
+            which.format(int(genes.sum())) + ": genes outside the vocabulary, which take no room, count here.",
+        ),
+        "outside_vocabulary": pictures.share_bars(
+            [(f"by {TITLES[name]}", outside.shares_by(named[name])) for name in ("assay", "dataset_id")],
+            outside.share,
+            f"{_head(job)} · counts of genes that the model does not know",
+            f"Share of all counts (cells counted), over {len(outside.rows):,} cells of the sample. Red: all of them, "
+            f"{outside.share:.1%}.",
+        ),
+    }

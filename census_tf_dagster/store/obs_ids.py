@@ -21,10 +21,21 @@ SCHEMA = pa.schema([("soma_joinid", pa.int64()), ("zero_counts", pa.bool_()), ("
 
 
 def write_planned(
-    storage: Storage, folder: ReleaseFolder, joinids: npt.NDArray[np.int64], zero_counts: npt.NDArray[np.bool_]
+    storage: Storage, folder: ReleaseFolder, joinids: npt.NDArray[np.int64], zero_counts: npt.NDArray[np.bool_] | None
 ) -> str:
-    """Write the list of a plan, ascending joinids; return its checksum."""
-    return _write(storage, folder, joinids, zero_counts, pa.nulls(len(joinids), pa.string()))
+    """Write the list of a plan; return its checksum.
+
+    Parameters
+    ----------
+    joinids
+        Ascending soma_joinids, ``(n,)``.
+    zero_counts
+        Which of these cells express no gene, ``(n,)``; None, and null in the file, where the Census does not say.
+    """
+    n = len(joinids)
+    zeros = pa.nulls(n, pa.bool_()) if zero_counts is None else pa.array(zero_counts)
+    table = pa.table([pa.array(joinids), zeros, pa.nulls(n, pa.string())], schema=SCHEMA)
+    return _write(storage, folder, table)
 
 
 def write_obs_ids(storage: Storage, folder: ReleaseFolder, plan: Plan, set_aside: dict[int, str]) -> str:
@@ -44,12 +55,13 @@ def write_obs_ids(storage: Storage, folder: ReleaseFolder, plan: Plan, set_aside
     else:
         # Written by an earlier finish, with other cells set aside.
         found = _table(content)
-        if found is None or _checksum(_bytes(_planned(found))) != plan.totals.obs_ids:
+        nothing = None if found is None else _with_reasons(found, pa.nulls(len(found), pa.string()))
+        if found is None or _checksum(_bytes(nothing)) != plan.totals.obs_ids:
             raise UserError(f"the list of cells at {folder.obs_ids} is damaged: materialize obs_id_plan again.")
-    joinids, zero_counts = (found[name].to_numpy() for name in SCHEMA.names[:2])
+    joinids = found["soma_joinid"].to_numpy()
     reasons = np.full(len(joinids), None, object)
     reasons[np.searchsorted(joinids, list(set_aside))] = list(set_aside.values())
-    return _write(storage, folder, joinids, zero_counts, pa.array(reasons, pa.string()))
+    return _write(storage, folder, _with_reasons(found, pa.array(reasons, pa.string())))
 
 
 def obs_ids_faults(storage: Storage, folder: ReleaseFolder, expected: str | None) -> list[str]:
@@ -61,8 +73,8 @@ def obs_ids_faults(storage: Storage, folder: ReleaseFolder, expected: str | None
     return []
 
 
-def _planned(found: pa.Table) -> pa.Table:
-    return found.set_column(2, SCHEMA.field("set_aside"), pa.nulls(len(found), pa.string()))
+def _with_reasons(found: pa.Table, reasons: pa.Array) -> pa.Table:
+    return found.set_column(2, SCHEMA.field("set_aside"), reasons)
 
 
 def _table(content: bytes) -> pa.Table | None:
@@ -77,14 +89,7 @@ def _bytes(table: pa.Table) -> bytes:
     return parquet_bytes([table.combine_chunks()])
 
 
-def _write(
-    storage: Storage,
-    folder: ReleaseFolder,
-    joinids: npt.NDArray[np.int64],
-    zero_counts: npt.NDArray[np.bool_],
-    set_aside: pa.Array,
-) -> str:
-    table = pa.table([pa.array(joinids), pa.array(zero_counts), set_aside], schema=SCHEMA)
+def _write(storage: Storage, folder: ReleaseFolder, table: pa.Table) -> str:
     content = _bytes(table)
     storage.write(folder.obs_ids, content)
     return _checksum(content)
