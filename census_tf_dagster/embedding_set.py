@@ -1,10 +1,10 @@
 """The component behind a set's YAML: organism x model, from which its assets come."""
 
 import ast
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from census_tf_dagster.assets.approval import build_approval
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
@@ -20,6 +20,7 @@ from census_tf_dagster.placement import Placement, effective, read_placement, sh
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 from census_tf_dagster.spending import Budget, Spending
+from census_tf_dagster.templates import validate_resolved
 
 FILTER = "is_primary_data == True and tissue_general in ['blood', 'lung']"
 """An example of what SOMA's parser takes."""
@@ -95,6 +96,12 @@ class EmbeddingSet(dg.Component, dg.Model):
         default=None, description="Which node a shard runs on, where it differs from the deployment's placement.yaml."
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _resolved(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Resolve ``{{ env.NAME }}`` in texts, whoever loads them: `check`, Dagster, or another Dagster project."""
+        return validate_resolved(value, handler)
+
     @field_validator("value_filter")
     @classmethod
     def _filter_parses(cls, value: str | None) -> str | None:
@@ -108,11 +115,11 @@ class EmbeddingSet(dg.Component, dg.Model):
         return cls
 
     @classmethod
-    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
-        """Make a set of validated attributes; ``{{ env.NAME }}`` in texts is resolved."""
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:  # noqa: ARG003
+        """Return the validated attributes. Dagster's templates are not evaluated: they can run code."""
         if not isinstance(attributes, cls):
             raise TypeError(f"attributes are {type(attributes).__name__}; expected {cls.__name__}")
-        return cls.model_validate(context.resolution_context.resolve_value(attributes.model_dump(exclude_unset=True)))
+        return attributes
 
     def settings(self, deployment: Placement | None = None) -> SetSettings:
         """Return the set as plain values.
