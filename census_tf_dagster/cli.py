@@ -189,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--url",
             default=os.environ.get("CENSUS_TF_DAGSTER_URL", "http://127.0.0.1:3000"),
-            help="address of the deployment's webserver (default: CENSUS_TF_DAGSTER_URL, else %(default)s)",
+            help="address of the deployment's webserver (default: CENSUS_TF_DAGSTER_URL, else http://127.0.0.1:3000)",
         )
     parser.epilog = _grouped(commands)
     return parser

@@ -32,10 +32,12 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from census_tf_dagster import variables
 from census_tf_dagster.assets.common import release_job
 from census_tf_dagster.assets.retention import build_retention
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.names import is_local
 from census_tf_dagster.placement import read_placement
 from census_tf_dagster.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.resources import CensusResource, StoreResource
@@ -116,9 +118,9 @@ def build_definitions(
 
 def sets_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of this deployment's sets; those on S3 are fetched."""
-    sets = environment.get("CENSUS_TF_SETS", str(Path(__file__).parent / "defs"))
-    if not sets.startswith("s3://"):
-        return Path(sets)
+    sets = variables.location(environment, "CENSUS_TF_SETS", str(Path(__file__).parent / "defs"))
+    if is_local(sets):
+        return Path(sets.removeprefix("file://")).expanduser()
     from census_tf_dagster.remote_sets import fetch_sets
     from census_tf_dagster.s3 import S3Settings
 
@@ -129,21 +131,21 @@ def sets_folder(environment: Mapping[str, str] = os.environ) -> Path:
 def census_resource(environment: Mapping[str, str] = os.environ) -> CensusResource:
     """Return this deployment's Census."""
     return CensusResource(
-        location=environment.get("CENSUS_TF_CENSUS", "demo-data/census/{release}"),
-        directory=environment.get("CENSUS_TF_CENSUS_DIRECTORY", ""),
-        s3_region=environment.get("CENSUS_TF_CENSUS_S3_REGION", "us-west-2"),
-        s3_endpoint=environment.get("CENSUS_TF_CENSUS_S3_ENDPOINT", ""),
-        s3_anonymous=environment.get("CENSUS_TF_CENSUS_S3_SIGNED", "") != "1",
+        location=variables.census_location(environment, "CENSUS_TF_CENSUS", "demo-data/census/{release}"),
+        directory=variables.web_address(environment, "CENSUS_TF_CENSUS_DIRECTORY"),
+        s3_region=variables.region(environment, "CENSUS_TF_CENSUS_S3_REGION", "us-west-2"),
+        s3_endpoint=variables.endpoint(environment, "CENSUS_TF_CENSUS_S3_ENDPOINT"),
+        s3_anonymous=not variables.switch(environment, "CENSUS_TF_CENSUS_S3_SIGNED"),
     )
 
 
 def store_resource(environment: Mapping[str, str] = os.environ) -> StoreResource:
     """Return this deployment's store."""
     return StoreResource(
-        location=environment.get("CENSUS_TF_STORE", "demo-data/store"),
-        s3_region=environment.get("CENSUS_TF_STORE_S3_REGION", ""),
-        s3_endpoint=environment.get("CENSUS_TF_STORE_S3_ENDPOINT", ""),
-        cache=environment.get("CENSUS_TF_CACHE", "~/.cache/census-tf-dagster"),
+        location=variables.location(environment, "CENSUS_TF_STORE", "demo-data/store"),
+        s3_region=variables.region(environment, "CENSUS_TF_STORE_S3_REGION", ""),
+        s3_endpoint=variables.endpoint(environment, "CENSUS_TF_STORE_S3_ENDPOINT"),
+        cache=variables.folder(environment, "CENSUS_TF_CACHE", "~/.cache/census-tf-dagster"),
     )
 
 

@@ -1,10 +1,10 @@
 """The component behind a set's YAML: organism x model, from which its assets come."""
 
 import ast
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from census_tf_dagster.assets.approval import build_approval
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
@@ -15,11 +15,12 @@ from census_tf_dagster.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.automation import automation_sensor
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.names import normalise
+from census_tf_dagster.names import check_location, normalise
 from census_tf_dagster.placement import Placement, effective, read_placement, shard_tags
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 from census_tf_dagster.spending import Budget, Spending
+from census_tf_dagster.templates import validate_resolved
 
 FILTER = "is_primary_data == True and tissue_general in ['blood', 'lung']"
 """An example of what SOMA's parser takes."""
@@ -30,6 +31,14 @@ NAME = "^[A-Za-z0-9_]{1,100}$"
 Owner = Annotated[str, Field(pattern=r"^(team:[A-Za-z0-9_-]+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 
 
+def _location(text: str) -> str:
+    check_location(text)
+    return text
+
+
+Location = Annotated[str, AfterValidator(_location)]
+
+
 class EmbeddingSet(dg.Component, dg.Model):
     """An embedding set: one organism, one TranscriptFormer checkpoint, and how cells are embedded with it."""
 
@@ -38,15 +47,15 @@ class EmbeddingSet(dg.Component, dg.Model):
         description="Name of the set (letters, digits and _): asset key prefix, asset group and folder in the store.",
     )
     organism: str = Field(pattern=NAME, description="Key of the organism under census_data, such as homo_sapiens.")
-    checkpoint: str = Field(
-        min_length=1, description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
+    checkpoint: Location = Field(
+        description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
     )
     checkpoint_fingerprint: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
         description="What the checkpoint must be (the identity's checkpoint_fingerprint); another one is refused.",
     )
-    pretrained_embeddings: list[str] = Field(
+    pretrained_embeddings: list[Location] = Field(
         default_factory=list,
         description="Gene embedding files (.h5) for a species outside the checkpoint's vocabulary.",
     )
@@ -100,6 +109,12 @@ class EmbeddingSet(dg.Component, dg.Model):
         default=None, description="Which node a shard runs on, where it differs from the deployment's placement.yaml."
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _resolved(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Resolve ``{{ env.NAME }}`` in texts, whoever loads them: `check`, Dagster, or another Dagster project."""
+        return validate_resolved(value, handler)
+
     @field_validator("value_filter")
     @classmethod
     def _filter_parses(cls, value: str | None) -> str | None:
@@ -113,11 +128,11 @@ class EmbeddingSet(dg.Component, dg.Model):
         return cls
 
     @classmethod
-    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
-        """Make a set of validated attributes; ``{{ env.NAME }}`` in texts is resolved."""
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:  # noqa: ARG003
+        """Return the validated attributes. Dagster's templates are not evaluated: they can run code."""
         if not isinstance(attributes, cls):
             raise TypeError(f"attributes are {type(attributes).__name__}; expected {cls.__name__}")
-        return cls.model_validate(context.resolution_context.resolve_value(attributes.model_dump(exclude_unset=True)))
+        return attributes
 
     def settings(self, deployment: Placement | None = None) -> SetSettings:
         """Return the set as plain values.

@@ -34,7 +34,8 @@ attributes:
   shards: 96
 ```
 
-Texts may hold `{{ env.NAME }}`, a variable of the process that loads them. All mistakes of all files are shown at once,
+Texts may hold `{{ env.NAME }}`, a variable of the process that loads them. No other template is understood and nothing
+is evaluated, so whoever may write these files cannot run code with them. You see all mistakes of all files at once,
 each with file, line, value and remedy: when Dagster loads them, and by
 
 ```bash

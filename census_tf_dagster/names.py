@@ -1,4 +1,4 @@
-"""Names and locations as users write them: checked, and brought to one form."""
+"""Names, locations and addresses as users write them: checked, and brought to one form."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,15 @@ from pathlib import Path
 from census_tf_dagster.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+LONGEST_LOCATION = 1024
+"""Characters of a location at most: S3 takes keys of this length."""
+
+CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What no name, location or title has: control characters, line breaks, and halves of a UTF-16 pair."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_S3 = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/[^/]+)*/*")
 
 
 def require_name(name: str, what: str) -> str:
@@ -21,6 +30,44 @@ def require_name(name: str, what: str) -> str:
     return name
 
 
+def check_location(text: str) -> None:
+    """Refuse what is neither a folder or file of this machine nor an S3 prefix or object.
+
+    Raises
+    ------
+    ValueError
+        Saying what is wrong and what was expected, in the words that follow a name and the value.
+    """
+    if not text:
+        raise ValueError("It is empty. Expected a path, or s3://BUCKET/PREFIX")
+    if len(text) > LONGEST_LOCATION:
+        raise ValueError(f"It has {len(text)} characters. Expected {LONGEST_LOCATION} at most")
+    if CONTROL_CHARACTERS.search(text):
+        raise ValueError("It has a control character or line break. Expected a path, or s3://BUCKET/PREFIX")
+    if text != text.strip():
+        raise ValueError("It has a space at its start or end. Remove the space")
+    if text.startswith("s3://"):
+        if not _S3.fullmatch(text):
+            raise ValueError(
+                "Expected s3://BUCKET/PREFIX with a bucket's name of 3 to 63 characters, and single slashes"
+            )
+    elif text.lower().startswith("file:"):
+        if not text.startswith("file:///"):
+            raise ValueError("Expected a path, or file:/// followed by an absolute path")
+    elif _SCHEME.match(text):
+        raise ValueError("Expected a path, or s3://BUCKET/PREFIX with s3 in small letters and two slashes")
+    elif text.startswith("~") and not _home_is_known(text):
+        raise ValueError("The user after ~ is unknown on this machine. Write the whole path")
+
+
+def _home_is_known(path: str) -> bool:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        return False
+    return True
+
+
 def normalise(uri: str) -> str:
     """Return `uri` without a trailing slash, a local path as an absolute path."""
     if "://" not in uri:
@@ -31,3 +78,9 @@ def normalise(uri: str) -> str:
 def is_local(uri: str) -> bool:
     """Tell whether `uri` is a path of this machine's file system."""
     return "://" not in uri or uri.startswith("file://")
+
+
+def without_secrets(address: str) -> str:
+    """Return an address as an error may show it: without user and password, and without what follows ``?`` or ``#``."""
+    bare = re.sub(r"(?s)^(\w+:/*)?.*@", lambda found: f"{found[1] or ''}***@", address)
+    return re.sub(r"(?s)([?#]).*", r"\1***", bare)

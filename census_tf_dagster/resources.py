@@ -76,7 +76,7 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             return listed.uri
         if "{release}" not in self.location:
             raise UserError(f"the Census location {self.location!r} must be 'public' or contain '{{release}}'.")
-        uri = normalise(self.location.format(release=release))
+        uri = normalise(self.location.replace("{release}", release))
         there = Path(uri.removeprefix("file://")).is_dir() if is_local(uri) else self.storage().is_folder(uri)
         if not there:
             raise UserError(

@@ -6,9 +6,8 @@ placement, and what to write instead.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import dagster as dg
+from pydantic import BaseModel, ConfigDict, Field
 
 from census_tf_dagster import placement, retention
 from census_tf_dagster.embedding_set import EmbeddingSet
@@ -18,7 +17,6 @@ from census_tf_dagster.retention import Retention
 from census_tf_dagster.yaml_problems import (
     Document,
     Problem,
-    Where,
     mapping_problems,
     model_problems,
     nearest,
@@ -27,8 +25,16 @@ from census_tf_dagster.yaml_problems import (
 )
 
 TYPE = f"{EmbeddingSet.__module__}.{EmbeddingSet.__name__}"
-TOP = ("type", "attributes", "requirements", "template_vars_module", "post_processing")
-"""What Dagster allows at the top of a component's file."""
+TOP = ("type", "attributes", "requirements")
+"""What a set's file has at its top, of what Dagster allows there."""
+CODE = ("template_vars_module", "post_processing")
+"""What Dagster allows as well: it imports the first, and evaluates the second as templates that can run code."""
+
+
+class _Requirements(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    env: list[str] = Field(description="Variables that must be set.")
 
 
 def require_right_files(folder: Path) -> None:
@@ -96,13 +102,19 @@ def _document_problems(document: Document) -> Iterator[Problem]:
         return
     yield from document.repeated_keys()
     for name in content:
-        if name not in TOP:
+        if name in CODE:
+            remedy = "Remove it. A set's file may hold values and {{ env.NAME }}, and no code."
+            yield document.problem((name,), f"{name} is not supported, because it can run code", remedy, key=True)
+        elif name not in TOP:
             in_set = name in EmbeddingSet.model_fields
             remedy = "Indent it below attributes." if in_set else nearest(str(name), TOP)
             yield document.problem((name,), f"{name} is unknown at the top of the file", remedy, key=True)
     if content.get("type") != TYPE:
         what = f"type is {show(content['type'])}" if "type" in content else "type is missing"
         yield document.problem(("type",), what, f"Write `type: {TYPE}`.")
+    if "requirements" in content:
+        required = content["requirements"]
+        yield from model_problems(document, _Requirements, _Requirements.model_validate, required, ("requirements",))
     attributes = content.get("attributes")
     if not isinstance(attributes, dict):
         what = f"attributes is {show(attributes)}" if "attributes" in content else "attributes is missing"
@@ -110,47 +122,13 @@ def _document_problems(document: Document) -> Iterator[Problem]:
             ("attributes",), what, "It should be a mapping with at least name, organism, checkpoint."
         )
         return
-    # A module of variables is the deployment's own code; its templates only Dagster can resolve.
-    problems, resolved = ([], attributes) if "template_vars_module" in content else _resolve(document, attributes)
-    yield from problems or model_problems(document, EmbeddingSet, resolved, ("attributes",))
-
-
-def _resolve(document: Document, attributes: dict[str, Any]) -> tuple[list[Problem], Any]:
-    """Resolve ``{{ env.NAME }}`` as Dagster will."""
-    context = dg.ResolutionContext.default()
-    problems: list[Problem] = []
-
-    def walk(value: Any, where: Where) -> Any:
-        if isinstance(value, dict):
-            return {key: walk(one, (*where, key)) for key, one in value.items()}
-        if isinstance(value, list):
-            return [walk(one, (*where, i)) for i, one in enumerate(value)]
-        if not isinstance(value, str) or not ("{{" in value or "{%" in value):
-            return value
-        name = ".".join(map(str, where))
-        try:
-            resolved = context.resolve_value(value)
-        except Exception as error:  # Jinja raises whatever a template does.
-            reason = str(error).strip().splitlines()[-1].strip()
-            what = f"{name} is {show(value)}, which cannot be resolved: {reason}"
-            remedy = "Close each {{ with }}, write {{ env.NAME }}, and set that variable where Dagster runs."
-            problems.append(document.problem(where, what, remedy))
-            return value
-        if resolved is None or "None" in str(resolved):
-            what = f"{name} is {show(value)}, and the variable is not set"
-            problems.append(document.problem(where, what, "Set it where Dagster runs, or write the value itself."))
-        return resolved
-
-    resolved = walk(attributes, ("attributes",))
-    return problems, resolved
+    yield from model_problems(document, EmbeddingSet, EmbeddingSet.model_validate, attributes, ("attributes",))
 
 
 def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
     """Return what of a set's own placement and the deployment's do not fit together."""
     attributes = document.value["attributes"]
-    if "template_vars_module" in document.value:
-        return []
-    one = EmbeddingSet.model_validate(_resolve(document, attributes)[1])
+    one = EmbeddingSet.model_validate(attributes)
     try:
         shard_tags(one.device, one.placement, read_placement(folder))
     except UserError as error:

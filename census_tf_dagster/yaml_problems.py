@@ -1,7 +1,7 @@
 """What is wrong in a YAML file that a person wrote: file, line, value and remedy, from a pydantic model or by hand."""
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +13,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.templates import Where, validate_resolved
 
 Model = TypeVar("Model", bound=BaseModel)
-
-Where = tuple[str | int, ...]
-"""Keys and list positions from the top of a document to a value."""
 
 LONGEST_VALUE = 80
 
@@ -131,7 +129,8 @@ def mapping_problems(file: Path, model: type[BaseModel], page: str) -> list[Prob
     if len(documents) != 1 or not isinstance(documents[0].value, dict):
         found = documents[0].value if len(documents) == 1 else f"{len(documents)} documents"
         return [Problem(file, 1, f"the file is {show(found)}", f"It should be one mapping; {page} shows it.")]
-    return [*documents[0].repeated_keys(), *model_problems(documents[0], model, documents[0].value)]
+    document = documents[0]
+    return [*document.repeated_keys(), *model_problems(document, model, _resolving(model), document.value)]
 
 
 def read_mapping(file: Path, model: type[Model], page: str) -> Model | None:
@@ -144,7 +143,13 @@ def read_mapping(file: Path, model: type[Model], page: str) -> Model | None:
     """
     if problems := mapping_problems(file, model, page):
         raise UserError("\n".join(map(str, problems)))
-    return model.model_validate(read_documents(file)[0][0].value) if file.exists() else None
+    if not file.exists():
+        return None
+    return _resolving(model)(read_documents(file)[0][0].value)
+
+
+def _resolving(model: type[Model]) -> Callable[[object], Model]:
+    return lambda value: validate_resolved(value, model.model_validate)
 
 
 def show(value: object) -> str:
@@ -160,10 +165,16 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {lower[close[0]]}?" if close else f"Known are: {', '.join(known)}."
 
 
-def model_problems(document: Document, model: type[BaseModel], value: object, prefix: Where = ()) -> list[Problem]:
-    """Return what a pydantic model finds wrong with a value that stands at `prefix` of the document."""
+def model_problems(
+    document: Document,
+    model: type[BaseModel],
+    validate: Callable[[object], object],
+    value: object,
+    prefix: Where = (),
+) -> list[Problem]:
+    """Return what a pydantic model, by its function `validate`, finds wrong with the value at `prefix`."""
     try:
-        model.model_validate(value)
+        validate(value)
     except ValidationError as error:
         return [_explain(document, model, one, prefix) for one in error.errors(include_url=False)]
     return []

@@ -4,12 +4,21 @@ import json
 import re
 import subprocess
 import sys
+import traceback
+import warnings
 from pathlib import Path
+from types import ModuleType
 
+import dagster as dg
 import pytest
+import yaml
+from dagster.components.core.component_tree import ComponentTreeException
 
-from census_tf_dagster.definitions import load_sets
+from census_tf_dagster.definitions import load_sets, load_settings
+from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.placement import read_placement
+from census_tf_dagster.retention import read_retention
 from tests.support import REPOSITORY, Project
 
 GOOD = """\
@@ -71,9 +80,19 @@ CASES = {
         "expected such as: is_primary_data ==",
     ),
     "filter, no test": (GOOD + "  value_filter: tissue\n", 6, "'tissue' compares nothing", "expected such as"),
-    "template variable": (GOOD + "  value_filter: '{{ env.NO_SUCH }}'\n", 6, "variable is not set", "where Dagster"),
-    "template in a text": (GOOD.replace("/models", "x{{ env.NO_SUCH }}"), 5, "variable is not set", "where Dagster"),
-    "template syntax": (GOOD + "  value_filter: '{{ env.X'\n", 6, "cannot be resolved", "Close each {{ with }}"),
+    "template variable": (
+        GOOD + "  value_filter: '{{ env.NO_SUCH }}'\n",
+        6,
+        "{{ env.NO_SUCH }}",
+        "variable NO_SUCH is not set. Set it where Dagster",
+    ),
+    "template in a text": (
+        GOOD.replace("/models", "x{{ env.NO_SUCH }}"),
+        5,
+        "{{ env.NO_SUCH }}",
+        "variable NO_SUCH is not set. Set it where Dagster",
+    ),
+    "template syntax": (GOOD + "  value_filter: '{{ env.X'\n", 6, "'{{ env.X'", "Close each {{ with }}"),
     "YAML": (GOOD + "  shards: [4\n", 6, "this is no YAML", "close what was opened"),
     "tab": (GOOD + "\tshards: 4\n", 6, "this is no YAML", "Indent with spaces"),
     "impossible date": (GOOD + "  mod: 2025-13-45\n", 1, "cannot be read: month must be in 1..12", "in quotes"),
@@ -183,3 +202,146 @@ def test_dagsters_own_loading_shows_it(project: Project) -> None:
 
 def test_the_sets_of_the_package_are_right() -> None:
     assert load_sets(REPOSITORY / "census_tf_dagster" / "defs").assets
+
+
+class Canary:
+    """Code that whoever writes a set's file might want to run, and how to see that it did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "canary"
+        command = f"touch {self.file}"
+        self.templates = {
+            "globals": "{{ cycler.__init__.__globals__.os.system('" + command + "') }}",
+            "statement": "{% if cycler.__init__.__globals__.os.system('" + command + "') %}{% endif %}",
+            "behind a variable": "{{ env.HOME }}{{ lipsum.__globals__.os.system('" + command + "') }}",
+            "of env": "{{ env.__class__.__init__.__globals__.os.system('" + command + "') }}",
+        }
+
+
+@pytest.fixture
+def canary(tmp_path_factory: pytest.TempPathFactory) -> Canary:
+    return Canary(tmp_path_factory.mktemp("canary"))
+
+
+KINDS_OF_TEMPLATE = ("globals", "statement", "behind a variable", "of env")
+
+
+def refusal_of_dagster(folder: Path) -> str:
+    """Load a folder as a Dagster project does that knows the component and not this package's own checks."""
+    package = ModuleType("sets_of_another_project")
+    package.__file__, package.__path__ = None, [str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, package.__name__, package)
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        with pytest.raises(ComponentTreeException) as caught:
+            dg.ComponentTree.from_module(package, project_root=folder).build_defs()
+    return "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TEMPLATE)
+@pytest.mark.parametrize("field", ["value_filter", "checkpoint", "title", "owners"])
+def test_a_template_runs_no_code(tmp_path: Path, canary: Canary, kind: str, field: str) -> None:
+    document = yaml.safe_load(GOOD + PUBLICATION)
+    attributes, template = document["attributes"], canary.templates[kind]
+    if field == "title":
+        attributes["publication"]["title"] = template
+    else:
+        attributes[field] = [template] if field == "owners" else template
+    write(tmp_path, yaml.safe_dump(document))
+    (told,) = refusal(tmp_path).splitlines()[1:]
+    assert "{{ env.NAME }} is the only template that is understood" in told
+    assert "only template that is understood" in refusal_of_dagster(tmp_path)
+    assert not canary.file.exists()
+
+
+@pytest.mark.parametrize("name", ["placement.yaml", "retention.yaml"])
+def test_a_template_of_the_deployment_runs_no_code(tmp_path: Path, canary: Canary, name: str) -> None:
+    write(tmp_path, GOOD)
+    entry = "gpu_type" if name == "placement.yaml" else "policy"
+    path = write(tmp_path, f'{entry}: "{canary.templates["globals"]}"\n', name)
+    assert f'{path}:1: {entry} is "{{{{ cycler' in refusal(tmp_path)
+    assert not canary.file.exists()
+
+
+def test_dg_check_runs_no_code(tmp_path: Path, canary: Canary) -> None:
+    write(tmp_path / "my_sets" / "defs", GOOD + f'  value_filter: "{canary.templates["globals"]}"\n')
+    write(
+        tmp_path,
+        '[project]\nname = "my_sets"\n[tool.dg]\ndirectory_type = "project"\n'
+        '[tool.dg.project]\nroot_module = "my_sets"\nregistry_modules = ["census_tf_dagster"]\n',
+        "pyproject.toml",
+    )
+    (tmp_path / "my_sets" / "__init__.py").touch()
+    command = [str(Path(sys.executable).with_name("dg")), "check", "yaml", "my_sets/defs/one"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not canary.file.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD + "template_vars_module: .code\n",
+        GOOD + "template_vars_module: census_tf_sets.one.code\n",
+        GOOD + "post_processing:\n  assets:\n  - attributes:\n      kinds: ['TEMPLATE']\n",
+    ],
+    ids=["relative module", "module", "post-processing"],
+)
+def test_a_file_cannot_name_code(tmp_path: Path, canary: Canary, text: str) -> None:
+    path = write(tmp_path, text.replace("'TEMPLATE'", f'"{canary.templates["globals"]}"'))
+    write(tmp_path, f"import pathlib; pathlib.Path({str(canary.file)!r}).touch()\n", "one/code.py")
+    assert f"{path}:6: {text.splitlines()[5].split(':')[0]} is not supported, because it can run code" in refusal(
+        tmp_path
+    )
+    assert not canary.file.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("shards: '{{ env.SECRET }}'", "a valid integer"),
+        ("device: '{{ env.SECRET }}'", "'cuda' or 'cpu'"),
+        ("checkpoint_fingerprint: 'x{{ env.SECRET }}'", "match pattern"),
+        ("value_filter: '{{ env.SECRET }}'", "With its variables put in, the value is refused"),
+        ("value_filter: \"tissue == '{{ env.SECRET }}' or {{ env.SECRET }}\"", "the value is refused"),
+        ("auto_start: '{{ env.SECRET }}'", "'off' or 'on'"),
+        ("owners: ['{{ env.SECRET }}']", "match pattern"),
+        ("placement: {purchase: '{{ env.SECRET }}'}", "'on_demand' or 'spot'"),
+        ("publication: {model_link: '{{ env.SECRET }}'}", "URL of the model"),
+        ("colour: '{{ env.SECRET }}'", "Known are"),
+    ],
+)
+def test_a_refused_value_does_not_show_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, remedy: str
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2 hunter2")
+    write(tmp_path, GOOD + f"  {line}\n")
+    told = refusal(tmp_path)
+    assert remedy in told
+    assert "hunter2" not in told
+    shown = refusal_of_dagster(tmp_path)
+    assert "SECRET" in shown
+    assert "hunter2" not in shown
+
+
+def test_a_variable_is_put_in_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTER", "{{ env.INNER }}")
+    monkeypatch.setenv("INNER", "hunter2")
+    one = EmbeddingSet(name="one", organism="x", checkpoint="/models/{{ env.OUTER }}")
+    assert one.checkpoint == "/models/{{ env.INNER }}"
+
+
+def test_any_text_may_hold_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NAME", "uno"), ("FILTER", "is_primary_data == True"), ("POLICY", "keep"), ("KIND", "spot")):
+        monkeypatch.setenv(name, value)
+    write(tmp_path, GOOD.replace("one", "'{{ env.NAME }}'") + "  value_filter: '{{env.FILTER}}'\n")
+    write(tmp_path, "policy: '{{ env.POLICY }}'\n", "retention.yaml")
+    write(tmp_path, "purchase: '{{ env.KIND }}'\n", "placement.yaml")
+    (settings,) = load_settings(tmp_path).values()
+    assert (settings.name, settings.value_filter) == ("uno", "is_primary_data == True")
+    assert load_sets(tmp_path).assets
+    assert read_retention(tmp_path).policy == "keep"
+    placement = read_placement(tmp_path)
+    assert placement is not None
+    assert placement.purchase == "spot"

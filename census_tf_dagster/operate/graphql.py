@@ -7,6 +7,10 @@ from typing import Any, Self
 import requests
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.names import without_secrets
+
+SHOWN = 80
+"""Characters of a wrong address that an error shows."""
 
 TIMEOUT_SECONDS = (5.0, 60.0)
 """To connect, and to wait for an answer."""
@@ -29,10 +33,13 @@ class Deployment:
         Raises
         ------
         UserError
-            When it is no http address.
+            When it is no http address, or one with a user; a password is not shown.
         """
-        if not re.fullmatch(r"https?://([^/?#\s:]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[^?#\s]*)?", url, re.ASCII):
-            raise UserError(f"the webserver's address is {url!r}; expected http://HOST:PORT or https://HOST[/PATH].")
+        if not re.fullmatch(r"https?://([^/?#\s:@]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[^?#\s]*)?", url, re.ASCII):
+            raise UserError(
+                f"the webserver's address is {without_secrets(url)[:SHOWN]!r}; expected http://HOST:PORT or "
+                "https://HOST[/PATH], without user and password."
+            )
         return cls(url.rstrip("/").removesuffix("/graphql"))
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
