@@ -373,16 +373,16 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 def _prune(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.definitions import sets_folder, store_resource
-    from census_tf_dagster.operate.prune import apply, candidates, digest
+    from census_tf_dagster.operate.prune import apply, candidates, confirms, digest
     from census_tf_dagster.retention import read_retention
 
     resource, retention = store_resource(), read_retention(sets_folder())
     store, storage = resource.uri(), resource.storage()
     chosen = candidates(store, storage, retention)
     word = digest(chosen)
-    if arguments.confirm not in (None, word):
+    if arguments.confirm and not confirms(arguments.confirm, chosen):
         raise UserError(f"--confirm {arguments.confirm}: what would go is now {word}. Nothing was done; look again.")
-    done = apply(store, storage, retention, chosen) if arguments.confirm else []
+    done = apply(store, storage, retention, chosen, arguments.confirm) if arguments.confirm else []
     if arguments.json:
         names = [one.name for one in chosen]
         print(json.dumps({"policy": retention.policy, "chosen": names, "word": word, "done": bool(arguments.confirm)}))

@@ -37,6 +37,7 @@ from census_tf_dagster.assets.common import release_job
 from census_tf_dagster.assets.retention import build_retention
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.lost_work import build_lost_work, marking_executor
 from census_tf_dagster.names import is_local
 from census_tf_dagster.placement import read_placement
 from census_tf_dagster.release_watch import Kinds, build_release_watch, read_kinds
@@ -109,9 +110,10 @@ def build_definitions(
         sets,
         build_release_watch(kinds, plans),
         build_retention(retention or Retention()),
+        build_lost_work(),
         dg.Definitions(
             resources={"census": census, "store": store},
-            executor=dg.in_process_executor,
+            executor=marking_executor,
         ),
     )
 

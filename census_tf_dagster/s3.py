@@ -18,6 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.proxies import proxy_for, tiledb_proxy
 
 PATIENCE = {
     # Tries of a request that fails (500, reset, time-out, refused), with doubling pauses: 51 s of pauses in all.
@@ -57,6 +58,16 @@ class S3Settings:
     endpoint: str = ""
     anonymous: bool = False
 
+    @property
+    def address(self) -> str:
+        """URL of the server, by which a proxy is chosen."""
+        return self.endpoint or f"https://s3.{self.region or 'us-east-1'}.amazonaws.com"
+
+    def proxies(self) -> dict[str, str]:
+        """Return the proxy as boto3 takes it, which would use one for this machine itself, too."""
+        proxy = proxy_for(self.address)
+        return {urlparse(self.address).scheme: proxy} if proxy else {}
+
     def tiledb_config(self) -> dict[str, str]:
         """Return these settings as TileDB configuration keys."""
         config = dict(PATIENCE)
@@ -71,7 +82,7 @@ class S3Settings:
             config["vfs.s3.use_virtual_addressing"] = "false"
         if self.anonymous:
             config["vfs.s3.no_sign_request"] = "true"
-        return config
+        return config | tiledb_proxy(self.address)
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class S3Objects:
             "s3",
             region_name=self._settings.region or None,
             endpoint_url=self._settings.endpoint or None,
-            config=Config(**OBJECT_PATIENCE, **signing),
+            config=Config(**OBJECT_PATIENCE, **signing, proxies=self._settings.proxies()),
         )
 
     def exists(self, uri: str) -> bool:

@@ -101,7 +101,12 @@ class Handler(BaseHTTPRequestHandler):
     def forward(self, body: bytes, fault: str | None) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in SPENT}
-        connection.request(self.command, self.path, body=body or None, headers=headers)
+        path = self.path
+        if path.startswith("http://"):
+            # As a forward proxy is asked, for a host that only it would find.
+            path = f"/{path.split('/', 3)[3]}"
+            headers["Host"] = f"127.0.0.1:{self.server.upstream}"
+        connection.request(self.command, path, body=body or None, headers=headers)
         response = connection.getresponse()
         content = response.read()
         connection.close()

@@ -8,7 +8,7 @@ import pytest
 from census_tf_dagster.steps.embedding import embed_shard
 from census_tf_dagster.steps.finishing import finish_array
 from census_tf_dagster.steps.planning import make_plan
-from tests.builders import tiny
+from tests.builders import age, tiny
 from tests.support import BOUND, RELEASE, Oracle, Project
 
 
@@ -36,6 +36,7 @@ def test_inspect_shows_what_is_there_and_remove_asks_twice(project: Project) -> 
     identity = half["identity"]
     assert f"tiny/{RELEASE}/{identity}  3/3 shards  200/200 cells" in project.command("inspect").stdout
     folder = project.folder / "store" / "tiny" / RELEASE / identity
+    age(folder)
     first = project.command("remove", "tiny", RELEASE, identity)
     assert first.returncode == 1
     assert f"repeat the command with --confirm {identity}" in first.stderr

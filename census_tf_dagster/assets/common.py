@@ -111,12 +111,14 @@ def partition_job(
     require_device: bool = False,
 ) -> Iterator["Job"]:
     """Open the job of a partition; what a user can mend fails the run at once, without retries."""
+    from census_tf_dagster.store.removal import noticing_removal
+
     try:
         if require_device and settings.device == "cuda":
             from census_tf_dagster.inference.devices import require_gpu
 
             require_gpu(settings.name, release)
-        with release_job(settings, release, census, store) as job:
+        with release_job(settings, release, census, store) as job, noticing_removal(job.store, job.folder):
             yield job
     except UserError as error:
         raise final_failure(str(error)) from error

@@ -17,6 +17,7 @@ from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad,
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.partitions import RELEASES
 from census_tf_dagster.resources import CensusResource, StoreResource
+from census_tf_dagster.worker_process import WorkerProcess
 
 FOLDER = Path("demo-data")
 RELEASE = "2025-11-08"
@@ -28,6 +29,16 @@ concurrency:
   runs:
     # Shards of one machine share its devices.
     max_concurrent_runs: 1
+# A run that does not start, or does not end when it is cancelled, fails; the sensor lost_work ends those whose worker
+# is gone.
+run_monitoring:
+  enabled: true
+  start_timeout_seconds: 600
+# For lost workers; what an asset raises is for a person.
+run_retries:
+  enabled: true
+  max_retries: 3
+  retry_on_asset_or_op_failure: false
 """
 """The Dagster instance of one machine."""
 SETS_FOLDER = Path(__file__).parent.parent / "defs"
@@ -137,6 +148,7 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
                 partition_key=partition,
                 instance=instance,
                 resources=resources,
+                tags=WorkerProcess.this("").tags(),
                 run_config={"loggers": {"console": {"config": {"log_level": "ERROR"}}}},
             )
             metadata = result.asset_materializations_for_node(key.to_python_identifier())[0].metadata

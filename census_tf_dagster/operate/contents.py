@@ -3,12 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import tiledb
+import tiledbsoma
+
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.names import require_name
 from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.proof import proved_shards, release_state
+from census_tf_dagster.store.removal import begin, begun, finish, how_to_finish, require_quiet
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Holding:
     bytes
         Size of everything below its folder.
     state
-        ``unproved``, ``stale`` or ``proved``; ``damaged`` when it cannot be read, with the reason in `problem`.
+        ``unproved``, ``stale`` or ``proved``; ``removing`` when its removal was begun and not finished; ``damaged``
+        when it cannot be read, with the reason in `problem`.
     """
 
     set: str
@@ -58,7 +64,7 @@ def inspect_store(store: str, storage: Storage) -> Iterator[Holding]:
 
 
 def remove_release(store: str, storage: Storage, name: str, release: str, identity: str, confirm: str | None) -> str:
-    """Remove one identity's plan, array and proofs, if asked for twice.
+    """Remove one identity's plan, array and proofs, or what an earlier removal left of them, if asked for twice.
 
     Parameters
     ----------
@@ -77,19 +83,23 @@ def remove_release(store: str, storage: Storage, name: str, release: str, identi
     Raises
     ------
     UserError
-        When there is no such data, or it was not asked for twice; nothing was removed.
+        When there is no such data, it was not asked for twice, or something may be writing to it; nothing was removed.
     """
-    found = [h for h in inspect_store(store, storage) if (h.set, h.release, h.identity) == (name, release, identity)]
-    if not found:
+    for given, what in ((name, "set"), (release, "release"), (identity, "identity")):
+        require_name(given, what)
+    root = f"{store}/{name}/{release}/{identity}"
+    if not storage.is_folder(root):
         raise UserError(f"{store} holds no {name}/{release}/{identity}; `inspect` shows what it holds.")
-    holding = found[0]
+    holding = _look(storage, root)
     what = f"{name}/{release}/{identity}: {holding.cells_stored:,} cells, {holding.bytes:,} bytes ({holding.state})"
+    require_quiet(storage, root)
     if confirm != identity:
         raise UserError(
             f"this would remove {what}, for ever. Nothing was removed. To do it, repeat the command with "
             f"--confirm {identity}"
         )
-    storage.remove_folder(f"{store}/{name}/{release}/{identity}")
+    begin(storage, root)
+    finish(storage, root)
     return what
 
 
@@ -100,6 +110,9 @@ def _folders(storage: Storage, uri: str) -> list[str]:
 def _look(storage: Storage, root: str) -> Holding:
     name, release, identity = root.split("/")[-3:]
     folder = ReleaseFolder(root)
+    if begun(storage, root) is not None:
+        problem = f"its removal was begun and not finished. {how_to_finish(root)}"
+        return Holding(name, release, identity, bytes=storage.size(root), state="removing", problem=problem)
     try:
         plan = read_plan(storage, folder.plan)
         array, _ = EmbeddingsArray.look(folder.array, storage)
@@ -114,5 +127,5 @@ def _look(storage: Storage, root: str) -> Holding:
             bytes=storage.size(root),
             state=release_state(array, plan),
         )
-    except UserError as error:
-        return Holding(name, release, identity, bytes=storage.size(root), problem=str(error))
+    except (UserError, tiledb.TileDBError, tiledbsoma.SOMAError, RuntimeError, ValueError, KeyError) as error:
+        return Holding(name, release, identity, bytes=storage.size(root), problem=str(error).partition("\n")[0])

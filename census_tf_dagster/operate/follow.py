@@ -44,6 +44,8 @@ class Progress:
     array: str | None
     copied: int | None = None
     """Shards whose reused cells are there; None when the set has none."""
+    stuck: int = 0
+    """Runs whose worker is gone, or whose retry has not started."""
 
 
 def follow(deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill) -> int:
@@ -110,6 +112,7 @@ class _Watch:
             copied=sum(_state(self.runs.get((REUSED, one))) == "done" for one in self.partitions)
             if self.backfill.work.reused
             else None,
+            stuck=sum(run.owed_retry or (run.status in RUNNING and _is_lost(run)) for run in self.runs.values()),
         )
         return self.backfill
 
@@ -123,6 +126,7 @@ class _Watch:
         )
         parts += [] if now.copied is None else [f"copies {now.copied}/{len(self.partitions)} done"]
         parts += [f"array {now.array}"] if now.array else []
+        parts += [f"{now.stuck} stuck (`status` says why)"] if now.stuck else []
         if now.running or now.left:
             seconds = self._seconds_left()
             parts.append("time left unknown" if seconds is None else f"about {duration(seconds)} left for shards")
@@ -144,6 +148,10 @@ class _Watch:
             now=time.time(),
             unrequested=len(unrequested),
         )
+
+
+def _is_lost(run: Run) -> bool:
+    return run.worker is not None and run.worker.alive() is False
 
 
 def _state(run: Run | None) -> str:

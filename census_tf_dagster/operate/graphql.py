@@ -3,11 +3,13 @@
 import re
 from dataclasses import dataclass
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import requests
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.names import without_secrets
+from census_tf_dagster.proxies import is_loopback, proxy_for
 
 SHOWN = 80
 """Characters of a wrong address that an error shows."""
@@ -52,25 +54,34 @@ class Deployment:
         UserError
             When the answer is not GraphQL, or says that the query failed.
         """
+        proxy = proxy_for(self.url)
+        through = f" through the proxy {without_secrets(proxy)}" if proxy else ""
+        hint = " Or name the host in NO_PROXY, if it needs no proxy." if proxy else ""
         try:
             response = requests.post(
-                f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=TIMEOUT_SECONDS
+                f"{self.url}/graphql",
+                json={"query": query, "variables": variables},
+                timeout=TIMEOUT_SECONDS,
+                # What is named here is asked without a proxy.
+                proxies={"no_proxy": str(urlsplit(self.url).hostname)} if is_loopback(self.url) else None,
             )
         except requests.RequestException as error:
             raise NoAnswerError(
-                f"no answer from the webserver at {self.url} ({type(error).__name__}): start it (`dagster-webserver -w "
-                "workspace.yaml`, or `dagster dev`), or name another one with --url or CENSUS_TF_DAGSTER_URL."
+                f"no answer from the webserver at {self.url}{through} ({type(error).__name__}): start it "
+                "(`dagster-webserver -w workspace.yaml`, or `dagster dev`), or name another one with --url or "
+                f"CENSUS_TF_DAGSTER_URL.{hint}"
             ) from error
+        code = f"HTTP {response.status_code}{through}"
         if response.status_code in (502, 503, 504):
-            raise NoAnswerError(f"the webserver at {self.url} is not up: HTTP {response.status_code}. Try again.")
+            raise NoAnswerError(f"the webserver at {self.url} is not up: {code}. Try again.{hint}")
         try:
             answer = response.json()
         except requests.JSONDecodeError:
             answer = None
         if not isinstance(answer, dict) or not answer.keys() & {"data", "errors"}:
             raise UserError(
-                f"{self.url}/graphql answers HTTP {response.status_code} without GraphQL; expected the address of a "
-                "dagster-webserver: name it with --url or CENSUS_TF_DAGSTER_URL."
+                f"{self.url}/graphql answers {code} without GraphQL; expected the address of a dagster-webserver: name "
+                f"it with --url or CENSUS_TF_DAGSTER_URL.{hint}"
             )
         if answer.get("errors"):
             messages = "; ".join(str(error.get("message", error)) for error in answer["errors"][:3])

@@ -9,9 +9,10 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import Backfill, Work, cancel, fetch, find_going, start
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
-from census_tf_dagster.operate.runs import materializations
+from census_tf_dagster.operate.runs import LOST_WORK, RUNNING, fetch_runs, materializations
 from census_tf_dagster.operate.sets import PLAN, REUSED, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact, parse_shards
+from census_tf_dagster.operate.stuck import find_stuck, nobody_mends
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
@@ -95,13 +96,13 @@ def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> W
 
 def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work) -> Backfill:
     """Find the backfill that goes on, or start one."""
-    if going := find_going(deployment, found, release):
-        return _attach(deployment, found, release, going, work)
     if not deployment.ask(DAEMON)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]:
         raise UserError(
             f"the deployment at {deployment.url} has no dagster-daemon: nothing would start. Run `dagster-daemon run "
             "-w workspace.yaml` with the same DAGSTER_HOME, then launch again."
         )
+    if going := find_going(deployment, found, release):
+        return _attach(deployment, found, release, going, work)
     backfill = fetch(deployment, found, release, start(deployment, found, release, work))
     # Another launch may have looked before this one had started; all but the first give way.
     first = find_going(deployment, found, release)
@@ -126,7 +127,21 @@ def _attach(deployment: Deployment, found: RemoteSet, release: str, going: Backf
             f"backfill {going.id} of {found.name} {release} goes on with {going.work}; asked for: {work}. Follow "
             f"it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{going.id}"
         )
+    running = [
+        run
+        for run in fetch_runs(deployment, found, {"statuses": sorted(RUNNING)})
+        if run.partition.partition("|")[0] == release
+    ]
+    stuck = find_stuck(deployment, found, release, running)
+    if to_switch_on := nobody_mends(deployment, found, stuck):
+        raise UserError(
+            f"backfill {going.id} of {found.name} {release} waits for what nothing mends: {stuck[0]}. To have it "
+            f"mended, {to_switch_on}; then launch again."
+        )
     print(f"attached to backfill {going.id} of {found.name} {release}, which goes on: {going.work}", flush=True)
+    for one in stuck:
+        mends = f" (the sensor {LOST_WORK} mends this within minutes)" if one.mends_itself else ""
+        print(f"stuck: {one}{mends}", flush=True)
     return going
 
 

@@ -11,7 +11,7 @@ MOST_AT_ONCE = 200
 """Shards that one query asks for."""
 
 ONE = """s{number}: assetObservations(partitions: [$p{number}], limit: 1) {{
-  runId
+  runId timestamp
   metadataEntries {{
     label
     ... on IntMetadataEntry {{ intRepr }} ... on FloatMetadataEntry {{ floatValue }} ... on TextMetadataEntry {{ text }}
@@ -26,6 +26,8 @@ class ShardProgress:
     cells_done: int
     cells_per_second: float
     limited_by: str
+    at: float
+    """When it said so, in seconds since 1970."""
 
 
 def progress_of(deployment: Deployment, of: RemoteSet, running: Sequence[Run]) -> dict[str, ShardProgress]:
@@ -46,11 +48,11 @@ def progress_of(deployment: Deployment, of: RemoteSet, running: Sequence[Run]) -
             for one in node[f"s{number}"]:
                 # An observation of another run is of an earlier try.
                 if one["runId"] == run.id:
-                    found[run.partition] = _read(one["metadataEntries"])
+                    found[run.partition] = _read(one["metadataEntries"], float(one["timestamp"]) / 1000)
     return found
 
 
-def _read(entries: Sequence[dict[str, object]]) -> ShardProgress:
+def _read(entries: Sequence[dict[str, object]], at: float) -> ShardProgress:
     values = {
         str(entry["label"]): next((entry[kind] for kind in ("intRepr", "floatValue", "text") if kind in entry), None)
         for entry in entries
@@ -59,4 +61,5 @@ def _read(entries: Sequence[dict[str, object]]) -> ShardProgress:
         cells_done=int(str(values.get("cells_done", 0))),
         cells_per_second=float(str(values.get("cells_per_second", 0.0))),
         limited_by=str(values.get("limited_by", "unknown")),
+        at=at,
     )

@@ -2,7 +2,7 @@
 
 A policy touches finished and left work of older releases only: never the newest
 proved array of a set, never a release that was written to lately, never what another plan names as its source, never
-what cannot be read.
+what cannot be read. A removal that was cut short is finished first of all.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from census_tf_dagster.operate.contents import Holding, inspect_store
 from census_tf_dagster.retention import FILE, Retention
 from census_tf_dagster.s3 import ARCHIVE_CLASS
 from census_tf_dagster.storage import Storage
+from census_tf_dagster.store.removal import begin, begun, finish
 
 DAY = 86400.0
 NOTICE_DAYS = 6.5
@@ -31,6 +32,8 @@ class Candidate:
 
     holding: Holding
     idle_days: int
+    confirmed: str | None = None
+    """The word with which its removal was begun; None when it was not."""
 
     @property
     def name(self) -> str:
@@ -69,11 +72,18 @@ def candidates(store: str, storage: Storage, retention: Retention) -> list[Candi
         proved = [one for one in holdings if one.state == "proved"]
         newest = max((one.release for one in proved), default=None)
         for one in holdings:
-            kept = one.release not in old or one.state == "damaged" or (one.state == "proved" and one.release == newest)
+            kept = (
+                one.release not in old
+                or one.state in ("damaged", "removing")
+                or (one.state == "proved" and one.release == newest)
+            )
             root = f"{store}/{one.set}/{one.release}/{one.identity}"
+            idle = int((time.time() - storage.last_written(root)) / DAY)
+            if one.state == "removing" and retention.policy == "expire":
+                chosen.append(Candidate(one, idle, begun(storage, root)))
+                continue
             if kept or root in named:
                 continue
-            idle = int((time.time() - storage.last_written(root)) / DAY)
             if idle >= retention.days and not (retention.policy == "archive" and storage.is_archived(root)):
                 chosen.append(Candidate(one, idle))
     return sorted(chosen, key=lambda one: one.name)
@@ -125,8 +135,22 @@ def announce(store: str, storage: Storage, chosen: Sequence[Candidate]) -> list[
     return [one for one in chosen if now - listed[one.name] >= NOTICE_DAYS * DAY]
 
 
-def apply(store: str, storage: Storage, retention: Retention, chosen: Iterable[Candidate]) -> list[str]:
+def confirms(word: str, chosen: Sequence[Candidate]) -> bool:
+    """Tell whether a word names exactly these candidates, or all of them are what is left of those that it named."""
+    return word == digest(chosen) or (bool(chosen) and all(one.confirmed == word for one in chosen))
+
+
+def apply(store: str, storage: Storage, retention: Retention, chosen: Sequence[Candidate], word: str = "") -> list[str]:
     """Do with some candidates what the policy says; return a line about each.
+
+    Parameters
+    ----------
+    store, storage, retention
+        The store and its policy.
+    chosen
+        What it is done to.
+    word
+        What a person confirmed, with which a removal that is cut short can be repeated.
 
     Raises
     ------
@@ -139,10 +163,13 @@ def apply(store: str, storage: Storage, retention: Retention, chosen: Iterable[C
             "keep or expire."
         )
     done = []
+    if retention.policy == "expire":
+        for one in chosen:
+            begin(storage, f"{store}/{one.name}", one.confirmed or word)
     for one in chosen:
         root = f"{store}/{one.name}"
         if retention.policy == "expire":
-            storage.remove_folder(root)
+            finish(storage, root)
             done.append(f"removed {one}")
         elif retention.policy == "archive":
             storage.archive_folder(root)

@@ -8,9 +8,18 @@ from typing import Any
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.sets import RemoteSet
+from census_tf_dagster.worker_process import WorkerProcess
 
 PAGE = 500
 RECOMPUTE_TAG = "census_tf/recompute"
+WILL_RETRY_TAG, RETRIED_BY_TAG = "dagster/will_retry", "dagster/auto_retry_run_id"
+"""Dagster's own: a failed run will be retried, and which run does so."""
+LOST_WORK = "lost_work"
+"""The sensor that ends runs whose worker is gone, and asks again for retries that were lost."""
+ASKED_AGAIN = "The retry of this run was lost"
+"""How the event begins with which that sensor asks for a retry."""
+LOOK_BACK_DAYS = 14
+"""A retry that was lost longer ago is not looked for."""
 QUEUED = frozenset({"QUEUED", "NOT_STARTED"})
 RUNNING = frozenset({"STARTING", "STARTED", "MANAGED", "SUSPENDED", "CANCELING"})
 
@@ -78,6 +87,10 @@ class Run:
     ended: float | None
     updated: float
     recompute: bool
+    owed_retry: bool = False
+    """Whether it failed, and Dagster announced a retry that has not started."""
+    worker: WorkerProcess | None = None
+    """The process that does its work, once that has begun."""
 
     @property
     def shard(self) -> int:
@@ -124,6 +137,10 @@ def _runs(one: dict[str, Any], set_name: str) -> Iterator[Run]:
                 ended=one["endTime"],
                 updated=one["updateTime"] or one["creationTime"],
                 recompute=tags.get(RECOMPUTE_TAG) == "true",
+                owed_retry=one["status"] == "FAILURE"
+                and tags.get(WILL_RETRY_TAG) == "true"
+                and RETRIED_BY_TAG not in tags,
+                worker=WorkerProcess.of(one["runId"], tags),
             )
 
 
@@ -213,7 +230,10 @@ def failure_reason(deployment: Deployment, run_id: str) -> str:
                 return _step_failure(event)
             if event["__typename"] in ("RunFailureEvent", "RunCanceledEvent"):
                 raised = event.get("error")
-                reason = (raised["message"] if raised else event["message"]).strip()
+                message = (raised["message"] if raised else event["message"]).strip()
+                if message.startswith(ASKED_AGAIN):
+                    continue
+                reason = message
                 if reason.startswith(ENDED_FROM_OUTSIDE):
                     reason = f"its process ended without a word: killed, out of memory, or its node is gone ({reason})"
         if not page["hasMore"]:

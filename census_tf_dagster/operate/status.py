@@ -14,6 +14,7 @@ from census_tf_dagster.operate.backfills import find_going
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.observations import progress_of
 from census_tf_dagster.operate.runs import (
+    LOST_WORK,
     QUEUED,
     RUNNING,
     Materialization,
@@ -26,6 +27,7 @@ from census_tf_dagster.operate.runs import (
 )
 from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.shards import compact
+from census_tf_dagster.operate.stuck import Stuck, find_stuck, nobody_mends
 
 REASONS = 3
 """How many failures are told with their reason."""
@@ -104,6 +106,10 @@ class ReleaseStatus:
     """Until running and waiting shards are done; None when unknown, 0 when none runs or waits."""
     failures: dict[int, str]
     """Why shards failed, of some of them."""
+    stuck: tuple[Stuck, ...]
+    """Runs that do not move."""
+    to_switch_on: str | None
+    """What a person has to do so that those of `stuck` are mended that mend themselves; None: nothing."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it with shards as compact ranges, and the time of finishing."""
@@ -205,6 +211,8 @@ def _release_status(
     mine = [run for run in active if run.asset == SHARDS and run.partition in partitions]
     shards = ShardStates.of(SHARDS, release, found, states)
     told = progress_of(deployment, found, [run for run in mine if run.status in RUNNING])
+    running = [run for run in active if run.status in RUNNING and run.partition.partition("|")[0] == release]
+    stuck = find_stuck(deployment, found, release, running, told)
     return ReleaseStatus(
         release=release,
         plan=states.get((PLAN, release), "missing"),
@@ -223,6 +231,8 @@ def _release_status(
         backfill=going.id if going else None,
         seconds_left=_shards_left(deployment, found, stored, mine) if mine else 0.0,
         failures=dict(_failures(deployment, found, release, shards.failed[:REASONS])),
+        stuck=tuple(stuck),
+        to_switch_on=nobody_mends(deployment, found, stuck),
     )
 
 
@@ -270,9 +280,18 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
         at = finish_time(status.seconds_left).strftime("%Y-%m-%d %H:%M")
         lines.append(f"  finish  shards: {at} (in {duration(status.seconds_left)})")
     lines += [f"  failed  shard {shard}: {reason}" for shard, reason in status.failures.items()]
-    if status.shards.failed:
-        again = f"launch {found.name} {status.release} --shards {compact(status.shards.failed)}"
-        lines.append(f"  again   when that is mended: python -m census_tf_dagster {again}")
+    lines += [f"  stuck   {one}" for one in status.stuck]
+    if status.to_switch_on:
+        lines.append(f"  mends   nothing does: {status.to_switch_on}")
+    elif any(one.mends_itself for one in status.stuck):
+        lines.append(f"  mends   the sensor {LOST_WORK} does, within minutes")
+    retried = {one.partition for one in status.stuck if one.asset == SHARDS}
+    # Those would be waited for by a launch, which helps them no more than waiting without it.
+    failed = [shard for shard in status.shards.failed if found.partition(status.release, shard) not in retried]
+    if failed:
+        ended = f" and backfill {status.backfill} has ended" if status.backfill else ""
+        again = f"launch {found.name} {status.release} --shards {compact(failed)}"
+        lines.append(f"  again   when that is mended{ended}: python -m census_tf_dagster {again}")
     if status.backfill:
         lines.append(f"  launch  backfill {status.backfill} goes on; the same `launch` command follows it")
     return "\n".join(lines)

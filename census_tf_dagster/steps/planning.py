@@ -18,6 +18,7 @@ from census_tf_dagster.steps.listing import filter_warnings, list_cells
 from census_tf_dagster.steps.reuse import NO_SOURCE, FoundSource, find_source
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import write_planned
+from census_tf_dagster.store.removal import require_not_begun
 
 BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 3.8}
 """Stored bytes of a value with its coordinates, compressed: measured on 2,048 features (docs/performance.md)."""
@@ -250,8 +251,10 @@ def make_plan(job: Job) -> PlanSummary:
     Raises
     ------
     UserError
-        As `survey` does, or when an array of another identity, or something else, is in the way.
+        As `survey` does, or when an array of another identity, an unfinished removal or something else is in the
+        way.
     """
+    require_not_begun(job.store, job.folder)
     found = survey(job)
     # First, so that nothing is written when an array of another identity is there.
     job.store.make_place(job.folder.root)
