@@ -96,6 +96,8 @@ class ReleaseStatus:
     cells_planned: int | None
     cells_done: int
     """Cells of shards that were materialized, be they in work again, and those that running shards have told of."""
+    cells_set_aside: int
+    """Planned cells of shards that were materialized that have no embedding; shards and the consumers' list say why."""
     cells_per_second: float
     """Of all running shards that have told of themselves; 0 when none has."""
     limited_by: dict[str, int]
@@ -226,6 +228,7 @@ def _release_status(
         cells_planned=plan.numbers.get("cells") if plan else None,
         cells_done=sum(one.numbers.get("cells", 0) for one in (*stored.values(), *copied.values()))
         + sum(one.cells_done for partition, one in told.items() if partition not in stored),
+        cells_set_aside=sum(one.numbers.get("cells_set_aside", 0) for one in stored.values()),
         cells_per_second=sum(one.cells_per_second for one in told.values()),
         limited_by=dict(Counter(one.limited_by for one in told.values())),
         backfill=going.id if going else None,
@@ -266,7 +269,8 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
         f"  shards  {len(found.shard_keys)}: {status.shards}",
         *([f"  copies  {len(found.shard_keys)}: {status.copies}"] if status.copies else []),
         f"  cells   {status.cells_done:,} of "
-        + ("an unknown number" if status.cells_planned is None else f"{status.cells_planned:,}"),
+        + ("an unknown number" if status.cells_planned is None else f"{status.cells_planned:,}")
+        + (f"; {status.cells_set_aside:,} of them set aside" if status.cells_set_aside else ""),
         f"  array   {status.array}; proved: {proved}" + (f"; {status.array_path}" if status.array_path else ""),
     ]
     if status.approved:

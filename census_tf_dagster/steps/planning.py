@@ -229,6 +229,7 @@ def _find_copies(job: Job, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[
         sources = find_cells(job.store, found.keys, keys)
     except UserError as error:
         return FoundSource(None, "", (*found.passed_over, str(error))), None
+    sources[np.isin(sources, np.array(found.set_aside, np.int64))] = -1
     if not (sources >= 0).any():
         reason = f"{found.source.root}: no cell is the same, with the same genes in the same order"
         return FoundSource(None, "", (*found.passed_over, reason)), None

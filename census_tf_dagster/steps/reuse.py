@@ -9,7 +9,7 @@ from census_tf_dagster.identity import Identity
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.proof import release_state
+from census_tf_dagster.store.proof import all_set_aside, release_state
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,14 @@ class FoundSource:
         The array, and the file with the keys of its cells.
     passed_over
         Newer ones, or all, and why each cannot be used.
+    set_aside
+        Joinids of the earlier release whose cells have no embedding in the array.
     """
 
     source: Source | None
     keys: str
     passed_over: tuple[str, ...]
+    set_aside: tuple[int, ...] = ()
 
 
 NO_SOURCE = FoundSource(None, "", ())
@@ -56,7 +59,8 @@ def find_source(job: Job) -> FoundSource:
                 passed_over.append(f"{name}: other {', '.join(differing)}")
                 continue
             plan = read_plan(job.store, folder.plan)
-            state = release_state(EmbeddingsArray.open(folder.array, job.store, identity), plan)
+            array = EmbeddingsArray.open(folder.array, job.store, identity)
+            state = release_state(array, plan)
         except UserError as error:
             passed_over.append(f"{name}: {error}")
             continue
@@ -66,7 +70,7 @@ def find_source(job: Job) -> FoundSource:
             passed_over.append(f"{name}: planned without `reuse`, so without keys; materialize its obs_id_plan again")
         else:
             source = Source(release=root.rsplit("/", 2)[1], root=root, identity=identity.digest)
-            return FoundSource(source, plan.keys, tuple(passed_over))
+            return FoundSource(source, plan.keys, tuple(passed_over), tuple(all_set_aside(array, plan, folder)))
     return FoundSource(None, "", tuple(passed_over))
 
 
