@@ -2,20 +2,23 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.census.plan import Megabatch, read_plan
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.proof import prove_shard
+from census_tf_dagster.store.mending import mend_shard
+from census_tf_dagster.store.progress import missing_megabatches
+from census_tf_dagster.store.proof import require_shard
+from census_tf_dagster.store.written import NoteBook, Written, read_notes
 from tests.support import RELEASE, Project
 
 N_GENES = 120
@@ -61,11 +64,28 @@ def age(folder: Path, seconds: float = 3600) -> None:
 def fill(job: Job) -> EmbeddingsArray:
     """Plan, and commit and prove values of `value_of`."""
     make_plan(job)
+    for shard in range(job.settings.shards):
+        fill_shard(job, shard)
+    return EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+
+
+def fill_shard(job: Job, shard: int) -> int:
+    """Do as a shard does, with values of `value_of`; return how many megabatches were mended."""
     plan = read_plan(job.store, job.folder.plan)
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    with array.writing() as write:
-        for ids in plan.read_ids(job.store, plan.megabatches):
-            write(ids, value_of(ids, array.n_features))
-    for shard in range(plan.totals.shards):
-        assert not prove_shard(array, plan, job.folder, shard)
-    return array
+    array = EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
+    notebook = NoteBook(job.store, job.folder, plan, shard)
+
+    def commit(some: Sequence[Megabatch]) -> None:
+        with array.writing() as write:
+            for batch, ids in zip(some, plan.read_ids(job.store, some), strict=True):
+                values = value_of(ids, array.n_features)
+                notebook.note(Written.of(batch, ids, values))
+                write(ids, values)
+
+    notes = read_notes(job.store, job.folder, plan, [shard])
+    if missing := missing_megabatches(array, plan, plan.shard(shard), notes):
+        commit(missing)
+        array.gather_metadata()
+    found = require_shard(array, plan, job.folder, shard)
+    assert found is not None
+    return mend_shard(array, plan, job.folder, shard, found, plan.shard(shard), commit) if found else 0

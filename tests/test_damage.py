@@ -18,11 +18,11 @@ import tiledbsoma
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import RuleError, array_state, finish_array, verify_array
+from census_tf_dagster.steps.finishing import RuleError, finish_array, verify_array
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray, Fragment
-from tests.builders import tiny
+from tests.builders import fill, fill_shard, tiny
 from tests.support import Project, read_array
 
 CELL = 57
@@ -34,9 +34,7 @@ def finished(project: Project) -> Iterator[Job]:
     """A finished array of 200 cells in four shards of megabatches of 16."""
     tiny(project)
     with project.job("tiny") as job:
-        make_plan(job)
-        for shard in range(4):
-            embed_shard(job, shard)
+        fill(job)
         finish_array(job)
         yield job
 
@@ -167,9 +165,9 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
         assert wrong(finished, full=damage in SEEN_BY_READING) != {}
         with pytest.raises(RuleError):
             finish_array(finished)
-    embed_shard(finished, shard)
+    fill_shard(finished, shard)
     for other in {0, 1, 2, 3} - {shard} if damage is later_value_of_two_shards else ():
-        embed_shard(finished, other)
+        fill_shard(finished, other)
     finish_array(finished)
     assert wrong(finished) == wrong(finished, full=True) == {}
     after = read_array(finished.folder.array, project.folder)
@@ -180,37 +178,40 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
 def test_cells_of_nobody_go_when_a_shard_runs_again(project: Project) -> None:
     tiny(project, mod=2)
     with project.job("tiny") as job:
-        make_plan(job)
-        for shard in range(4):
-            embed_shard(job, shard)
+        fill(job)
+        finish_array(job)
         before = read_array(job.folder.array, project.folder)
         put(job, [57, 58], [3, 4], [0.125, 0.25])
         assert "1 cells are in the array but not planned, joinids [57]" in wrong(job)["cells"]
-        assert embed_shard(job, shard_of(job, 58)).megabatches_mended == 0
+        # Without the stray fragment each megabatch is right: nothing is computed.
+        assert fill_shard(job, shard_of(job, 58)) == 0
         assert wrong(job) == {}
         after = read_array(job.folder.array, project.folder)
         assert np.array_equal(before.values, after.values)
 
 
-def test_a_finished_shard_that_is_whole_is_read_and_nothing_is_computed(finished: Job) -> None:
-    again = embed_shard(finished, 1)
-    assert (again.megabatches_computed, again.megabatches_mended, again.proved) == (0, 0, True)
-    assert array_state(finished) == "proved"
-
-
-def test_values_of_a_run_that_ended_before_the_proof_are_held_to_its_note(project: Project) -> None:
-    """Damage between the commit and the first reading is no different from damage after it."""
-    tiny(project)
+def test_a_real_shard_mends_itself(project: Project) -> None:
+    tiny(project, shards=1, cells=60)
     with project.job("tiny") as job:
         make_plan(job)
-        embed_shard(job, 1)
+        assert embed_shard(job, 0).megabatches_mended == 0
         before = read_array(job.folder.array, project.folder)
-        Path(job.folder.proof(planned(job).totals.plan, 1)).unlink()
-        put(job, [CELL], [3], [0.125])
-        again = embed_shard(job, 1)
-        # The stray value went, and what was there before it is right.
-        assert (again.proved, again.megabatches_computed) == (True, 0)
+        flipped_values(job)
+        again = embed_shard(job, 0)
+        assert (again.megabatches_computed, again.megabatches_mended, again.proved) == (1, 1, True)
         assert np.array_equal(before.values, read_array(job.folder.array, project.folder).values)
+        whole = embed_shard(job, 0)
+        assert (whole.megabatches_computed, whole.megabatches_mended, whole.proved) == (0, 0, True)
+
+
+def test_values_of_a_run_that_ended_before_the_proof_are_held_to_its_note(finished: Job, project: Project) -> None:
+    """Damage between the commit and the first reading is no different from damage after it."""
+    before = read_array(finished.folder.array, project.folder)
+    Path(finished.folder.proof(planned(finished).totals.plan, shard_of(finished))).unlink()
+    later_value(finished)
+    assert "hold other values than were written" in wrong(finished)["values"]
+    fill_shard(finished, shard_of(finished))
+    assert np.array_equal(before.values, read_array(finished.folder.array, project.folder).values)
 
 
 def test_a_damaged_proof_is_written_anew_by_running_the_shard(finished: Job) -> None:
@@ -218,7 +219,7 @@ def test_a_damaged_proof_is_written_anew_by_running_the_shard(finished: Job) -> 
     content = json.loads(proof.read_bytes())
     for damaged in (b"", b"[]", json.dumps({**content, "megabatches": content["megabatches"][1:]}).encode()):
         proof.write_bytes(damaged)
-        embed_shard(finished, 1)
+        fill_shard(finished, 1)
         assert json.loads(proof.read_bytes()) == content
 
 
@@ -234,9 +235,7 @@ def test_a_census_from_a_clock_that_is_ahead_can_be_read(project: Project) -> No
     tiny(project)
     renamed_into_the_future(project.census, 1)
     with project.job("tiny") as job:
-        make_plan(job)
-        for shard in range(4):
-            assert embed_shard(job, shard).proved
+        fill(job)
         finish_array(job)
     assert np.array_equal(read_array(project.array("tiny"), project.folder).ids, np.arange(200))
 
@@ -244,7 +243,8 @@ def test_a_census_from_a_clock_that_is_ahead_can_be_read(project: Project) -> No
 def test_no_write_of_ours_depends_on_a_clock(finished: Job) -> None:
     names = [one.name for one in opened(finished).fragments()]
     assert all(int(name.split("_")[2]) < 1000 for name in names)
-    embed_shard(finished, 1, recompute=True)
+    later_value(finished)
+    fill_shard(finished, shard_of(finished))
     newest = max(opened(finished).fragments(), key=lambda one: int(one.name.split("_")[2]))
     assert newest.name not in names
     assert int(newest.name.split("_")[2]) < 1000
@@ -273,7 +273,7 @@ def damage_at_random(finished: Job, project: Project, trials: int, seed: int) ->
         differed += not same
         assert same or found, "a change of values was not noticed"
         for shard in range(4):
-            embed_shard(finished, shard)
+            fill_shard(finished, shard)
         finish_array(finished)
         assert wrong(finished, full=True) == {}
         after = read_array(finished.folder.array, project.folder)

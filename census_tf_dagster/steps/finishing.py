@@ -17,7 +17,7 @@ from census_tf_dagster.publication import Publication
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import obs_ids_faults, write_obs_ids
-from census_tf_dagster.store.proof import ProofError, ReleaseProof, prove_release, release_state
+from census_tf_dagster.store.proof import ProofError, ReleaseProof, prove_release, release_state, require_openable
 from census_tf_dagster.store.rules import (
     Finding,
     Rule,
@@ -193,6 +193,7 @@ def _look(
 ) -> tuple[ReleaseProof, list[Finding]]:
     """Check all rules but that of publication."""
     uri = job.folder.array
+    require_openable(uri, job.store, plan, job.folder)
     if wrong := column_faults(uri, job.store):
         # Of such an array nothing else can be read as an embedding.
         raise RuleError([Finding("schema", tuple(wrong))])

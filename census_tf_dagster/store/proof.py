@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from census_tf_dagster.census.plan import Plan
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.storage import Storage
 from census_tf_dagster.store.array import DamagedFragmentsError, EmbeddingsArray, Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.progress import missing_megabatches
@@ -173,6 +174,25 @@ def proved_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> 
     return _still_covered(array, plan, _read_proofs(array, plan, folder))
 
 
+def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFolder) -> None:
+    """Refuse an array with fragments that keep it from being opened.
+
+    Raises
+    ------
+    UserError
+        Naming the shards whose proofs saw these fragments.
+    """
+    try:
+        EmbeddingsArray.look(uri, storage)[0].fragments()
+    except DamagedFragmentsError as error:
+        proofs = _read_proofs(error.array, plan, folder)
+        shards = sorted(shard for shard, proof in proofs.items() if error.reasons.keys() & proof.fragments.keys())
+        raise UserError(f"{error} {f'They are of shards {shards[:10]}.' if shards else ''}".strip()) from error
+    except UserError:
+        # Something else than an array of ours: the rules say what.
+        return
+
+
 def _require_committed(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shards: list[int]) -> None:
     notes = read_notes(array.storage, folder, plan, shards)
     missing = missing_megabatches(array, plan, [batch for shard in shards for batch in plan.shard(shard)], notes)
@@ -306,15 +326,9 @@ def prove_release(
     Raises
     ------
     UserError
-        When shards have not finished, naming them (one without a proof whose cells are all there is read); or when
-        fragments are damaged that keep the array from being opened, naming the shards that wrote them.
+        When shards have not finished, naming them. One without a proof whose cells are all there is read.
     """
     proofs = _read_proofs(array, plan, folder)
-    try:
-        array.fragments()
-    except DamagedFragmentsError as error:
-        shards = sorted(shard for shard, proof in proofs.items() if error.reasons.keys() & proof.fragments.keys())
-        raise UserError(f"{error} {f'They are of shards {shards[:10]}.' if shards else ''}".strip()) from error
     unproved = [shard for shard in range(plan.totals.shards) if shard not in proofs]
     if unproved:
         _require_committed(array, plan, folder, unproved)
