@@ -79,7 +79,7 @@ def kill_at_random_moments(project: Project, kills: int, seed: int) -> None:
                     killed += worker.poll() is None
                     devices = children(worker.pid)
                     worker.send_signal(signal.SIGKILL)
-                    assert gone_within(devices, 5), "a device process outlived its parent"
+                    assert gone_within(devices, 2), "a device process outlived its parent"
                 output += worker.stdout.read()
             computed += output.count("computed")
             done = "done" in output

@@ -1,16 +1,23 @@
 """A process that owns one device: takes tokens, gives embeddings. Started by `devices`, never commits anything.
 
-    python -m census_tf_dagster.inference.device_process
+    python -m census_tf_dagster.inference.device_process PARENT
 
 Reads messages on standard input and answers on standard output (`wire`): first what to load, then any number of
 megabatches. Three threads: one reads ahead, one keeps the device busy, one sends. It ends as soon as its standard
-input is closed, which also happens when the parent is killed.
+input is closed, and on Linux at once when the process PARENT (its id) ends, even if it was killed.
 """
+
+import sys
+
+from census_tf_dagster.inference.orphans import end_with_parent
+
+if __name__ == "__main__":
+    # First of all: importing torch takes seconds.
+    end_with_parent(int(sys.argv[1]))
 
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback

@@ -1,7 +1,7 @@
 """The devices of this machine, each behind a process of its own. Imports no torch.
 
 A process of its own leaves a device alone with its Python: reading, tokens and writing happen elsewhere. The processes
-die with this one: they end when their standard input is closed.
+end with this one, however it ends (`orphans`).
 """
 
 import ctypes
@@ -158,6 +158,8 @@ def open_devices(
 ) -> Iterator[list[Device]]:
     """Start a process for each device and load the model in all of them at once.
 
+    The processes end with the thread that enters this context.
+
     Parameters
     ----------
     prepared, genes
@@ -193,7 +195,7 @@ def open_devices(
 
 @contextmanager
 def _process() -> "Iterator[subprocess.Popen[bytes]]":
-    command = [sys.executable, "-m", "census_tf_dagster.inference.device_process"]
+    command = [sys.executable, "-m", "census_tf_dagster.inference.device_process", str(os.getpid())]
     # Reading and writing share the cores: threads that spin while they wait for each other cost several times the time.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)  # noqa: S603

@@ -1,5 +1,6 @@
 """Upstream's own inference on some cells, in float32, in a process and an environment of its own."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -17,14 +18,15 @@ import scipy.sparse
 
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.orphans import end_with_parent
 from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.steps.job import Job
 
 Embeddings = npt.NDArray[np.float32]
 
 RUN = """
-import os, sys, threading
-# Nobody waits any more: the parent has ended, however it did.
+import os, threading
+# Where the kernel does not do it, this thread ends the command when its parent has ended.
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 import torch
 from transcriptformer.cli import main
@@ -33,6 +35,11 @@ torch.set_float32_matmul_precision("highest")
 main()
 """
 """Upstream's command line; it answers a SIGTERM only after minutes."""
+
+
+def run_upstream() -> str:
+    """Return Python code that runs upstream's command, as a child of this process that ends with it."""
+    return f"{inspect.getsource(end_with_parent)}\nend_with_parent({os.getpid()})\n{RUN}"
 
 
 def find_upstream() -> Path | None:
@@ -86,7 +93,7 @@ def upstream_running(
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as said:
         folder = Path(place)
         adata.write_h5ad(folder / "cells.h5ad")
-        line = [str(command.resolve().with_name("python")), "-c", RUN, *_arguments(job, folder, batch_size)]
+        line = [str(command.resolve().with_name("python")), "-c", run_upstream(), *_arguments(job, folder, batch_size)]
         try:
             process = subprocess.Popen(line, cwd=folder, stdin=subprocess.PIPE, stdout=said, stderr=said)  # noqa: S603
         except OSError as error:
