@@ -177,7 +177,7 @@ class Plan:
                     if table[columns[-1]].null_count:
                         raise ValueError(f"megabatch {batch.index} lacks {columns[-1]}")
                     found.append((ids, table[columns[-1]].to_numpy()))
-        except (ValueError, pa.ArrowInvalid, tiledb.TileDBError) as error:
+        except (ValueError, pa.ArrowInvalid, FileNotFoundError, tiledb.TileDBError) as error:
             raise UserError(
                 f"the plan at {self.folder} is damaged ({error}): materialize obs_id_plan again."
             ) from error
