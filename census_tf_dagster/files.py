@@ -1,10 +1,13 @@
-"""Replacing local files so that a reader, or a machine that loses power, sees the old file or the new one."""
+"""Local files: replaced as a whole, whatever reads them meanwhile or cuts the power; and temporary ones."""
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from census_tf_dagster.errors import UserError
 
 
 @contextmanager
@@ -27,6 +30,22 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is removed with the object that is returned.
+
+    Raises
+    ------
+    UserError
+        When none can be made.
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix="census-tf-")
+    except OSError as error:
+        raise UserError(
+            f"no temporary folder can be made ({error}): set TMPDIR to a folder that can be written, with free space."
+        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.files import temporary_folder
 from census_tf_dagster.placement import FILE
 from census_tf_dagster.s3 import S3Objects, S3Settings
 
@@ -42,7 +43,7 @@ def fetch_sets(uri: str, s3: S3Settings) -> Path:
     for name, size in wanted.items():
         if size > LARGEST:
             raise UserError(f"{prefix}/{name} has {size} bytes, and the YAML of a set has {LARGEST} at most.")
-    held = tempfile.TemporaryDirectory(prefix="census-tf-sets-")
+    held = temporary_folder()
     _FETCHED.append(held)
     folder = Path(held.name)
     for name in wanted:

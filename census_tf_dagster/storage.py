@@ -6,7 +6,6 @@ Knows nothing of arrays' contents.
 
 import io
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ import tiledb
 import tiledbsoma
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.files import replacing
+from census_tf_dagster.files import replacing, temporary_folder
 from census_tf_dagster.names import is_local
 from census_tf_dagster.s3 import S3Object, S3Objects, S3Settings
 
@@ -34,6 +33,11 @@ UNCHECKED_WRITES = dict.fromkeys(("sm.check_coord_dups", "sm.check_coord_oob", "
 """TileDB's own checks of each coordinate cost a third of a write; `EmbeddingsArray.write` checks beforehand."""
 
 
+WRITABLE = "make the store writable, and free space where its disk is full"
+SIGNS_OF_LACK = ("std::bad_alloc", "Error initializing thread pool")
+"""What TileDB says when the system gives it no memory, or no memory for threads."""
+
+
 class Storage:
     """Access to one place with one set of S3 settings.
 
@@ -46,7 +50,8 @@ class Storage:
     def __init__(self, s3: S3Settings | None = None) -> None:
         self.s3 = s3 or S3Settings()
         config = {**self.s3.tiledb_config(), **NO_PARALLEL_MERGE, **MANY_AT_ONCE}
-        self.tiledb_ctx = tiledb.Ctx(config)
+        with naming_lack_of_memory():
+            self.tiledb_ctx = tiledb.Ctx(config)
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.
         self.soma_context = tiledbsoma.SOMATileDBContext(
@@ -127,8 +132,17 @@ class Storage:
                 self._objects.archive(one)
 
     def remove_folder(self, uri: str) -> None:
-        """Delete the folder `uri` and all below it."""
-        self._vfs.remove_dir(uri)
+        """Delete the folder `uri` and all below it.
+
+        Raises
+        ------
+        UserError
+            When it may not be deleted.
+        """
+        try:
+            self._vfs.remove_dir(uri)
+        except tiledb.TileDBError as error:
+            raise UserError(f"{uri} cannot be removed ({error}): make it writable, and run this again.") from error
 
     def remove_file(self, uri: str) -> None:
         """Delete the file `uri`."""
@@ -152,27 +166,49 @@ class Storage:
         Raises
         ------
         UserError
-            When nothing stands there.
+            When there is none, or it cannot be read.
         """
+        content = None
         if not is_local(uri):
             content = self._objects.read(uri)
-        else:
-            content = _path(uri).read_bytes() if self.exists(uri) else None
+        elif self.exists(uri):
+            with _naming(uri, "read", "make it readable"):
+                content = _path(uri).read_bytes()
         if content is None:
             raise UserError(f"no file at {uri}.")
         return content
 
     def open(self, uri: str) -> io.BufferedReader:
-        """Open a file for seeking reads."""
-        return io.BufferedReader(self._vfs.open(uri, "rb"), buffer_size=2**20)
+        """Open a file for seeking reads.
+
+        Raises
+        ------
+        FileNotFoundError, tiledb.TileDBError
+            When there is none: a local one, one on S3.
+        UserError
+            When it cannot be read.
+        """
+        if not is_local(uri):
+            return io.BufferedReader(self._vfs.open(uri, "rb"), buffer_size=2**20)
+        # Not by TileDB, which syncs what it closes: that fails on a disk that is read-only.
+        with _naming(uri, "read", "make it readable"):
+            return io.BufferedReader(io.FileIO(_path(uri)), buffer_size=2**20)
 
     def write(self, uri: str, content: bytes) -> None:
-        """Replace the file at `uri` as a whole: a reader sees the old or the new one, never a part."""
-        if is_local(uri):
-            with replacing(_path(uri)) as partial:
-                partial.write_bytes(content)
-        else:
+        """Replace the file at `uri` as a whole: a reader sees the old or the new one, never a part.
+
+        Raises
+        ------
+        UserError
+            When the place may not be written, or is full.
+        StoreError
+            When S3 stays unreachable.
+        """
+        if not is_local(uri):
             self._objects.write(uri, content)
+            return
+        with _naming(uri, "written", WRITABLE), replacing(_path(uri)) as partial:
+            partial.write_bytes(content)
 
     def find_object(self, uri: str) -> S3Object | None:
         """Return what S3 says of the object at `uri`; None when there is none."""
@@ -180,15 +216,27 @@ class Storage:
 
     @contextmanager
     def writing(self, uri: str) -> Iterator[IO[bytes]]:
-        """Replace the file at `uri` piece by piece; it is there as a whole once this ends without an error."""
+        """Replace the file at `uri` piece by piece; it is there as a whole once this ends without an error.
+
+        Raises
+        ------
+        UserError
+            When the place may not be written, or is full; for S3, the folder of temporary files.
+        StoreError
+            When S3 stays unreachable.
+        """
         if is_local(uri):
-            with replacing(_path(uri)) as partial, partial.open("wb") as file:
+            with _naming(uri, "written", WRITABLE), replacing(_path(uri)) as partial, partial.open("wb") as file:
                 yield file
-        else:
-            with tempfile.NamedTemporaryFile(prefix="census-tf-") as file:
+            return
+        with temporary_folder() as folder:
+            part = Path(folder) / "part"
+            with (
+                _naming(folder, "written", "free space there, or set TMPDIR to another folder"),
+                part.open("wb") as file,
+            ):
                 yield file
-                file.flush()
-                self._objects.upload(uri, Path(file.name))
+            self._objects.upload(uri, part)
 
     def download(self, uri: str, path: Path, expected: S3Object) -> None:
         """Copy an object of S3 to the local `path`, atomically.
@@ -200,6 +248,38 @@ class Storage:
         """
         with replacing(path) as partial:
             self._objects.download(uri, partial, expected)
+
+
+@contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Say what is wrong when TileDB or Python gets no memory.
+
+    Raises
+    ------
+    UserError
+        Then; all other errors go on as they are.
+    """
+    try:
+        yield
+    except (MemoryError, tiledb.TileDBError, tiledbsoma.SOMAError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS_OF_LACK):
+            raise
+        raise UserError(
+            f"this process got no more memory ({str(error)[:200] or 'MemoryError'}): give it more, or raise its limit "
+            "(`ulimit -v`, `ulimit -u`, the container's memory); a smaller `megabatch_size` of the set needs less."
+        ) from error
+
+
+@contextmanager
+def _naming(uri: str, action: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{uri} cannot be {action} ({error.strerror or error}): {remedy}, and run this again."
+        ) from error
 
 
 def _path(uri: str) -> Path:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import tiledb
+import tiledbsoma
 
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.demo.census import Organism, build_census
@@ -86,7 +88,13 @@ def run_demo(h5ads: Sequence[str], *, data_only: bool) -> None:
         else synthetic_organism(name, kind.label, kind.cells, GENES, kind.gene_prefix, seed=seed)
         for seed, (name, kind) in enumerate(ORGANISMS.items())
     ]
-    build_data(organisms)
+    try:
+        build_data(organisms)
+    except (OSError, tiledb.TileDBError, tiledbsoma.SOMAError) as error:
+        raise UserError(
+            f"the demo cannot be written below {FOLDER.absolute()} ({error}): run it in a folder that can be written, "
+            "with 1 GB of free space."
+        ) from error
     print(f"Built a Census and a checkpoint in {time.monotonic() - started:.0f} s below {FOLDER}/.", flush=True)
     if not data_only:
         _report(_materialize_everything())

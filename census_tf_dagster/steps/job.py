@@ -13,7 +13,7 @@ from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.fetch import fetch
 from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.settings import SetSettings
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.storage import Storage, naming_lack_of_memory
 from census_tf_dagster.store.layout import ReleaseFolder
 
 
@@ -63,7 +63,7 @@ def open_job(
     UserError
         When anything is missing or does not fit; nothing has been written.
     """
-    with open_release(census_uri, settings.organism, census) as opened:
+    with naming_lack_of_memory(), open_release(census_uri, settings.organism, census) as opened:
         genes = opened.genes()
         checkpoint = read_checkpoint(
             fetch(settings.checkpoint, store, cache),

@@ -18,6 +18,7 @@ import scipy.sparse
 
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.files import temporary_folder
 from census_tf_dagster.inference.orphans import end_with_parent
 from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.steps.job import Job
@@ -90,7 +91,7 @@ def upstream_running(
         # Upstream knows no other order than that of `var`.
         adata = adata[:, list(genes_in_order(job.genes.ids, job.checkpoint, "vocabulary"))].copy()
     # It writes a folder of logs where it runs.
-    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as said:
+    with temporary_folder() as place, tempfile.TemporaryFile() as said:
         folder = Path(place)
         adata.write_h5ad(folder / "cells.h5ad")
         line = [str(command.resolve().with_name("python")), "-c", run_upstream(), *_arguments(job, folder, batch_size)]
