@@ -1,6 +1,5 @@
 """The component behind a set's YAML: organism x model, from which its assets come."""
 
-import ast
 from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
@@ -15,15 +14,13 @@ from census_tf_dagster.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.automation import automation_sensor
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.filters import check_filter
 from census_tf_dagster.names import check_location, normalise
 from census_tf_dagster.placement import Placement, effective, read_placement, shard_tags
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 from census_tf_dagster.spending import Budget, Spending
 from census_tf_dagster.templates import validate_resolved
-
-FILTER = "is_primary_data == True and tissue_general in ['blood', 'lung']"
-"""An example of what SOMA's parser takes."""
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
@@ -190,26 +187,3 @@ class EmbeddingSet(dg.Component, dg.Model):
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
         )
-
-
-def check_filter(text: str) -> None:
-    """Refuse a filter that SOMA's parser cannot take, whatever columns there are.
-
-    Raises
-    ------
-    ValueError
-        Naming the part. Only a Census can say whether a column exists: planning does.
-    """
-    try:
-        pending: list[ast.AST] = [ast.parse(text, mode="eval").body]
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"no SOMA filter ({getattr(error, 'msg', error)}); expected such as: {FILTER}") from error
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.BoolOp):
-            pending += node.values
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
-            pending += [node.left, node.right]
-        elif not isinstance(node, ast.Compare) or any(isinstance(one, ast.Is | ast.IsNot) for one in node.ops):
-            part = ast.get_source_segment(text, node)
-            raise ValueError(f"no SOMA filter: {part!r} compares nothing; expected such as: {FILTER}")

@@ -179,9 +179,10 @@ class OrganismRelease:
             if value_filter is None or "IO Error" in str(error) or "S3" in str(error):
                 raise
             known = ", ".join(name for name in self.obs.keys() if not name.startswith("soma_"))  # noqa: SIM118
-            said = str(error).partition("\n")[0]
+            said = str(error).partition("\n")[0][:200]
+            shown = value_filter if len(value_filter) <= 80 else f"{value_filter[:80]}..."
             raise UserError(
-                f"value_filter {value_filter!r} was not understood ({said}). Expected a SOMA filter such as "
+                f"value_filter {shown!r} was not understood ({said}). Expected a SOMA filter such as "
                 f"\"tissue_general == 'lung' and is_primary_data == True\" over the obs columns: {known}."
             ) from error
 
