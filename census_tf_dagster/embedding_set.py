@@ -1,10 +1,9 @@
 """The component behind a set's YAML: organism x model, from which its assets come."""
 
-import ast
 from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from census_tf_dagster.assets.approval import build_approval
 from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
@@ -15,15 +14,14 @@ from census_tf_dagster.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.automation import automation_sensor
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.names import check_location, normalise
+from census_tf_dagster.field_types import Location
+from census_tf_dagster.filters import check_filter
+from census_tf_dagster.names import normalise
 from census_tf_dagster.placement import Placement, effective, read_placement, shard_tags
 from census_tf_dagster.publication import Publication
 from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
 from census_tf_dagster.spending import Budget, Spending
 from census_tf_dagster.templates import validate_resolved
-
-FILTER = "is_primary_data == True and tissue_general in ['blood', 'lung']"
-"""An example of what SOMA's parser takes."""
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
@@ -31,16 +29,10 @@ NAME = "^[A-Za-z0-9_]{1,100}$"
 Owner = Annotated[str, Field(pattern=r"^(team:[A-Za-z0-9_-]+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 
 
-def _location(text: str) -> str:
-    check_location(text)
-    return text
-
-
-Location = Annotated[str, AfterValidator(_location)]
-
-
 class EmbeddingSet(dg.Component, dg.Model):
     """An embedding set: one organism, one TranscriptFormer checkpoint, and how cells are embedded with it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(
         pattern=NAME,
@@ -57,18 +49,24 @@ class EmbeddingSet(dg.Component, dg.Model):
     )
     pretrained_embeddings: list[Location] = Field(
         default_factory=list,
+        max_length=100,
         description="Gene embedding files (.h5) for a species outside the checkpoint's vocabulary.",
     )
     shards: int = Field(default=96, ge=1, le=9999, description="Shards of a release: one Dagster partition each.")
     value_filter: str | None = Field(
         default=None, description="SOMA filter over obs columns; only matching cells are embedded."
     )
-    mod: int = Field(default=1, ge=1, description="Keep joinids divisible by this: a trial run on 1 cell in mod.")
+    mod: int = Field(
+        default=1, ge=1, le=10**9, description="Keep joinids divisible by this: a trial run on 1 cell in mod."
+    )
     megabatch_size: int = Field(
         default=16384, ge=1, le=131072, description="Cells read, embedded and committed together."
     )
     batch_size: int | None = Field(
-        default=None, ge=1, description="Cells in a row of the model at most; left out: as many as free memory holds."
+        default=None,
+        ge=1,
+        le=131072,
+        description="Cells in a row of the model at most; left out: as many as free memory holds.",
     )
     compute_precision: Literal["fp32", "fp16", "bf16"] = Field(
         default=DEFAULT_COMPUTE_PRECISION, description="Precision of weights and activations."
@@ -99,7 +97,9 @@ class EmbeddingSet(dg.Component, dg.Model):
         "more waits for a person's approval.",
     )
     owners: list[Owner] = Field(
-        default_factory=list, description="Whom Dagster shows as owners: addresses, or teams as `team:name`."
+        default_factory=list,
+        max_length=100,
+        description="Whom Dagster shows as owners: addresses, or teams as `team:name`.",
     )
     publication: Publication | None = Field(
         default=None,
@@ -196,26 +196,3 @@ class EmbeddingSet(dg.Component, dg.Model):
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
             asset_checks=[build_proved_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
         )
-
-
-def check_filter(text: str) -> None:
-    """Refuse a filter that SOMA's parser cannot take, whatever columns there are.
-
-    Raises
-    ------
-    ValueError
-        Naming the part. Only a Census can say whether a column exists: planning does.
-    """
-    try:
-        pending: list[ast.AST] = [ast.parse(text, mode="eval").body]
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"no SOMA filter ({getattr(error, 'msg', error)}); expected such as: {FILTER}") from error
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.BoolOp):
-            pending += node.values
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
-            pending += [node.left, node.right]
-        elif not isinstance(node, ast.Compare) or any(isinstance(one, ast.Is | ast.IsNot) for one in node.ops):
-            part = ast.get_source_segment(text, node)
-            raise ValueError(f"no SOMA filter: {part!r} compares nothing; expected such as: {FILTER}")

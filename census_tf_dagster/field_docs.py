@@ -110,11 +110,11 @@ def _kind(annotation: Any) -> str:
 def _limits(field: FieldInfo) -> str:
     words = {"ge": "at least", "gt": "above", "le": "at most", "min_length": "length at least", "max_length": "at most"}
     found = []
+    unit = " entries" if get_origin(field.annotation) in (list, tuple, dict) else " characters"
     for limit in field.metadata:
         for name, word in words.items():
             if getattr(limit, name, None) is not None:
-                unit = " characters" if name == "max_length" else ""
-                found.append(f"{word} {getattr(limit, name)}{unit}")
+                found.append(f"{word} {getattr(limit, name)}{unit if name == 'max_length' else ''}")
     return f", {', '.join(found)}" if found else ""
 
 

@@ -7,11 +7,12 @@ entries. `run_coordinator` carries the tags from the asset to each of its runs.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.field_types import Line, Name
 from census_tf_dagster.spending import GpuType
 from census_tf_dagster.yaml_problems import read_mapping
 
@@ -22,7 +23,6 @@ NODE_TAG = "census_tf/node"
 """On runs that take a place in the fleet of GPU nodes: ``gpu``. What caps the fleet counts it."""
 
 Purchase = Literal["on_demand", "spot"]
-Name = Annotated[str, Field(min_length=1)]
 T = TypeVar("T")
 
 
@@ -65,7 +65,7 @@ class Toleration(_Strict):
 
     key: Name = Field(description="The taint's key.")
     operator: Literal["Exists", "Equal"] = Field(default="Exists", description="Equal: `value` must be the taint's.")
-    value: str | None = Field(default=None, description="The taint's value, for Equal.")
+    value: Line | None = Field(default=None, description="The taint's value, for Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="The taint's effect; left out: any."
     )
@@ -74,7 +74,7 @@ class Toleration(_Strict):
 class NodeKind(_Strict):
     """How nodes of one kind of purchase are found."""
 
-    node_selector: dict[Name, str] = Field(min_length=1, description="Labels of the GPU nodes.")
+    node_selector: dict[Name, Line] = Field(min_length=1, description="Labels of the GPU nodes.")
     tolerations: list[Toleration] = Field(default_factory=list, description="Taints of the GPU nodes.")
 
 
@@ -90,9 +90,9 @@ class Placement(_Strict):
     """What a shard asks for. Every entry can be left out, so a set's own may name only what differs."""
 
     gpus: int = Field(default=1, ge=0, le=16, description="GPUs of a shard.")
-    cpu: float | None = Field(default=None, gt=0, description="Cores of a shard.")
-    memory_gib: int | None = Field(default=None, ge=1, description="Memory of a shard.")
-    disk_gib: int | None = Field(default=None, ge=1, description="Disk of a shard.")
+    cpu: float | None = Field(default=None, gt=0, le=4096, allow_inf_nan=False, description="Cores of a shard.")
+    memory_gib: int | None = Field(default=None, ge=1, le=65536, description="Memory of a shard.")
+    disk_gib: int | None = Field(default=None, ge=1, le=65536, description="Disk of a shard.")
     purchase: Purchase = Field(default="on_demand", description="Kind of node.")
     gpu_type: GpuType | None = Field(
         default=None, description="GPU of these nodes: what is assumed of its speed before anything was measured."
@@ -100,10 +100,12 @@ class Placement(_Strict):
     usd_per_gpu_hour: float | None = Field(
         default=None,
         gt=0,
+        le=100_000,
+        allow_inf_nan=False,
         description="Price of an hour of such a node, divided by its GPUs: what costs are told with.",
     )
     fleet_gpus: int | None = Field(
-        default=None, ge=1, description="GPUs that work at once: what finish times are told with."
+        default=None, ge=1, le=100_000, description="GPUs that work at once: what finish times are told with."
     )
     ecs: Ecs | None = Field(default=None, description="For a deployment on ECS.")
     kubernetes: Kubernetes | None = Field(default=None, description="For a deployment on Kubernetes.")

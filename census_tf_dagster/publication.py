@@ -4,52 +4,68 @@ Fields and limits are those of the Census's tool for contributed embeddings (`to
 cellxgene-census repository: `embedding_metadata.md`, `metadata.py`). Whether DOI and links resolve, that tool asks.
 """
 
+import re
 from datetime import date
 from typing import Annotated, Any
 
-from pydantic import AnyUrl, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, HttpUrl, TypeAdapter
+
+from census_tf_dagster.field_types import Line, Lines, Name
 
 INFO_KEY = "CxG_embedding_info"
 """Array metadata key under which consumers look."""
 
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+_LINK = TypeAdapter(HttpUrl)
 
 
 def _iso_date(value: object) -> object:
-    # YAML reads an unquoted date as one.
-    return value.isoformat() if isinstance(value, date) else str(date.fromisoformat(str(value)))
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        return date.fromisoformat(value).isoformat()
+    raise ValueError("It should be a day written as YYYY-MM-DD")
 
 
-def _link(value: object) -> object:
-    if value:
-        TypeAdapter(AnyUrl).validate_python(value)
+def _link(value: str) -> str:
+    if value and (_LINK.validate_python(value).username or "@" in value.partition("//")[2].partition("/")[0]):
+        raise ValueError("It should be an address without user and password, as everybody can read it")
     return value
 
 
 class Contact(BaseModel):
     """A person to write to."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: Text = Field(description="Their name.")
-    email: str = Field(pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$", description="An address such as ada@example.org.")
-    affiliation: Text = Field(description="Where they work.")
+    name: Name = Field(description="Their name.")
+    email: Line = Field(pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$", description="An address such as ada@example.org.")
+    affiliation: Name = Field(description="Where they work.")
 
 
 class Publication(BaseModel):
     """What a set's YAML says for publication; the rest follows from the release and the array."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Accession, such as CxG-contrib-17.")
-    embedding_name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Short name that users ask for.")
-    title: Text = Field(max_length=127, description="One line, at most 127 characters.")
-    description: Text = Field(max_length=2047, description="The method, and what the embeddings are good for.")
+    id: Line = Field(
+        max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Accession, such as CxG-contrib-17."
+    )
+    embedding_name: Line = Field(
+        max_length=100, pattern=r"^[A-Za-z0-9_.-]+$", description="Short name that users ask for."
+    )
+    title: Name = Field(max_length=127, description="One line, at most 127 characters.")
+    description: Lines = Field(
+        min_length=1, pattern=r"\S", max_length=2047, description="The method, and what the embeddings are good for."
+    )
     primary_contact: Contact = Field(description="Who answers questions.")
-    additional_contacts: tuple[Contact, ...] = Field(default=(), description="Others who do.")
-    DOI: str = Field(default="", pattern=r"^(10\.\d{4,9}/\S+)?$", description="A bare DOI, not a URL.")
-    additional_information: str = Field(default="", description="Anything more, as text.")
-    model_link: Annotated[str, BeforeValidator(_link)] = Field(default="", description="URL of the model.")
+    additional_contacts: tuple[Contact, ...] = Field(
+        default=(), strict=False, max_length=100, description="Others who do."
+    )
+    DOI: Line = Field(default="", pattern=r"^(10\.\d{4,9}/\S+)?$", description="A bare DOI, not a URL.")
+    additional_information: Lines = Field(default="", description="Anything more, as text.")
+    model_link: Annotated[Line, AfterValidator(_link)] = Field(
+        default="", description="Address of the model on the web (http or https)."
+    )
     submission_date: Annotated[str, BeforeValidator(_iso_date)] | None = Field(
         default=None, description="YYYY-MM-DD; left out: the day on which the array is finished."
     )

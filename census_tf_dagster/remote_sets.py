@@ -8,9 +8,10 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.files import temporary_folder
 from census_tf_dagster.placement import FILE
 from census_tf_dagster.s3 import S3Objects, S3Settings
+from census_tf_dagster.yaml_reading import MOST_BYTES
 
 SET_FILE = "defs.yaml"
-LARGEST = 2**20
+LARGEST = MOST_BYTES
 """Bytes of a file at most: whoever points at the wrong prefix is told so at once."""
 
 _FETCHED: list[tempfile.TemporaryDirectory[str]] = []

@@ -19,8 +19,10 @@ class Retention(BaseModel):
     policy: Literal["keep", "expire", "archive"] = Field(
         default="keep", description="expire deletes; archive moves to a cheaper storage class of S3."
     )
-    releases: int = Field(default=2, ge=1, description="The newest releases of each set that stay as they are.")
-    days: int = Field(default=30, ge=1, description="What was written to in so many days stays as it is.")
+    releases: int = Field(
+        default=2, ge=1, le=10_000, description="The newest releases of each set that stay as they are."
+    )
+    days: int = Field(default=30, ge=1, le=36_525, description="What was written to in so many days stays as it is.")
 
 
 def read_retention(folder: Path) -> Retention:

@@ -4,6 +4,7 @@
 placement, and what to write instead.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,19 @@ from census_tf_dagster.yaml_problems import (
     nearest,
     read_documents,
     show,
+    spell,
 )
+from census_tf_dagster.yaml_reading import UnreadableError, read_text
 
 TYPE = f"{EmbeddingSet.__module__}.{EmbeddingSet.__name__}"
 TOP = ("type", "attributes", "requirements")
 """What a set's file has at its top, of what Dagster allows there."""
+SET_FILE = "defs.yaml"
+COMPONENT_FILES = (SET_FILE, "defs.yml", "component.yaml")
+"""What Dagster loads, wherever it is."""
+MOST_SHOWN = 20
+"""Mistakes of one file."""
+MOST_ENTRIES, DEEPEST_FOLDER = 10_000, 20
 CODE = ("template_vars_module", "post_processing")
 """What Dagster allows as well: it imports the first, and evaluates the second as templates that can run code."""
 
@@ -62,8 +71,7 @@ def find_problems(folder: Path) -> list[Problem]:
     expected = f"expected files such as {folder}/human_tf_sapiens/defs.yaml (CENSUS_TF_SETS names the folder)"
     if not folder.is_dir():
         raise UserError(f"there is no folder of sets {folder}: {expected}.")
-    files = sorted(folder.glob("*/defs.yaml"))
-    problems = list(_misplaced(folder))
+    files, problems = _files_of_sets(folder)
     if not files and not problems:
         raise UserError(f"no sets in {folder}: {expected}.")
     wrong_placement = mapping_problems(folder / placement.FILE, Placement, placement.PAGE)
@@ -71,27 +79,64 @@ def find_problems(folder: Path) -> list[Problem]:
     problems += mapping_problems(folder / retention.FILE, Retention, retention.PAGE)
     named: dict[str, Problem] = {}
     for file in files:
+        found: list[Problem] = []
         documents, unreadable = read_documents(file)
-        problems += unreadable
+        found += unreadable
         if not documents and not unreadable:
             remedy = f"It needs `type: {TYPE}` and `attributes:`; docs/configure.md shows a whole one."
-            problems.append(Problem(file, 1, "the file is empty", remedy))
+            found.append(Problem(file, 1, "the file is empty", remedy))
         for document in documents:
             own = list(_document_problems(document))
-            problems += own or ([] if wrong_placement else _placement_of_set(document, folder))
-            problems += _named_before(document, named)
+            found += own or ([] if wrong_placement else _placement_of_set(document, folder))
+            found += _named_before(document, named, resolved=not own)
+        problems += _at_most(found)
     return problems
 
 
-def _misplaced(folder: Path) -> Iterator[Problem]:
-    """Yield YAML files that Dagster would pass over, or not take for a set of its own."""
-    for file in sorted([*folder.glob("*.y*ml"), *folder.glob("*/*.y*ml")]):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if (file.name == "defs.yaml" and file.parent != folder) or hidden or not file.is_file():
-            continue
-        if f"type: {TYPE}" in file.read_text():
-            right = (folder / file.stem if file.parent == folder else file.parent) / "defs.yaml"
-            yield Problem(file, 1, f"a set in a file named {file.name} is not loaded", f"Name it {right}.")
+def _at_most(found: list[Problem]) -> list[Problem]:
+    if len(found) <= MOST_SHOWN:
+        return found
+    more = Problem(found[0].file, 1, f"the file has {len(found) - MOST_SHOWN} more mistakes", "Mend these first.")
+    return [*found[:MOST_SHOWN], more]
+
+
+def _files_of_sets(folder: Path) -> tuple[list[Path], list[Problem]]:
+    """Return the files of sets, and what Dagster would pass over, or run without these checks."""
+    files: list[Path] = []
+    problems: list[Problem] = []
+    entries = 0
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = Path(parent)
+        entries += len(folders) + len(names)
+        if entries > MOST_ENTRIES or len(here.relative_to(folder).parts) > DEEPEST_FOLDER:
+            raise UserError(
+                f"the folder of sets {folder} holds more than {MOST_ENTRIES} entries or {DEEPEST_FOLDER} levels; "
+                f"expected a folder of files such as {folder}/human_tf_sapiens/defs.yaml. CENSUS_TF_SETS names it."
+            )
+        # As Dagster does; a mounted ConfigMap has ..data.
+        folders[:] = sorted(one for one in folders if not one.startswith(".") and one != "__pycache__")
+        for name in sorted([*names, *folders]):
+            path = here / name
+            if name == SET_FILE and here.parent == folder:
+                files.append(path)
+            elif name in COMPONENT_FILES or (name in names and not name.startswith(".") and _is_set(path)):
+                right = (folder / path.stem if here == folder else here) / SET_FILE
+                where = (
+                    f"a set in a file named {name} is not loaded"
+                    if here.parent == folder or here == folder
+                    else ("a set in a folder of a folder is not loaded")
+                )
+                problems.append(Problem(path, 1, where, f"Name it {right}."))
+    return files, problems
+
+
+def _is_set(path: Path) -> bool:
+    if path.suffix not in (".yaml", ".yml"):
+        return False
+    try:
+        return f"type: {TYPE}" in read_text(path)
+    except UnreadableError:
+        return False
 
 
 def _document_problems(document: Document) -> Iterator[Problem]:
@@ -108,7 +153,7 @@ def _document_problems(document: Document) -> Iterator[Problem]:
         elif name not in TOP:
             in_set = name in EmbeddingSet.model_fields
             remedy = "Indent it below attributes." if in_set else nearest(str(name), TOP)
-            yield document.problem((name,), f"{name} is unknown at the top of the file", remedy, key=True)
+            yield document.problem((name,), f"{spell(str(name))} is unknown at the top of the file", remedy, key=True)
     if content.get("type") != TYPE:
         what = f"type is {show(content['type'])}" if "type" in content else "type is missing"
         yield document.problem(("type",), what, f"Write `type: {TYPE}`.")
@@ -145,12 +190,13 @@ def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
     return []
 
 
-def _named_before(document: Document, named: dict[str, Problem]) -> list[Problem]:
+def _named_before(document: Document, named: dict[str, Problem], *, resolved: bool) -> list[Problem]:
     attributes = document.value.get("attributes") if isinstance(document.value, dict) else None
-    name = attributes.get("name") if isinstance(attributes, dict) else None
-    if not isinstance(name, str):
+    written = attributes.get("name") if isinstance(attributes, dict) else None
+    if not isinstance(written, str):
         return []
-    here = document.problem(("attributes", "name"), f"attributes.name is {show(name)}", "")
+    name = EmbeddingSet.model_validate(attributes).name if resolved else written
+    here = document.problem(("attributes", "name"), f"attributes.name is {show(written)}", "")
     first = named.setdefault(name, here)
     if first is here:
         return []

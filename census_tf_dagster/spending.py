@@ -30,9 +30,14 @@ LAST_SHARDS = 96
 class Budget(BaseModel):
     """Start by itself what costs no more than this."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    budget: float = Field(gt=0, description="US dollars that one release of this set may cost without being asked.")
+    budget: float = Field(
+        gt=0,
+        le=1_000_000_000,
+        allow_inf_nan=False,
+        description="US dollars that one release of this set may cost without being asked.",
+    )
 
 
 @dataclass(frozen=True)

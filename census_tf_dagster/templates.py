@@ -94,7 +94,7 @@ def _resolve(value: Any, where: Where, failures: list[InitErrorDetails]) -> Any:
 
 
 def _as_written(error: ErrorDetails, value: Any) -> InitErrorDetails:
-    for found in _values_along(value, error["loc"]):
+    for _, found in along(value, error["loc"]):
         value = found
     context = error.get("ctx", {})
     if is_template(value) and error["type"] in ("value_error", "assertion_error"):
@@ -103,10 +103,13 @@ def _as_written(error: ErrorDetails, value: Any) -> InitErrorDetails:
     return InitErrorDetails(type=error["type"], loc=error["loc"], input=value, ctx=context)
 
 
-def _values_along(value: Any, parts: Where) -> Iterator[Any]:
-    for part in parts:
-        # Other parts are pydantic's own: the member of a union, or a key that is missing.
+def along(value: Any, where: Where) -> Iterator[tuple[str | int, Any]]:
+    """Yield the keys and positions of an error that `value` has, each with what stands there.
+
+    The others are pydantic's own: the member of a union, the mark of a key, or a key that is missing.
+    """
+    for part in where:
         inside = part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
         if inside:
             value = value[part]
-            yield value
+            yield part, value

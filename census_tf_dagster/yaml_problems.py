@@ -1,5 +1,6 @@
 """What is wrong in a YAML file that a person wrote: file, line, value and remedy, from a pydantic model or by hand."""
 
+import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.templates import Where, validate_resolved
+from census_tf_dagster.templates import Where, along, validate_resolved
+from census_tf_dagster.yaml_reading import UnreadableError, compose, construct, is_odd_number, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -46,10 +48,10 @@ class Problem:
 class Document:
     """One YAML document of a file, with the line of each of its values."""
 
-    def __init__(self, file: Path, node: yaml.Node) -> None:
+    def __init__(self, file: Path, node: yaml.Node, value: object) -> None:
         self.file = file
         self.node = node
-        self.value: Any = _construct(node)
+        self.value: Any = value
 
     def problem(self, where: Where, what: str, remedy: str, *, key: bool = False) -> Problem:
         """Return a problem at a value, at its key, or at the closest thing above that there is."""
@@ -66,7 +68,7 @@ class Document:
                 continue
             lines: dict[str, int] = {}
             for key, value in node.value:
-                name = f"{path}{key.value}"
+                name = f"{path}{spell(str(key.value))}"
                 line = key.start_mark.line + 1
                 if name in lines:
                     what = f"{name} is given twice, first in line {lines[name]}"
@@ -86,14 +88,6 @@ class Document:
         return int(line) + 1
 
 
-def _construct(node: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
 def _child(node: yaml.Node, part: Hashable) -> tuple[yaml.Node, yaml.Node] | None:
     if isinstance(node, yaml.MappingNode):
         return next(((key, value) for key, value in node.value if key.value == part), None)
@@ -103,25 +97,42 @@ def _child(node: yaml.Node, part: Hashable) -> tuple[yaml.Node, yaml.Node] | Non
 
 
 def read_documents(file: Path) -> tuple[list[Document], list[Problem]]:
-    """Read a YAML file; what cannot be read, or is empty, is one problem."""
-    text = file.read_text()
+    """Read a YAML file; what cannot be read is one problem, and each number that means another one."""
     try:
-        documents = [Document(file, node) for node in yaml.compose_all(text, yaml.SafeLoader) if node is not None]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = min(mark.line, max(len(text.splitlines()) - 1, 0)) if mark else 0
-        found = (text.splitlines() or [""])[line].strip()
-        said = getattr(error, "problem", None) or str(error)
-        remedy = "Indent with spaces, close what was opened, and put texts with ': ', '#', '{' or quotes in quotes."
-        return [], [Problem(file, line + 1, f"this is no YAML: {said}, at {show(found)}", remedy)]
-    except ValueError as error:
-        return [], [Problem(file, 1, f"a value cannot be read: {error}", "Put it in quotes if it is meant as text.")]
-    return documents, []
+        text = read_text(file)
+        nodes = compose(text)
+        if odd := [one for node in nodes for one in _odd_numbers(file, node)]:
+            return [], odd
+        return [Document(file, node, construct(node, text)) for node in nodes], []
+    except UnreadableError as error:
+        return [], [Problem(file, error.line, error.what, error.remedy)]
+
+
+def _odd_numbers(file: Path, top: yaml.Node) -> Iterator[Problem]:
+    for node in _nodes(top):
+        if is_odd_number(node):
+            remedy = "Write plain decimal digits such as 8 or 1.5, or put it in quotes if it is meant as text."
+            yield Problem(file, node.start_mark.line + 1, f"{show(node.value)} is not what YAML reads it as", remedy)
+
+
+def _nodes(top: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield every node once."""
+    pending, seen = [top], set[int]()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            pending += [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += node.value
 
 
 def mapping_problems(file: Path, model: type[BaseModel], page: str) -> list[Problem]:
     """Return what is wrong in a file that holds one mapping, which `page` shows; nothing when there is no file."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
     documents, problems = read_documents(file)
     if problems:
@@ -143,7 +154,7 @@ def read_mapping(file: Path, model: type[Model], page: str) -> Model | None:
     """
     if problems := mapping_problems(file, model, page):
         raise UserError("\n".join(map(str, problems)))
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     return _resolving(model)(read_documents(file)[0][0].value)
 
@@ -153,9 +164,14 @@ def _resolving(model: type[Model]) -> Callable[[object], Model]:
 
 
 def show(value: object) -> str:
-    """Return a value as a message shows it: short, on one line."""
-    text = re.sub(r"\s+", " ", repr(value))
+    """Return a value as a message shows it: short, on one line, without passwords in addresses."""
+    text = re.sub(r"://[^/\s]*@", "://***@", re.sub(r"\s+", " ", repr(value)))
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def spell(name: str) -> str:
+    """Return a key as a message shows it: as it is, or like a value if it is long or has odd characters."""
+    return name if re.fullmatch(r"[\w./-]{1,80}", name) else show(name)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -176,14 +192,25 @@ def model_problems(
     try:
         validate(value)
     except ValidationError as error:
-        return [_explain(document, model, one, prefix) for one in error.errors(include_url=False)]
+        found = {(_parts(value, one), "[key]" in one["loc"]): one for one in reversed(error.errors(include_url=False))}
+        return [
+            _explain(document, model, one, parts, prefix)
+            for (parts, of_key), one in reversed(found.items())
+            # Each member of a union says why it does not fit: what is said of an inner part tells most.
+            if of_key or not any(len(other) > len(parts) and other[: len(parts)] == parts for other, _ in found)
+        ]
     return []
 
 
-def _explain(document: Document, model: type[BaseModel], error: ErrorDetails, prefix: Where) -> Problem:
-    parts: Where = tuple(part for part in error["loc"] if part != "[key]")
+def _parts(value: object, error: ErrorDetails) -> Where:
+    """Return the keys and positions from a value to what an error is about."""
+    parts = tuple(part for part, _ in along(value, error["loc"]))
+    return (*parts, error["loc"][-1]) if error["type"] == "missing" else parts
+
+
+def _explain(document: Document, model: type[BaseModel], error: ErrorDetails, parts: Where, prefix: Where) -> Problem:
     where = (*prefix, *parts)
-    name = ".".join(map(str, where)) or "the file"
+    name = ".".join(spell(str(part)) for part in where) or "the file"
     if error["type"] == "extra_forbidden":
         owner, _ = _find(model, parts[:-1])
         known = list(owner.model_fields) if owner else []

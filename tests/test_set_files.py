@@ -1,9 +1,11 @@
 """Every mistake that a set's YAML can have: file, line, value and remedy, on loading and by `check`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -13,12 +15,14 @@ import dagster as dg
 import pytest
 import yaml
 from dagster.components.core.component_tree import ComponentTreeException
+from dagster_shared.yaml_utils import parse_yaml_with_source_position
 
 from census_tf_dagster.definitions import load_sets, load_settings
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.placement import read_placement
 from census_tf_dagster.retention import read_retention
+from census_tf_dagster.yaml_problems import read_documents
 from tests.support import REPOSITORY, Project
 
 GOOD = """\
@@ -54,7 +58,12 @@ CASES = {
     "no choice": (GOOD + "  device: tpu\n", 6, "attributes.device is 'tpu'", "'cuda' or 'cpu'"),
     "precision": (GOOD + "  compute_precision: fp8\n", 6, "'fp8'", "'fp32', 'fp16' or 'bf16'"),
     "name": (GOOD.replace("one", "../one"), 3, "attributes.name is '../one'", "letters, digits and _"),
-    "empty checkpoint": (GOOD.replace("/models/tf_sapiens", '""'), 5, "attributes.checkpoint is ''", "at least 1"),
+    "empty checkpoint": (
+        GOOD.replace("/models/tf_sapiens", '""'),
+        5,
+        "attributes.checkpoint is ''",
+        "It is empty. Expected a path",
+    ),
     "missing": (GOOD.replace("  organism: homo_sapiens\n", ""), 3, "attributes.organism is missing", "Key of the"),
     "given twice": (GOOD + "  shards: 4\n  shards: 5\n", 7, "attributes.shards is given twice", "Keep one"),
     "contact": (
@@ -95,7 +104,7 @@ CASES = {
     "template syntax": (GOOD + "  value_filter: '{{ env.X'\n", 6, "'{{ env.X'", "Close each {{ with }}"),
     "YAML": (GOOD + "  shards: [4\n", 6, "this is no YAML", "close what was opened"),
     "tab": (GOOD + "\tshards: 4\n", 6, "this is no YAML", "Indent with spaces"),
-    "impossible date": (GOOD + "  mod: 2025-13-45\n", 1, "cannot be read: month must be in 1..12", "in quotes"),
+    "impossible date": (GOOD + "  mod: 2025-13-45\n", 6, "mod is '2025-13-45'", "a valid integer"),
     "empty": ("", 1, "the file is empty", "docs/configure.md"),
     "a text": ("hello\n", 1, "the file is 'hello'", "a mapping with `type:"),
     "type": (GOOD.replace(".EmbeddingSet", ".EmbedingSet"), 1, "EmbedingSet'", "Write `type: census_tf_dagster."),
@@ -308,7 +317,7 @@ def test_a_file_cannot_name_code(tmp_path: Path, canary: Canary, text: str) -> N
         ("auto_start: '{{ env.SECRET }}'", "'off' or 'on'"),
         ("owners: ['{{ env.SECRET }}']", "match pattern"),
         ("placement: {purchase: '{{ env.SECRET }}'}", "'on_demand' or 'spot'"),
-        ("publication: {model_link: '{{ env.SECRET }}'}", "URL of the model"),
+        ("publication: {model_link: '{{ env.SECRET }}'}", "a valid URL"),
         ("colour: '{{ env.SECRET }}'", "Known are"),
     ],
 )
@@ -345,3 +354,199 @@ def test_any_text_may_hold_a_variable(tmp_path: Path, monkeypatch: pytest.Monkey
     placement = read_placement(tmp_path)
     assert placement is not None
     assert placement.purchase == "spot"
+
+
+NOT_WHAT_IT_SEEMS = {
+    "shards: true": "shards is True. It should be a valid integer",
+    "shards: yes": "shards is True. It should be a valid integer",
+    "shards: '4'": "shards is '4'. It should be a valid integer",
+    "shards: 4.0": "shards is 4.0. It should be a valid integer",
+    "shards: 010": "'010' is not what YAML reads it as. Write plain decimal digits",
+    "shards: 1:30": "'1:30' is not what YAML reads it as",
+    "shards: 1_0": "'1_0' is not what YAML reads it as",
+    "shards: 0x10": "'0x10' is not what YAML reads it as",
+    "shards: 0b1": "'0b1' is not what YAML reads it as",
+    "shards: !!int '4'": "the tag 'tag:yaml.org,2002:int' is not understood",
+    "value_filter: !!python/name:os.system": "the tag 'tag:yaml.org,2002:python/name:os.system' is not understood",
+    "mod: true": "mod is True. It should be a valid integer",
+    "mod: 1e30": "mod is '1e30'. It should be a valid integer",
+    "mod: 1.0e+30": "mod is 1e+30. It should be a valid integer",
+    "mod: 1000000000001": "less than or equal to 1000000000",
+    "mod: 11111111111111111111111111111111111111111111": "is not what YAML reads it as",
+    "batch_size: true": "batch_size is True. It should be a valid integer",
+    "megabatch_size: '16'": "megabatch_size is '16'. It should be a valid integer",
+    "reuse: 'yes'": "reuse is 'yes'. It should be a valid boolean",
+    "reuse: 1": "reuse is 1. It should be a valid boolean",
+    "auto_start: maybe": "auto_start is 'maybe'. It should be 'off' or 'on'",
+    "auto_start: 1": "auto_start is 1. It should be 'off' or 'on'",
+    "auto_start: {budget: .inf}": "'.inf' is not what YAML reads it as",
+    "auto_start: {budget: .nan}": "'.nan' is not what YAML reads it as",
+    "auto_start: {budget: '5'}": "auto_start.budget is '5'. It should be a valid number",
+    "auto_start: {budget: true}": "auto_start.budget is True. It should be a valid number",
+    "auto_start: {budget: 1.0e+300}": "auto_start.budget is 1e+300. It should be less than or equal to 1000000000",
+    "auto_start: {budget: 5, budgets: 5}": "auto_start.budgets is unknown. Did you mean budget?",
+    "placement: {cpu: .inf}": "'.inf' is not what YAML reads it as",
+    "placement: {cpu: '4'}": "placement.cpu is '4'. It should be a valid number",
+    "placement: {cpu: true}": "placement.cpu is True. It should be a valid number",
+    "placement: {usd_per_gpu_hour: -.inf}": "'-.inf' is not what YAML reads it as",
+    "placement: {usd_per_gpu_hour: 1.0e+99}": "usd_per_gpu_hour is 1e+99. It should be less than or equal to 100000",
+    "placement: {memory_gib: 1000000000}": "memory_gib is 1000000000. It should be less than or equal to 65536",
+    "placement: {gpus: true}": "placement.gpus is True. It should be a valid integer",
+    'checkpoint_fingerprint: "\\0"': "checkpoint_fingerprint is '\\x00'. It should match pattern",
+    'pretrained_embeddings: ["a\\nb"]': "pretrained_embeddings.0 is 'a\\nb'. It has a control character or line break",
+    "pretrained_embeddings: [gs://a/b.h5]": "pretrained_embeddings.0 is 'gs://a/b.h5'. Expected a path, or s3://",
+    'owners: ["ada@example.org\\n"]': "owners.0 is 'ada@example.org\\n'. It should match pattern",
+    'placement: {kubernetes: {image: "a\\nb", nodes: {spot: {node_selector: {a: b}}}}}': "It has a control character",
+    '"\\ud800": 1': "the file has half of a UTF-16 pair",
+    '"a\\nb": 1': "attributes.'a\\nb' is unknown",
+    "? [a]\n  : 1": "this is no YAML: found unhashable key",
+    "requirements: {env: A}": "attributes.requirements is unknown",
+}
+"""A line below `attributes`, and what is said of it."""
+
+PUBLISHED = {
+    ("title", 'A title\\nand "more"'): "It has a control character or line break",
+    ("title", "x\\u2028y"): "It has a control character or line break",
+    ("description", "a\\0b"): "It has a control character. Remove it",
+    ("name", "Ada\\nL"): "It has a control character or line break",
+    ("embedding_name", "x" * 101): "at most 100 characters",
+    ("model_link", "javascript:alert(1)"): "URL scheme should be 'http' or 'https'",
+    ("model_link", "file:///etc/passwd"): "URL scheme should be 'http' or 'https'",
+    ("model_link", "https://ada:hunter2@example.org/"): "an address without user and password",
+    ("submission_date", "20250101"): "It should be a day written as YYYY-MM-DD",
+    ("submission_date", "2025-W01-1"): "It should be a day written as YYYY-MM-DD",
+    ("DOI", "10.1000/x" + "x" * 1100): "It has 1109 characters. Expected 1024 at most",
+}
+
+
+def only_mistake(folder: Path) -> str:
+    (told,) = refusal(folder).splitlines()[1:]
+    assert len(told) < 600, told
+    return told
+
+
+@pytest.mark.parametrize("line", NOT_WHAT_IT_SEEMS)
+def test_a_value_that_is_not_what_it_seems(tmp_path: Path, line: str) -> None:
+    write(tmp_path, GOOD + f"  {line}\n")
+    assert NOT_WHAT_IT_SEEMS[line] in only_mistake(tmp_path)
+
+
+@pytest.mark.parametrize("field", PUBLISHED, ids=str)
+def test_what_everybody_would_read(tmp_path: Path, field: tuple[str, str]) -> None:
+    name, value = field
+    indent = "      " if name == "name" else "    "
+    lines = [one for one in PUBLICATION.splitlines() if not one.startswith(f"{indent}{name}:")]
+    at = next(i for i, one in enumerate(lines) if "primary_contact" in one) + 1 if name == "name" else 1
+    quoted = '"' + value.replace('"', '\\"') + '"'
+    write(tmp_path, GOOD + "\n".join([*lines[:at], f"{indent}{name}: {quoted}", *lines[at:]]) + "\n")
+    told = only_mistake(tmp_path)
+    assert PUBLISHED[field] in told
+    assert "hunter2" not in told
+
+
+@pytest.mark.parametrize(
+    "text", ["shards: 12", "mod: +5", "reuse: yes", "auto_start: on", "auto_start: {budget: 2.5e+2}", "shards: 0o7"]
+)
+def test_ours_and_dagsters_reader_give_the_same(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, GOOD + f"  {text}\n  publication: {{submission_date: 2025-01-01}}\n")
+    (document,), problems = read_documents(path)
+    assert not problems
+    assert document.value == parse_yaml_with_source_position(path.read_text(encoding="utf-8")).value
+
+
+@pytest.mark.parametrize("checkpoint", ['"a\\0b"', "x" * 10_000, "S3://bucket/x", "s3:/bucket/x", "~nobody-of-this/x"])
+def test_an_odd_checkpoint(tmp_path: Path, checkpoint: str) -> None:
+    write(tmp_path, GOOD.replace("/models/tf_sapiens", checkpoint))
+    assert "attributes.checkpoint is '" in only_mistake(tmp_path)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghij"
+)
+NO_TEXT: dict[str, tuple[bytes, str]] = {
+    "UTF-16": (GOOD.encode("utf-16"), "the file is not UTF-8 (byte 0xff). Save it as UTF-8."),
+    "Latin-1": (GOOD.replace("one", "ünö").encode("latin-1"), ":3: the file is not UTF-8 (byte 0xfc)"),
+    "binary": (bytes(range(256)) * 9, "the file is not UTF-8 (byte 0x80)"),
+    "ZIP": (b"PK\x03\x04" + b"\x00" * 99, "the file has the character '\\x03'. Remove it."),
+    "NUL": (GOOD.encode() + b"\0", ":6: the file has the character '\\x00'. Remove it."),
+    "large": (b"# " + b"x" * 2**16, "the file has 65538 bytes. It can have 65536."),
+    "deep": (b"[" * 1000 + b"]" * 1000, "the file nests deeper than 20 levels"),
+    "deep blocks": (b"".join(b" " * i + b"a:\n" for i in range(300)), "the file nests deeper than 20 levels"),
+    "laughs": (LAUGHS.encode(), ":4: the file has more than 5000 values. A set needs fewer; aliases count"),
+    "many values": (b"- a\n" * 6000, "the file has more than 5000 values"),
+    "within itself": (b"a: &a [*a]\n", "*a stands within itself"),
+    "deep by aliases": (
+        b"a: &a [[[[[[[[x]]]]]]]]\nb: &b [[[[[[[[*a]]]]]]]]\nc: [[[[[[[[*b]]]]]]]]\n",
+        "the file nests deeper than 20 levels",
+    ),
+    "unknown alias": (b"a: *" + b"x" * 500, "this is no YAML: found undefined alias"),
+    "template without quotes": (GOOD.encode() + b"  mod: {{ env.X }}\n", "this is no YAML: found unhashable key"),
+    "many mistakes": (
+        GOOD.encode() + b"".join(b"  x%d: 1\n" % i for i in range(500)),
+        "the file has 480 more mistakes",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_a_file_that_is_no_small_yaml(tmp_path: Path, kind: str) -> None:
+    content, expected = NO_TEXT[kind]
+    path = write(tmp_path, "")
+    path.write_bytes(content)
+    start = time.process_time()
+    told = refusal(tmp_path).splitlines()[1:]
+    assert time.process_time() - start < 2
+    assert expected in told[-1]
+    assert len(told) == (21 if kind == "many mistakes" else 1)
+    assert all(len(one) < 600 for one in told)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "loop"])
+def test_a_set_file_that_is_no_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "one" / "defs.yaml"
+    path.parent.mkdir()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere" if kind == "link" else path)
+    told = only_mistake(tmp_path)
+    assert f"{path}:1: " in told
+    assert "this is not a file" in told or "the file cannot be read: " in told
+
+
+@pytest.mark.parametrize("name", ["placement.yaml", "retention.yaml"])
+def test_a_deployments_file_that_is_none(tmp_path: Path, name: str) -> None:
+    write(tmp_path, GOOD)
+    (tmp_path / name).symlink_to("nowhere")
+    assert f"{tmp_path / name}:1: the file cannot be read: No such file or directory." in only_mistake(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["one/two/defs.yaml", "defs.yaml", "component.yaml", "one/defs.yml"])
+def test_a_component_that_dagster_would_load_unseen(tmp_path: Path, canary: Canary, name: str) -> None:
+    write(tmp_path, GOOD.replace("one", "other"), "other/defs.yaml")
+    path = write(tmp_path, f'"type": os.system\nattributes: {{a: "{canary.templates["globals"]}"}}\n', name)
+    assert f"{path}:1: a set in a f" in only_mistake(tmp_path)
+    assert not canary.file.exists()
+
+
+def test_hidden_folders_are_left_alone_as_dagster_does(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    write(tmp_path, "nothing: 1\n", "..data/defs.yaml")
+    assert list(load_settings(tmp_path)) == ["one"]
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="holds more than 10000 entries or 20 levels; expected a folder of files"):
+        load_sets(tmp_path)
+
+
+def test_aliases_are_understood_within_bounds(tmp_path: Path) -> None:
+    contact = "primary_contact: &ada"
+    text = PUBLICATION.replace("primary_contact:", contact) + "    additional_contacts: [*ada, *ada]\n"
+    write(tmp_path, GOOD + text)
+    (settings,) = load_settings(tmp_path).values()
+    assert settings.publication is not None
+    assert [one.name for one in settings.publication.additional_contacts] == ["Ada", "Ada"]
