@@ -232,7 +232,8 @@ def test_never_more_gpu_runs_than_the_cap(story: Story) -> None:
     # This one ended a second time.
     lost = story.cluster.struck[FALSELY_LOST].run_id
     events = story.cluster.deployment.ask(FAILURES, run=lost)["logsForRun"]["events"]
-    (ends[lost],) = [float(one["timestamp"]) / 1000 for one in events if one["__typename"] == "RunFailureEvent"]
+    # The first: where Dagster loses the retry, the failure is reported again.
+    ends[lost] = min(float(one["timestamp"]) / 1000 for one in events if one["__typename"] == "RunFailureEvent")
     spans = [(task.at, ends[task.run_id]) for run, task in story.tasks() if run["asset"] == "shard_embeddings"]
     at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
     assert max(at_once) == CAP

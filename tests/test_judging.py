@@ -44,11 +44,13 @@ def judge(job: Job, command: Path | None, shard: int = 0, *, anew: bool = False)
 
 
 def script(folder: Path, text: str) -> Path:
-    """A command whose Python runs something else than upstream."""
+    """A command whose Python knows upstream's version, and runs something else."""
     command = folder / "bin" / "transcriptformer"
     command.parent.mkdir()
     command.touch()
-    (command.parent / "python").write_text(f"#!/bin/sh\n{text}\n")
+    (command.parent / "python").write_text(
+        f'#!/bin/sh\ncase "$2" in *importlib.metadata*) echo transcriptformer 0.6.1; exit;; esac\n{text}\n'
+    )
     (command.parent / "python").chmod(0o755)
     return command
 

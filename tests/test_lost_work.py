@@ -31,8 +31,10 @@ from census_tf_dagster.lost_work import (
     marking_executor,
 )
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.runs import LOST_WORK, RETRIED_BY_TAG, WILL_RETRY_TAG, fetch_runs
+from census_tf_dagster.operate.observations import ShardProgress
+from census_tf_dagster.operate.runs import LOST_WORK, RETRIED_BY_TAG, WILL_RETRY_TAG, Run, fetch_runs
 from census_tf_dagster.operate.sets import SHARDS, find_set
+from census_tf_dagster.operate.stuck import _judge
 from census_tf_dagster.worker_process import WORKER_TAG, WorkerProcess
 from tests.builders import tiny
 from tests.deployment import Operator, running, until
@@ -201,6 +203,27 @@ def test_the_sensor_says_what_it_found(instance: dg.DagsterInstance, monkeypatch
         if len(said) == 1:
             run = lose_retry(instance, "deleted")
     assert said == ["nothing was lost", f"run {run}: no retry of it comes any more"]
+
+
+def running_run(worker: WorkerProcess | None, asset: str = SHARDS) -> Run:
+    """Return a run that has been running for an hour."""
+    hour = time.time() - 3600
+    return Run("a", asset, f"{RELEASE}|0", "STARTED", hour, hour, None, hour, recompute=False, worker=worker)
+
+
+def test_a_silent_run_is_shown_where_its_worker_cannot_be_seen() -> None:
+    here = WorkerProcess.this("a")
+    elsewhere = replace(here, host="other")
+    assert _judge(running_run(here), None) is None
+    lost = _judge(running_run(replace(here, started="1")), None)
+    assert lost == (f"has lost its worker (process {os.getpid()} on {here.host})", True)
+    silent = _judge(running_run(elsewhere), None)
+    assert silent is not None
+    assert silent[0].startswith("has said nothing for 60 min, and its worker (process ")
+    assert silent[1] is False
+    assert _judge(running_run(None), ShardProgress(1, 1.0, "read", time.time() - 2000)) is not None
+    assert _judge(running_run(elsewhere), ShardProgress(1, 1.0, "read", time.time())) is None
+    assert _judge(running_run(elsewhere, "embeddings_array"), None) is None
 
 
 CELLS = 160

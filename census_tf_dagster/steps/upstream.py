@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse
 
 from census_tf_dagster.census.cells import Cells
+from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.files import temporary_folder
 from census_tf_dagster.inference.orphans import end_with_parent
@@ -43,11 +44,54 @@ def run_upstream() -> str:
     return f"{inspect.getsource(end_with_parent)}\nend_with_parent({os.getpid()})\n{RUN}"
 
 
+NAME = "transcriptformer"
+VERSION = f"from importlib.metadata import version; print('{NAME}', version('{NAME}'))"
+CHECK_SECONDS = 60.0
+"""Python starts within a second; from a file system that sleeps, within some."""
+
+
 def find_upstream() -> Path | None:
     """Return upstream's ``transcriptformer`` command: beside this Python, else on the PATH; None: it is not here."""
     beside = str(Path(sys.executable).parent)
-    found = shutil.which("transcriptformer", path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
+    found = shutil.which(NAME, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
     return Path(found) if found else None
+
+
+def require_upstream(command: Path, seconds: float = CHECK_SECONDS) -> None:
+    """Refuse, within seconds, a program that is not upstream's command.
+
+    Parameters
+    ----------
+    command
+        What should be upstream's ``transcriptformer``.
+    seconds
+        How long it may take to say its version.
+
+    Raises
+    ------
+    UserError
+        With what it is instead.
+    """
+    expected = f"expected upstream's `{NAME}` command, in the `bin` folder of an environment where it is installed."
+    if not command.is_file():
+        raise UserError(f"{command}: there is no such file; {expected}")
+    line = [str(_python(command)), "-c", VERSION]
+    try:
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"{command}: the Python beside it did not say within {seconds:.0f} s which version of "
+            f"{NAME} it has; {expected}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{command}: no Python beside it can be run ({error}); {expected}") from error
+    if done.returncode or not done.stdout.startswith(f"{NAME} ") or command.name != NAME:
+        said = (done.stdout if not done.returncode else done.stderr).strip().rpartition("\n")[2][:200]
+        raise UserError(f"{command} is another program (the Python beside it says {said!r}); {expected}")
+
+
+def _python(command: Path) -> Path:
+    return command.resolve().with_name("python")
 
 
 @contextmanager
@@ -76,8 +120,9 @@ def upstream_running(
     Raises
     ------
     UserError
-        When upstream cannot be run on such a set.
+        When `command` is another program, or upstream cannot be run on such a set.
     """
+    require_upstream(command)
     if len(job.checkpoint.pretrained) > 1:
         raise UserError("upstream's command takes one pretrained embedding file; this set has more.")
     genes = list(job.genes.ids)
@@ -94,7 +139,7 @@ def upstream_running(
     with temporary_folder() as place, tempfile.TemporaryFile() as said:
         folder = Path(place)
         adata.write_h5ad(folder / "cells.h5ad")
-        line = [str(command.resolve().with_name("python")), "-c", run_upstream(), *_arguments(job, folder, batch_size)]
+        line = [str(_python(command)), "-c", run_upstream(), *_arguments(job, folder, batch_size)]
         try:
             process = subprocess.Popen(line, cwd=folder, stdin=subprocess.PIPE, stdout=said, stderr=said)  # noqa: S603
         except OSError as error:
@@ -104,7 +149,10 @@ def upstream_running(
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired as error:
-                raise UserError(f"upstream's {command} took more than {seconds:.0f} s.") from error
+                raise UserError(
+                    f"upstream's {command} took more than {duration(seconds)} for {len(cells.joinids)} cells, and was "
+                    "ended. Give it fewer cells, or a faster machine."
+                ) from error
             if code:
                 said.seek(0)
                 raise UserError(f"upstream's {command} failed:\n{said.read().decode(errors='replace')[-2000:]}")
