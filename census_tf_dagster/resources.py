@@ -26,7 +26,8 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     directory
         Address of the directory that lists public releases; empty: where cellxgene_census looks.
     s3_region, s3_endpoint, s3_anonymous
-        How S3 is reached. The default suits the public Census.
+        How S3 is reached. The default suits the public Census. Where the directory says in which region a release
+        is, that one counts.
     """
 
     location: str = PUBLIC
@@ -64,7 +65,11 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return found
 
     def uri(self, release: str) -> str:
-        """Resolve a release name.
+        """Resolve a release name, as `place` does."""
+        return self.place(release)[0]
+
+    def place(self, release: str) -> "tuple[str, Storage]":
+        """Resolve a release name: where its Census is, and read access to it.
 
         Raises
         ------
@@ -73,23 +78,23 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """
         require_name(release, "release")
         if listed := self.listed(release):
-            return listed.uri
+            return listed.uri, self._storage(listed.s3_region or self.s3_region)
         if "{release}" not in self.location:
             raise UserError(f"the Census location {self.location!r} must be 'public' or contain '{{release}}'.")
         uri = normalise(self.location.replace("{release}", release))
-        there = Path(uri.removeprefix("file://")).is_dir() if is_local(uri) else self.storage().is_folder(uri)
+        storage = self._storage(self.s3_region)
+        there = Path(uri.removeprefix("file://")).is_dir() if is_local(uri) else storage.is_folder(uri)
         if not there:
             raise UserError(
                 f"release {release!r} is unknown: there is no Census at {uri}. CENSUS_TF_CENSUS says where."
             )
-        return uri
+        return uri, storage
 
-    def storage(self) -> "Storage":
-        """Return read access to the Census."""
+    def _storage(self, region: str) -> "Storage":
         from census_tf_dagster.s3 import S3Settings
         from census_tf_dagster.storage import Storage
 
-        return Storage(S3Settings(self.s3_region, self.s3_endpoint, self.s3_anonymous))
+        return Storage(S3Settings(region, self.s3_endpoint, self.s3_anonymous))
 
 
 class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]

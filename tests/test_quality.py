@@ -10,11 +10,12 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 import pytest
+import tiledb
 import tiledbsoma
 from PIL import Image
 
 from census_tf_dagster.census.plan import read_plan
-from census_tf_dagster.demo.census import build_census
+from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.quality import pictures
@@ -201,7 +202,48 @@ def checks(report: Report) -> dict[str, bool]:
     return {name: verdict.passed for name, verdict in report.verdicts.items() if name != "same_as_upstream"}
 
 
-GOOD = {"neighbours_share_cell_type": True, "no_collapsed_dimensions": True, "drift_from_previous_release": True}
+GOOD = {
+    "neighbours_share_cell_type": True,
+    "no_collapsed_dimensions": True,
+    "drift_from_previous_release": True,
+    "gene_ids_fit_counts": True,
+}
+
+
+ZEROS = np.arange(0, CELLS, 9)
+
+
+def empty_cells(organism: Organism) -> None:
+    counts = organism.counts.tolil()
+    counts[ZEROS] = 0
+    object.__setattr__(organism, "counts", counts.tocsr())
+
+
+def zeros_alike(joinids: np.ndarray, types: np.ndarray) -> np.ndarray:
+    """Cells without counts lie far away from all others, nearly equal to each other."""
+    values = by_type(joinids, types)
+    rows = np.isin(joinids, ZEROS)
+    values[rows] = 100 + 0.001 * values[rows]
+    return values
+
+
+@pytest.mark.parametrize("nnz", [True, False])
+def test_cells_without_counts_are_left_out_of_what_is_measured(project: Project, nnz: bool) -> None:
+    """With and without obs telling which ones they are."""
+    tiny(project, cells=CELLS, megabatch_size=64, change=empty_cells)
+    finish(project, zeros_alike)
+    if not nnz:
+        evolution = tiledb.ArraySchemaEvolution()
+        evolution.drop_attribute("nnz")
+        evolution.array_evolve(str(project.census / "census_data" / "homo_sapiens" / "obs"))
+    report = report_of(project)
+    assert checks(report) == GOOD
+    assert report.verdicts["neighbours_share_cell_type"].figures["cells"] == CELLS - len(ZEROS)
+    # Two heaps far apart have the variance of one dimension.
+    assert float(report.verdicts["no_collapsed_dimensions"].figures["effective_rank"]) > 3
+    sample = stored(project)[1]["sample"]
+    assert (sample["cells"], sample["without_counts"]) == (CELLS, len(ZEROS))
+    assert report.about["cells_without_counts"] == (len(ZEROS) if nnz else None)
 
 
 def test_a_good_array_passes(good: Project) -> None:

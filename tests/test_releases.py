@@ -310,6 +310,18 @@ def test_a_release_name_means_what_the_directory_says(server: DirectoryServer) -
         read_kinds("all")
 
 
+def test_a_release_is_read_in_the_region_that_the_directory_names(server: DirectoryServer) -> None:
+    """As cellxgene_census does: bucket and region belong together, whatever the deployment's region is."""
+    abroad, silent = entry(NEW, "s3://there/soma/"), entry(OLD)
+    abroad["soma"]["s3_region"] = "eu-central-1"
+    del silent["soma"]["s3_region"]
+    server.lists(r2025_11_08=abroad, r2025_01_30=silent)
+    census = CensusResource(directory=server.url, s3_region="us-east-2")
+    for name, region in ((NEW, "eu-central-1"), (OLD, "us-east-2")):
+        _, storage = census.place(name)
+        assert storage.s3.region == storage.soma_context.tiledb_config["vfs.s3.region"] == region
+
+
 def test_a_retracted_release_is_not_added_by_hand_either(server: DirectoryServer, project: Project) -> None:
     project.env |= {"CENSUS_TF_CENSUS": "public", "CENSUS_TF_CENSUS_DIRECTORY": server.url}
     server.lists(r2025_11_08=entry(NEW), r2025_01_30=retracted(OLD))

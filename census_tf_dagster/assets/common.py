@@ -89,11 +89,12 @@ def release_job(settings: SetSettings, release: str, census: CensusResource, sto
     """Open the job of a set and release, wherever the resources say."""
     from census_tf_dagster.steps.job import open_job
 
+    census_uri, storage = census.place(release)
     with open_job(
         settings,
         release=release,
-        census_uri=census.uri(release),
-        census=census.storage(),
+        census_uri=census_uri,
+        census=storage,
         store_uri=store.uri(),
         store=store.storage(),
         cache=store.cache_folder(),

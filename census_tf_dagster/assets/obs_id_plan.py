@@ -62,7 +62,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 f"the array has TileDB storage version {ours}, the Census {theirs}: its curators refuse that. "
                 "docs/publish.md says how to create the array in theirs before any shard runs."
             )
-        here, there = store.s3_region, "" if is_local(census.location) else census.s3_region
+        here, there = store.s3_region, "" if is_local(job.release.uri) else job.release.storage.s3.region
         if here and there and here != there:
             context.log.warning(f"the Census is in {there}, the store in {here}: what crosses regions is paid for.")
         listed = census.listed(context.partition_key)

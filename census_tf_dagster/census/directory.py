@@ -56,6 +56,7 @@ class Retraction(_Model):
 
 class _Soma(_Model):
     uri: str = Field(min_length=1)
+    s3_region: str | None = None
 
 
 class _Entry(_Model):
@@ -81,6 +82,8 @@ class ListedRelease:
         Why it was withdrawn; None when it was not.
     uri
         Where its SOMA objects are.
+    s3_region
+        Region of that bucket; empty where the directory does not say.
     """
 
     name: str
@@ -88,6 +91,7 @@ class ListedRelease:
     long_term: bool
     retraction: Retraction | None
     uri: str
+    s3_region: str = ""
 
     @property
     def deleted_from(self) -> date | None:
@@ -205,6 +209,7 @@ def _release(name: str, entry: _Entry) -> ListedRelease:
         long_term=entry.flags.lts,
         retraction=retraction if entry.flags.retracted else None,
         uri=entry.soma.uri.rstrip("/"),
+        s3_region=entry.soma.s3_region or "",
     )
 
 

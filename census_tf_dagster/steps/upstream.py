@@ -39,15 +39,15 @@ main()
 """Upstream's command line; it answers a SIGTERM only after minutes."""
 
 
-def run_upstream() -> str:
-    """Return Python code that runs upstream's command, as a child of this process that ends with it."""
-    return f"{inspect.getsource(end_with_parent)}\nend_with_parent({os.getpid()})\n{RUN}"
-
-
 NAME = "transcriptformer"
 VERSION = f"from importlib.metadata import version; print('{NAME}', version('{NAME}'))"
 CHECK_SECONDS = 60.0
 """Python starts within a second; from a file system that sleeps, within some."""
+
+
+def run_upstream() -> str:
+    """Return Python code that runs upstream's command, as a child of this process that ends with it."""
+    return f"{inspect.getsource(end_with_parent)}\nend_with_parent({os.getpid()})\n{RUN}"
 
 
 def find_upstream() -> Path | None:
