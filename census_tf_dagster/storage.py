@@ -38,6 +38,10 @@ SIGNS_OF_LACK = ("std::bad_alloc", "Error initializing thread pool")
 """What TileDB says when the system gives it no memory, or no memory for threads."""
 
 
+FAR_FUTURE = 2**62
+"""TileDB timestamp (milliseconds) after any that a clock gives."""
+
+
 class Storage:
     """Access to one place with one set of S3 settings.
 
@@ -57,6 +61,8 @@ class Storage:
         self.soma_context = tiledbsoma.SOMATileDBContext(
             tiledb_config={**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES), **UNCHECKED_WRITES}
         )
+        # What is never written to again is read whole, also where this machine's clock is behind its writer's.
+        self.soma_context_of_the_future = self.soma_context.replace(timestamp=FAR_FUTURE)
         self._vfs = tiledb.VFS(ctx=self.tiledb_ctx)
         self._objects = S3Objects(self.s3)
 

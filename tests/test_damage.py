@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,7 +227,9 @@ def test_a_damaged_proof_is_written_anew_by_running_the_shard(finished: Job) -> 
 def renamed_into_the_future(folder: Path, hours: int) -> None:
     """Make all that TileDB has written below a folder as new as if the writer's clock had been ahead."""
     for path in sorted(folder.rglob("__*"), key=lambda one: len(one.parts), reverse=True):
-        if found := re.fullmatch(r"__(\d{13})_(\d{13})_(.*)", path.name):
+        # Fragments name their schema; TileDB does not ask when it was written.
+        found = re.fullmatch(r"__(\d{13})_(\d{13})_(.*)", path.name)
+        if found and path.parent.name != "__schema":
             first, last = (int(found[i]) + hours * 3_600_000 for i in (1, 2))
             path.rename(path.with_name(f"__{first}_{last}_{found[3]}"))
 
@@ -243,8 +246,7 @@ def test_a_census_from_a_clock_that_is_ahead_can_be_read(project: Project) -> No
 def test_no_write_of_ours_depends_on_a_clock(finished: Job) -> None:
     names = [one.name for one in opened(finished).fragments()]
     assert all(int(name.split("_")[2]) < 1000 for name in names)
-    later_value(finished)
-    fill_shard(finished, shard_of(finished))
+    opened(finished).write(np.array([CELL]), np.ones((1, 16), np.float32))
     newest = max(opened(finished).fragments(), key=lambda one: int(one.name.split("_")[2]))
     assert newest.name not in names
     assert int(newest.name.split("_")[2]) < 1000
@@ -268,7 +270,7 @@ def damage_at_random(finished: Job, project: Project, trials: int, seed: int) ->
         try:
             now = read_array(finished.folder.array, project.folder)
             same = np.array_equal(now.ids, before.ids) and np.array_equal(now.values, before.values)
-        except AssertionError:
+        except subprocess.CalledProcessError:
             same = False
         differed += not same
         assert same or found, "a change of values was not noticed"

@@ -110,7 +110,7 @@ class OrganismRelease:
         """Return the titles of the release's datasets by their ids; empty when it does not tell."""
         try:
             uri = f"{self.uri}/census_info/datasets"
-            with tiledbsoma.DataFrame.open(uri, context=self.storage.soma_context) as frame:
+            with tiledbsoma.DataFrame.open(uri, context=self.storage.soma_context_of_the_future) as frame:
                 rows = frame.read(column_names=["dataset_id", "dataset_title"]).concat().to_pylist()
         except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError):
             return {}
@@ -224,7 +224,7 @@ def open_release(uri: str, organism: str, storage: Storage) -> Iterator[Organism
         When there is no Census, the organism is missing, or a column that embedding needs is.
     """
     try:
-        census = cellxgene_census.open_soma(uri=uri, context=storage.soma_context)
+        census = cellxgene_census.open_soma(uri=uri, context=storage.soma_context_of_the_future)
     except (tiledbsoma.DoesNotExistError, TypeError) as error:
         # An unreachable server raises another error, which is no user's to mend: Dagster may retry it.
         raise UserError(f"there is no Census at {uri}: {error}") from error
