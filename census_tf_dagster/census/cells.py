@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.release import OrganismRelease
+from census_tf_dagster.compiled import compiled
 from census_tf_dagster.errors import UserError
 
 
@@ -104,14 +104,14 @@ def read_cells(release: OrganismRelease, joinids: npt.NDArray[np.int64], assay_c
     return Cells(joinids, indptr, columns, counts, tuple(obs[assay_column].to_pylist()))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _count(rows, values, stored, expressed):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         stored[rows[i]] += 1
         expressed[rows[i]] += values[i] != 0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _scatter(rows, genes, values, filled, columns, counts):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         at = filled[rows[i]]
@@ -120,7 +120,7 @@ def _scatter(rows, genes, values, filled, columns, counts):  # type: ignore[no-u
         filled[rows[i]] = at + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
     """Sort each row by column; return a row that has a column twice, or -1."""
     for row in range(len(indptr) - 1):

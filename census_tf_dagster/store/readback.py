@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.plan import Megabatch, Plan
+from census_tf_dagster.compiled import compiled
 from census_tf_dagster.store.array import EmbeddingsArray
 
 CELLS_AT_ONCE = 4096
@@ -154,7 +154,7 @@ def _columns(table: pa.Table) -> tuple[Ids, Ids, npt.NDArray[np.float32]]:
     return joinids, features, values
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _look(joinids, features, values, planned, seen, repeated, beyond, infinite, nonzero):  # type: ignore[no-untyped-def]
     """Mark what is seen of each planned cell; tell whether other cells were among them."""
     strange = False
