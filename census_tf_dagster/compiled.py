@@ -40,16 +40,26 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def keep_below(cache: Path) -> None:
-    """Let functions that numba finds no place for be kept in this folder, if it can be written."""
-    if _kept_nowhere:
+    """Let what numba finds no place for be kept in this folder: our functions, and those of packages imported later.
+
+    umap, for example, cannot be imported where there is no place.
+    """
+    # umap and others are installed beside numba.
+    if _kept_nowhere or not _has_place(numba.njit):
         numba.config.CACHE_DIR = str(cache / "numba")  # type: ignore[attr-defined]
         _kept_nowhere[:] = [dispatcher for dispatcher in _kept_nowhere if not _keep(dispatcher)]
 
 
-def _keep(dispatcher: Any) -> bool:
+def _has_place(function: Any) -> bool:
     try:
-        # What `cache=True` does, which is an error where there is no place.
-        dispatcher._cache = _Cache(dispatcher.py_func)  # type: ignore[no-untyped-call]
+        FunctionCache(function)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
     return True
+
+
+def _keep(dispatcher: Any) -> bool:
+    if found := _has_place(dispatcher.py_func):
+        # What `cache=True` does, which is an error where there is no place.
+        dispatcher._cache = _Cache(dispatcher.py_func)  # type: ignore[no-untyped-call]
+    return found

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,26 @@ def found_in_cache(environment: dict[str, str], *arguments: object, before: str 
 
 def test_everything_can_be_imported(environment: dict[str, str]) -> None:
     assert run(environment, ALL).startswith(environment["PYTHONPATH"])
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0, reason="may not mount here"
+)
+def test_packages_that_are_installed_for_all_can_be_imported(environment: dict[str, str], tmp_path: Path) -> None:
+    """As umap, whose functions numba refuses to cache then; umap itself compiles for half a minute."""
+    packages = sysconfig.get_path("purelib")
+    theirs = Path(environment["PYTHONPATH"]) / PACKAGE / "theirs.py"
+    theirs.write_text("import numba\n@numba.njit(cache=True)\ndef one():\n    return 1\n")
+    code = "import sys, pathlib\nfrom census_tf_dagster import compiled\n{}from census_tf_dagster import theirs"
+    keep = "compiled.keep_below(pathlib.Path(sys.argv[1]))\n"
+    found = []
+    for text in (code.format(""), code.format(keep)):
+        command = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+        python = [sys.executable, "-W", "ignore", "-c", text, str(tmp_path / "cache")]
+        line = ["unshare", "--mount", "sh", "-c", command, packages, *python]
+        done = subprocess.run(line, env=environment, cwd="/", capture_output=True, text=True)
+        found.append((done.returncode, "no locator available" in done.stderr))
+    assert found == [(1, True), (0, False)]
 
 
 def test_without_any_place(environment: dict[str, str]) -> None:
