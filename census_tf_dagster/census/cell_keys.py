@@ -9,12 +9,12 @@ one, which may be gone. Among 200 million cells two keys are equal by chance wit
 import hashlib
 from collections.abc import Mapping, Sequence
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.release import OrganismRelease
+from census_tf_dagster.compiled import compiled
 
 Keys = npt.NDArray[np.uint64]
 """``(n, 2)``. Zeros: the cell has no key, and is computed."""
@@ -117,7 +117,7 @@ def _encode(column: pa.Array, digest_of):  # type: ignore[no-untyped-def]
     return codes, digests
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _mix(x):  # type: ignore[no-untyped-def]
     """Return splitmix64's finalizer: a bijection in which each bit of the input moves half of the output's."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -125,7 +125,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> np.uint64(31))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _absorb(dataset, dataset_digest, assay, assay_digest, offsets, data, numbers, keys):  # type: ignore[no-untyped-def]
     """Hash each row into two chains of 64 bits, which begin and take words differently."""
     for row in range(len(dataset)):

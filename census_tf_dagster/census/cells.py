@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.release import LAYER, NNZ, OrganismRelease
+from census_tf_dagster.compiled import compiled
 from census_tf_dagster.errors import UserError
 
 
@@ -138,14 +138,14 @@ def read_cells(
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _count(rows, values, stored, expressed):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         stored[rows[i]] += 1
         expressed[rows[i]] += values[i] != 0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _scatter(rows, genes, values, filled, columns, counts):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         at = filled[rows[i]]
@@ -154,7 +154,7 @@ def _scatter(rows, genes, values, filled, columns, counts):  # type: ignore[no-u
         filled[rows[i]] = at + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
     """Sort each row by column; return which rows have a column twice."""
     twice = np.zeros(len(indptr) - 1, np.bool_)
@@ -176,7 +176,7 @@ def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
     return twice
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _judge_counts(indptr, counts):  # type: ignore[no-untyped-def]
     """Return where each row's first impossible count is, and its first that is no whole number; -1: nowhere."""
     impossible = np.full(len(indptr) - 1, -1, np.int64)

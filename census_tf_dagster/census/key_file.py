@@ -7,7 +7,6 @@ bucket, in the memory of one.
 import json
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import tiledb
 
 from census_tf_dagster.census.cell_keys import Keys
+from census_tf_dagster.compiled import compiled
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
 
@@ -107,7 +107,7 @@ def _buckets(parquet: pq.ParquetFile, counts: list[int]) -> Iterator[tuple[Int64
         row_group += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _by_bucket(keys, bits):  # type: ignore[no-untyped-def]
     """Return positions of cells that have a key by bucket, in their order within each, and the buckets' ends."""
     n_buckets = 1 << bits
@@ -127,7 +127,7 @@ def _by_bucket(keys, bits):  # type: ignore[no-untyped-def]
     return order, ends
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _match(earlier, joinids, keys):  # type: ignore[no-untyped-def]
     """Return the earlier joinid for each key; -1 where there is none, or where either side has the key twice."""
     size = 1

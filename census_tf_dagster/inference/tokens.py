@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from census_tf_dagster.census.cells import Cells
+from census_tf_dagster.compiled import compiled
 from census_tf_dagster.inference.checkpoint import Checkpoint
 from census_tf_dagster.inference.checkpoint_config import UNKNOWN
 from census_tf_dagster.inference.packing import PackedCells
@@ -126,7 +126,7 @@ def genes_in_order(gene_ids: Sequence[str], checkpoint: Checkpoint, gene_order: 
     return tuple(gene for gene in gene_ids if checkpoint.knows(gene))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _by_row(indptr, columns, values, row_of_column):  # type: ignore[no-untyped-def]
     """Return CSR without zeros and unknown genes, each cell's entries ascending by row."""
     starts = np.zeros(len(indptr), np.int64)
@@ -153,7 +153,7 @@ def _by_row(indptr, columns, values, row_of_column):  # type: ignore[no-untyped-
     return starts, rows[:at], counts[:at]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _pack(  # type: ignore[no-untyped-def]
     indptr, columns, values, row_of_column, assay_rows, start_row, most_genes, bias_of_count, eps
 ):

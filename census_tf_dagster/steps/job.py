@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from census_tf_dagster.census.release import Genes, OrganismRelease, open_release
+from census_tf_dagster.compiled import keep_below
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
@@ -56,13 +57,14 @@ def open_job(
     store_uri, store
         The store and how it is written; checkpoints on S3 are read with it too.
     cache
-        Local folder for checkpoints from S3, and what was prepared of any.
+        Local folder for checkpoints from S3, what was prepared of any, and compiled functions if need be.
 
     Raises
     ------
     UserError
         When anything is missing or does not fit; nothing has been written.
     """
+    keep_below(cache)
     with naming_lack_of_memory(), open_release(census_uri, settings.organism, census) as opened:
         genes = opened.genes()
         checkpoint = read_checkpoint(

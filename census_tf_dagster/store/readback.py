@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -11,6 +10,7 @@ import tiledb
 import tiledbsoma
 
 from census_tf_dagster.census.plan import Megabatch, Plan
+from census_tf_dagster.compiled import compiled
 from census_tf_dagster.names import is_local
 from census_tf_dagster.s3 import StoreError
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -285,7 +285,7 @@ def _columns(table: pa.Table) -> tuple[Ids, Ids, npt.NDArray[np.float32]]:
     return joinids, features, values
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _look(joinids, features, values, planned, dense, seen, repeated, beyond, infinite, nonzero):  # type: ignore[no-untyped-def]
     """Mark what is seen of each planned cell, and keep its values; tell whether other cells were among them."""
     strange = False
