@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import tiledb
 import tiledbsoma
+import torch
 
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.demo.checkpoint import build_checkpoint
@@ -96,6 +97,10 @@ def test_an_obs_without_the_checkpoints_column(project: Project) -> None:
     config = project.checkpoint / "config.json"
     config.write_text(config.read_text().replace('"aux_cols": "assay"', '"aux_cols": "platform"'))
     (project.checkpoint / "vocabs" / "assay_vocab.json").rename(project.checkpoint / "vocabs" / "platform_vocab.json")
+    weights = project.checkpoint / "model_weights.pt"
+    state = torch.load(weights, weights_only=True)
+    state["aux_embeddings.platform.weight"] = state.pop("aux_embeddings.assay.weight")
+    torch.save(state, weights)
     plan_is_refused(project, r"lacks the column 'platform' that the checkpoint .* conditions on")
 
 
@@ -170,6 +175,28 @@ def test_a_checkpoint_that_is_not_there(project: Project) -> None:
     tiny(project)
     project.add_set("lost", organism="homo_sapiens", checkpoint=str(project.folder / "nowhere"))
     plan_is_refused(project, r"nowhere does not exist; expected a checkpoint", name="lost")
+
+
+def test_weights_that_the_configuration_does_not_account_for(project: Project) -> None:
+    tiny(project)
+    config = project.checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 1'))
+    plan_is_refused(project, r"it has transformer_encoder.encoder_layers.1.*which such a model does not have")
+
+
+def test_weights_that_were_damaged_after_planning(project: Project) -> None:
+    tiny(project)
+    with project.job("tiny") as job:
+        make_plan(job)
+    weights = project.checkpoint / "model_weights.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with (
+        pytest.raises(UserError, match=r"model_weights.pt is damaged: .* Get model_weights.pt again"),
+        project.job("tiny") as job,
+    ):
+        embed_shard(job, 0)
 
 
 def test_an_array_location_that_holds_something_else(project: Project) -> None:

@@ -69,6 +69,10 @@ def refused(folder: Path, message: str) -> None:
         (["assay"], r'aux_cols is \["assay"\]; expected one obs column as text, such as "assay", not a list'),
         (None, r"aux_cols is null; expected one obs column .*: models without an auxiliary token are not supported"),
         (3, "aux_cols is 3; expected one auxiliary column"),
+        ("x" * 10_000, "expected one auxiliary column"),
+        ("a\0", "expected one auxiliary column"),
+        ("../assay", "expected one auxiliary column"),
+        ("platform", "platform_vocab.json does not exist; expected a checkpoint"),
     ],
 )
 def test_other_auxiliary_columns(folder: Path, value: object, message: str) -> None:
@@ -105,6 +109,8 @@ def test_numbers_that_make_no_sense(folder: Path, name: str, value: object) -> N
         ([*SPECIAL_TOKENS[1:]], "expected unknown among them"),
         (None, "expected a list of names"),
         ("[START]", "expected a list of names"),
+        ([*SPECIAL_TOKENS, "\ud800"], "expected a list of names"),
+        ([*SPECIAL_TOKENS, "x" * 10_000], "expected a list of names"),
         ([*SPECIAL_TOKENS, GENES[0]], rf"{GENES[0]} is a special token and a gene"),
     ],
 )
@@ -180,6 +186,29 @@ def test_truncated_weights(folder: Path) -> None:
 def test_weights_that_are_something_else(folder: Path, content: bytes) -> None:
     (folder / "model_weights.pt").write_bytes(content)
     refused(folder, "model_weights.pt is no PyTorch file of weights")
+
+
+def test_weights_that_are_a_folder(folder: Path) -> None:
+    (folder / "model_weights.pt").unlink()
+    (folder / "model_weights.pt").mkdir()
+    refused(folder, r"model_weights.pt cannot be read \(Is a directory\)")
+
+
+@pytest.mark.parametrize(
+    ("section", "value"), [("model_config", None), ("data_config", []), ("loss_config", 3), ("loss_config", {})]
+)
+def test_a_section_that_is_none(folder: Path, section: str, value: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["model"][section] = value
+    path.write_text(json.dumps(config))
+    refused(folder, rf"model.{section} (is .*; expected a JSON object|has no gene_id_loss_weight)")
+
+
+@pytest.mark.parametrize("weight", [10**400, math.nan, "1", None])
+def test_a_loss_weight_that_makes_no_sense(folder: Path, weight: object) -> None:
+    edit_config(folder, lambda model: model["loss_config"].update(gene_id_loss_weight=weight))
+    refused(folder, r"model.loss_config.gene_id_loss_weight is .*; expected a number")
 
 
 def test_weights_in_the_old_format(folder: Path) -> None:

@@ -164,7 +164,7 @@ def read_gene_names(path: Path) -> list[str]:
     """
     if path.suffix == ".pkl":
         raise UserError(f"{path} is a pickle, which is never loaded; expected upstream's .h5 form of the file.")
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path} does not exist; expected the embeddings of the genes, as HDF5.")
     try:
         with h5py.File(path, "r") as file:

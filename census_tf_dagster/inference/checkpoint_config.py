@@ -8,7 +8,6 @@ refused rather than embedded in another way than it asks for.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ COMMAND_LINE: Mapping[str, object] = {
 ``randomize_genes``, ``filter_outliers`` and ``min_expressed_genes``, which choose cells and orders for training."""
 LARGEST = {"num_layers": 1000, "num_heads": 1024, "embed_dim": 2**16, "model_dim": 2**20, "seq_len": 2**20}
 """Far above any model, and small enough to compute with."""
+LONGEST_NAME = 200
+"""Characters of the name of a column, a token or a file."""
 GENE_HEAD_DIM = 2048
 """Upstream's default."""
 
@@ -102,7 +103,7 @@ def read_config(path: Path) -> CheckpointConfig:
         raise data.wrong("pad_zeros", "true, as in the published checkpoints")
     if data.get("gene_pad_token") != PAD:
         raise data.wrong("gene_pad_token", f"{PAD}, as in the published checkpoints")
-    weight = loss.number("gene_id_loss_weight", -math.inf, math.inf)
+    weight = loss.number("gene_id_loss_weight", -1e6, 1e6)
     return CheckpointConfig(
         content=whole.content,
         shape=shape,
@@ -123,6 +124,8 @@ def read_json(path: Path) -> dict[str, Any]:
     UserError
         When there is none.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a checkpoint as `transcriptformer download` makes it.")
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -148,7 +151,7 @@ def _aux_column(data: "_Section") -> str:
             expected = 'one obs column such as "assay": models without an auxiliary token are not supported'
         case list():
             expected = 'one obs column as text, such as "assay", not a list'
-        case str() if value.strip() == value and value and "," not in value and "/" not in value:
+        case str() if _is_name(value) and value.strip() == value and "," not in value and "/" not in value:
             return value
         case _:
             expected = 'one auxiliary column such as "assay", as in the published checkpoints'
@@ -197,11 +200,8 @@ class _Section:
 
     def number(self, name: str, least: float, most: float) -> float:
         value = self.get(name)
-        # A whole number may be too large for a float.
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-        if not fits or not math.isfinite(value):
-            limits = f" from {least:,} to {most:,}" if math.isfinite(most) else ""
-            raise self.wrong(name, f"a number{limits}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+            raise self.wrong(name, f"a number from {least:,.0f} to {most:,.0f}")
         return float(value)
 
     def flag(self, name: str) -> bool:
@@ -218,7 +218,7 @@ class _Section:
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.get(name)
-        if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
+        if not isinstance(value, list) or not value or not all(map(_is_name, value)):
             raise self.wrong(name, "a list of names")
         return tuple(value)
 
@@ -232,6 +232,10 @@ class _Section:
             f"{json.dumps(value)} or null, as in the published checkpoints; nothing else is computed here. Set it to "
             "null to embed in the way of upstream's command",
         )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def _shown(value: object) -> str:

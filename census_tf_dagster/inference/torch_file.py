@@ -67,12 +67,16 @@ def read_index(path: Path) -> Mapping[str, StoredTensor]:
     UserError
         When the file is cut short or damaged, in PyTorch's old format, or holds anything but a dictionary of tensors.
     """
-    with path.open("rb") as file:
-        if file.read(len(OLD_FORMAT)) == OLD_FORMAT:
-            raise UserError(
-                f"{path} is in PyTorch's format of before 1.6; expected the zip format. Save it again: "
-                f"`python -c \"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')\"`."
-            )
+    try:
+        with path.open("rb") as file:
+            old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected PyTorch's file of weights.") from error
+    if old:
+        raise UserError(
+            f"{path} is in PyTorch's format of before 1.6; expected the zip format. Save it again: "
+            f"`python -c \"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')\"`."
+        )
     records = _records(path)
     indices = [name for name in records if name.endswith("/data.pkl")]
     if len(indices) != 1 or records[indices[0]].size > LARGEST_INDEX:
