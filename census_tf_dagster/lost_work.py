@@ -104,7 +104,8 @@ def ask_for_lost_retries(instance: dg.DagsterInstance) -> Iterator[str]:
     wanted = dg.RunsFilter(statuses=statuses, tags={WILL_RETRY_TAG: "true"}, updated_after=recent)
     for record in instance.get_run_records(wanted):
         run = record.dagster_run
-        if RETRIED_BY_TAG in run.tags or time.time() - record.update_timestamp.timestamp() < OWED_SECONDS:
+        # A worker's clock, which this time may be of, may be ahead.
+        if RETRIED_BY_TAG in run.tags or abs(time.time() - record.update_timestamp.timestamp()) < OWED_SECONDS:
             continue
         asked = _times_asked(instance, run.run_id)
         if not instance.run_retries_enabled or _backfill_has_ended(instance, run) or asked == MOST_ASKED:
