@@ -21,6 +21,7 @@ from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import make_plan, survey
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.progress import missing_megabatches
+from census_tf_dagster.store.written import NoteBook, Written
 from tests.builders import value_of
 from tests.releases import EARLIER, Contents, TwoReleases, fill_planned, prove_earlier, two_releases
 from tests.support import BOUND, RELEASE, Project, read_array, relative_errors
@@ -89,6 +90,29 @@ def test_a_release_pays_only_for_its_new_cells(project: Project, copy_first: boo
     assert np.array_equal(found.ids, reference.ids)
     assert found.stored_values == 220 * 16
     assert relative_errors(found.values, reference.values).max() <= BOUND
+
+
+def test_a_cell_that_was_set_aside_earlier_is_computed(project: Project) -> None:
+    releases = two_releases(project)
+    joinid = releases.unchanged()[0]
+    lost = int(np.flatnonzero(releases.earlier.rows == releases.later.rows[joinid])[0])
+    with project.job("reusing", EARLIER) as job:
+        make_plan(job)
+        plan = read_plan(job.store, job.folder.plan)
+        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        for batch, ids in zip(plan.megabatches, plan.read_ids(job.store, plan.megabatches), strict=True):
+            kept = ids[ids != lost]
+            reasons = {lost: "for a test"} if lost in ids else {}
+            values = value_of(kept, 16)
+            NoteBook(job.store, job.folder, plan, batch.shard).note(Written.of(batch, kept, values, reasons))
+            array.write(kept, values)
+        assert finish_array(job).set_aside == {lost: "for a test"}
+    with project.job("reusing") as job:
+        assert make_plan(job).cells_reused == 159
+        assert joinid not in reused_joinids(job)
+        fill_planned(job)
+        assert sum(copy_shard(job, shard).cells_copied for shard in range(4)) == 159
+        assert finish_array(job).cells == 220
 
 
 def test_copies_are_the_earlier_values(project: Project) -> None:

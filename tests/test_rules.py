@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from census_tf_dagster.census.release import OrganismRelease
 from census_tf_dagster.definitions import build_definitions, load_sets
+from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
 from census_tf_dagster.publication import INFO_KEY, Publication
 from census_tf_dagster.resources import CensusResource, StoreResource
@@ -27,7 +28,7 @@ from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import PUBLICATION, fill, tiny
 from tests.support import RELEASE, Project
 
-RULES = ["schema", "shape", "storage_version", "cells", "features", "values", "publication"]
+RULES = ["schema", "shape", "storage_version", "cells", "features", "values", "publication", "obs_ids"]
 
 
 @pytest.fixture
@@ -353,3 +354,17 @@ def test_readers_find_the_fragments_metadata_in_one_place(finished: Job) -> None
     assert broken(finished) == {}
     with tiledbsoma.open(finished.folder.array) as array:
         assert len(array.read().tables().concat()) == 100 * 16
+
+
+def test_a_changed_list_of_cells_is_found_and_written_anew(finished: Job) -> None:
+    listed = Path(finished.folder.obs_ids)
+    for content in (b"", listed.read_bytes()[:-1] + b"x", None):
+        before = listed.read_bytes()
+        listed.unlink() if content is None else listed.write_bytes(content)
+        assert broken(finished).keys() == {"obs_ids"}
+        with pytest.raises(UserError, match="materialize obs_id_plan again"):
+            finish_array(finished)
+        make_plan(finished)
+        finish_array(finished)
+        assert broken(finished) == {}
+        assert listed.read_bytes() == before
