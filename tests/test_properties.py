@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pyarrow as pa
 import pytest
 import tiledbsoma
@@ -24,7 +25,9 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.filters import check_filter
 from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.packing import PackedCells, assemble
 from census_tf_dagster.set_files import find_problems
+from tests.support import load_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 
@@ -109,6 +112,8 @@ PIECES = [
     "in ", "==", "<", "-", "~", "\n", "\x00", "\\", "\ud800", "{{ env.HOME }}", "1e999", "9" * 50, "nowhere", "None",
     "is None", ":=", " if ", "f'{x}'", "*", ",", "#",
 ]  # fmt: skip
+GENES = [f"ENSG{i:011d}" for i in range(12)]
+SHORT_CELL = PackedCells(np.array([1, 2, 3], np.int32), np.ones(3, np.float32), np.array([0, 3]))
 TYPES_AND_COLUMNS = (
     "not found", "does not exist", "Cannot cast", "incompatible function arguments", "PyQueryCondition.", "inequality",
     "too large to convert", "out of bounds", "Cannot parse", "null", "KeyError", "Field", "overflow",
@@ -315,14 +320,20 @@ def try_checkpoints(folder: Path, good: dict[str, bytes], of: int) -> Counter[st
     def each(files: dict[str, bytes]) -> None:
         write_all(folder, files)
         before = snapshot(folder)
+        found, end = None, "refused"
         try:
             with within_bounds():
-                read_checkpoint(folder)
-            ends["accepted"] += 1
+                found = read_checkpoint(folder)
+            end = "refused when prepared"
+            engine = load_engine(found, GENES)
         except UserError as error:
             is_one_short_line(str(error))
-            ends["refused"] += 1
+        else:
+            embedded = engine.model.embed(assemble(SHORT_CELL, np.array([0])))
+            assert embedded.shape == (1, found.shape.embed_dim)
+            end = "accepted"
         assert snapshot(folder) == before
+        ends[end] += 1
 
     each()
     return ends
@@ -351,7 +362,7 @@ def dataframe(tmp_path_factory: pytest.TempPathFactory) -> str:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("checkpoint") / "good"
     sizes = {"embed_dim": 8, "num_heads": 2, "num_layers": 1, "model_dim": 8, "esm_dim": 4, "seq_len": 15}
-    build_checkpoint(folder, [f"ENSG{i:011d}" for i in range(12)], ["10x"], block_len=16, gene_head_dim=4, **sizes)
+    build_checkpoint(folder, GENES, ["10x"], block_len=16, gene_head_dim=4, **sizes)
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
