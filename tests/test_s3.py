@@ -279,7 +279,7 @@ def disk_driver(folder: Path) -> None:
         filler.unlink()
         fill(job)
         summary = finish_array(job)
-        print("finished", summary.fragments - plan.totals.megabatches - 5)
+        print("finished", summary.fragments - plan.totals.megabatches)
         subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
         try:
             finish_array(job)
