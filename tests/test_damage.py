@@ -21,7 +21,8 @@ from census_tf_dagster.steps.embedding import embed_shard
 from census_tf_dagster.steps.finishing import RuleError, finish_array, verify_array
 from census_tf_dagster.steps.job import Job
 from census_tf_dagster.steps.planning import make_plan
-from census_tf_dagster.store.array import EmbeddingsArray, Fragment
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.fragments import Fragment
 from tests.builders import fill, fill_shard, tiny
 from tests.support import Project, read_array
 

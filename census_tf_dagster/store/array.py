@@ -10,7 +10,7 @@ wrong, so no clock is asked: the array is created at timestamp 1, and each openi
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,13 @@ from census_tf_dagster.identity import Identity
 from census_tf_dagster.publication import INFO_KEY
 from census_tf_dagster.s3 import StoreError
 from census_tf_dagster.storage import Storage
+from census_tf_dagster.store.fragments import (
+    FRAGMENT_FILES,
+    DamagedFragmentsError,
+    Fragment,
+    last_timestamp,
+    name_of,
+)
 
 IDENTITY_KEY = "census_tf_identity"
 """Array metadata key of the identity's JSON."""
@@ -41,10 +48,6 @@ _TILE_ROWS = 2048
 
 _CREATED_AT = 1
 """TileDB timestamp of a new array; the openings that write to it follow."""
-_TIMES = re.compile(r"__\d+_(?P<last>\d+)_[0-9a-f]{32}.*")
-"""Names of what TileDB writes below an array."""
-FRAGMENT_FILES = frozenset({"__fragment_metadata.tdb", "a0.tdb", "d0.tdb", "d1.tdb"})
-"""Files of a whole fragment: its metadata, the values, the two coordinates."""
 
 
 def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
@@ -61,47 +64,6 @@ def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
         },
         attrs={"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD, _MD5]}},
     )
-
-
-class DamagedFragmentsError(UserError):
-    """Fragments are committed and cannot be opened, which keeps TileDB from opening the array.
-
-    Attributes
-    ----------
-    array
-        Where they are.
-    reasons
-        What is wrong with each, by its name.
-    """
-
-    def __init__(self, array: "EmbeddingsArray", reasons: Mapping[str, str]) -> None:
-        first, reason = next(iter(reasons.items()))
-        super().__init__(
-            f"{len(reasons)} fragments of the array at {array.uri} are damaged, e.g. {first}: {reason}. Run the shard "
-            "that wrote them again: it removes them, and computes what they held."
-        )
-        self.array = array
-        self.reasons = dict(reasons)
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """One committed write.
-
-    Attributes
-    ----------
-    name
-        Unique name within the array.
-    first, last
-        Smallest and largest joinid in it.
-    values
-        Number of stored values (cells x features).
-    """
-
-    name: str
-    first: int
-    last: int
-    values: int
 
 
 @dataclass(frozen=True)
@@ -266,7 +228,7 @@ class EmbeddingsArray:
         the same one's: TileDB then goes by the fragments' names.
         """
         entries = [entry for folder in ("__fragments", "__meta") for entry in self.storage.list(f"{self.uri}/{folder}")]
-        return 1 + max([_CREATED_AT, *(_last_timestamp(_name(entry)) for entry in entries)])
+        return 1 + max([_CREATED_AT, *(last_timestamp(name_of(entry)) for entry in entries)])
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[tiledbsoma.SparseNDArray]:
@@ -297,7 +259,7 @@ class EmbeddingsArray:
             raise self._damage_error(error) from error
         found = [
             Fragment(
-                name=_name(info.uri),
+                name=name_of(info.uri),
                 first=int(info.nonempty_domain[0][0]),
                 last=int(info.nonempty_domain[0][1]),
                 values=int(info.cell_num),
@@ -322,7 +284,7 @@ class EmbeddingsArray:
         for name, files in self.fragment_files().items():
             if missing := sorted(FRAGMENT_FILES - files.keys()):
                 found[name] = f"its files {', '.join(missing)} are gone"
-            elif (written := _last_timestamp(name)) > now:
+            elif (written := last_timestamp(name)) > now:
                 hours = (written - now) / 3_600_000
                 found[name] = f"its writer's clock was ahead: readers see it in {hours:.2f} hours"
         return found
@@ -349,9 +311,9 @@ class EmbeddingsArray:
                 self.storage.remove_folder(folder)
 
     def _committed(self) -> list[str]:
-        commits = [_name(entry) for entry in self.storage.list(f"{self.uri}/__commits")]
+        commits = [name_of(entry) for entry in self.storage.list(f"{self.uri}/__commits")]
         if any(name.endswith(".con") for name in commits):
-            return [_name(entry) for entry in self.storage.list(f"{self.uri}/__fragments")]
+            return [name_of(entry) for entry in self.storage.list(f"{self.uri}/__fragments")]
         return [name.removesuffix(".wrt") for name in commits if name.endswith(".wrt")]
 
     def _damage_error(self, error: Exception) -> Exception:
@@ -418,16 +380,6 @@ class EmbeddingsArray:
         """Store how the array was made beside its identity."""
         with self._writing("the record") as array:
             array.metadata[RECORD_KEY] = json.dumps(record, sort_keys=True)
-
-
-def _name(uri: str) -> str:
-    return uri.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _last_timestamp(name: str) -> int:
-    """Return the timestamp in the name of a fragment or of metadata; 0 for anything else."""
-    found = _TIMES.fullmatch(name)
-    return int(found["last"]) if found else 0
 
 
 def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

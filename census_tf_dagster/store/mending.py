@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from census_tf_dagster.census.plan import Megabatch, Plan
-from census_tf_dagster.store.array import EmbeddingsArray, Fragment
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.fragments import Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.proof import ProofError, mend_advice, prove_shard
 from census_tf_dagster.store.readback import ReadBack

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from census_tf_dagster.census.plan import Megabatch, Plan
-from census_tf_dagster.store.array import EmbeddingsArray, Fragment
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.fragments import Fragment
 from census_tf_dagster.store.written import Notes
 
 

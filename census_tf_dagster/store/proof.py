@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from census_tf_dagster.census.plan import Plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
-from census_tf_dagster.store.array import DamagedFragmentsError, EmbeddingsArray, Fragment
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.fragments import DamagedFragmentsError, Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.progress import missing_megabatches
 from census_tf_dagster.store.readback import Problems, ReadBack, read_back
