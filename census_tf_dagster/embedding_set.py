@@ -55,8 +55,8 @@ class EmbeddingSet(dg.Component, dg.Model):
     shards: int = Field(default=96, ge=1, le=9999, description="Shards of a release: one Dagster partition each.")
     value_filter: str | None = Field(
         default=None,
-        description="SOMA filter over obs columns; only matching cells are embedded. Comparisons and `in [...]`, joined "
-        "by and, or, & and |.",
+        description="SOMA filter over obs columns; only matching cells are embedded. Comparisons and `in [...]`, "
+        "joined by and, or, & and |.",
     )
     mod: int = Field(
         default=1, ge=1, le=10**9, description="Keep joinids divisible by this: a trial run on 1 cell in mod."
