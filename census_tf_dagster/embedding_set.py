@@ -26,7 +26,11 @@ from census_tf_dagster.templates import validate_resolved
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
 
-Owner = Annotated[str, Field(pattern=r"^(team:[A-Za-z0-9_-]+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
+Owner = Annotated[
+    str,
+    Field(pattern=r"^(team:[A-Za-z0-9_-]+|[A-Za-z0-9_][A-Za-z0-9._%+-]*@[A-Za-z0-9.-]+\.[A-Za-z]{2,7})$"),
+]
+"""What Dagster takes as an owner (`dagster._core.utils.is_valid_email`), so that a set it refuses is refused here."""
 
 
 class EmbeddingSet(dg.Component, dg.Model):

@@ -220,6 +220,8 @@ def _explain(document: Document, model: type[BaseModel], error: ErrorDetails, pa
     if error["type"] == "missing":
         return document.problem(where, f"{name} is missing", f"Add it.{meaning}")
     expected = re.sub(r"^(Input|Value error,|String) ?", "", error["msg"]).strip()
+    if error["type"] in ("model_type", "dict_type"):
+        expected = "should be a mapping"
     expected = f"It {expected}" if expected.startswith("should") else expected[:1].upper() + expected[1:]
     what = f"{name} is {show(error['input'])}"
     return document.problem(where, what, f"{expected.rstrip('.')}.{meaning}", key="[key]" in error["loc"])

@@ -99,6 +99,25 @@ WHOLE_SET: dict[str, Any] = {
         },
     },
 }
+RIGHT_VALUES: dict[str, list[Any]] = {
+    "name": ["type", "int", "A_9", "x" * 100],
+    "checkpoint": ["models", "~/models", "s3://models/a b/tf", "file:///models", "{{ env.HOME }}/tf", "ü"],
+    "pretrained_embeddings": [[], ["a.h5", "b.h5"]],
+    "shards": [1, 9999],
+    "value_filter": [None, "tissue in ['a', 'b'] or (nnz > 5) & (nnz < 9)", "label == '{{ env.HOME }}'"],
+    "mod": [2, 10**9],
+    "megabatch_size": [1, 131072],
+    "batch_size": [None, 1],
+    "compute_precision": ["fp32", "bf16"],
+    "storage_precision": ["float32"],
+    "gene_order": ["census"],
+    "reuse": [False],
+    "device": ["cpu"],
+    "auto_start": ["off", "on", True, False, {"budget": 0.5}],
+    "owners": [[], ["team:a-b"]],
+    "publication": [None],
+}
+"""What may stand in the places of those above."""
 COLUMNS: dict[str, list[str]] = {
     "tissue": ["'lung'", "'blood'", "'ü'", "''"],
     "label": ["'1'", '"2"', "'a b'"],
@@ -189,10 +208,10 @@ def set_files(draw: st.DrawFn) -> dict[str, bytes]:
     pieces = [
         one.encode(errors="surrogatepass") for one in (*ODD_TEXTS, "&a ", "*a", "!!x ", "- ", ": ", "\t", "[" * 99)
     ]
-    if draw(st.integers(0, 2)) == 0:
+    if draw(st.integers(0, 3)) == 0:
         content = damage(draw, content, pieces)
     files = {"one/defs.yaml": content}
-    if draw(st.integers(0, 3)) == 0:
+    if draw(st.integers(0, 7)) == 0:
         placement = json.loads(json.dumps(WHOLE_SET["attributes"]["placement"]))
         change(draw, placement, ODD_VALUES)
         files["placement.yaml"] = yaml.safe_dump(placement).encode(errors="surrogatepass")
@@ -325,7 +344,7 @@ def try_checkpoints(folder: Path, good: dict[str, bytes], of: int) -> Counter[st
             with within_bounds():
                 found = read_checkpoint(folder)
             end = "refused when prepared"
-            engine = load_engine(found, GENES)
+            engine = load_engine(found, [gene for gene in GENES if found.knows(gene)])
         except UserError as error:
             is_one_short_line(str(error))
         else:

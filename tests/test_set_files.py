@@ -396,10 +396,15 @@ NOT_WHAT_IT_SEEMS = {
     'pretrained_embeddings: ["a\\nb"]': "pretrained_embeddings.0 is 'a\\nb'. It has a control character or line break",
     "pretrained_embeddings: [gs://a/b.h5]": "pretrained_embeddings.0 is 'gs://a/b.h5'. Expected a path, or s3://",
     'owners: ["ada@example.org\\n"]': "owners.0 is 'ada@example.org\\n'. It should match pattern",
+    "owners: [ada@example.o_g]": "owners.0 is 'ada@example.o_g'. It should match pattern",
+    "owners: [ada@example.organisation]": "owners.0 is 'ada@example.organisation'. It should match pattern",
+    "owners: [ü@example.org]": "owners.0 is 'ü@example.org'. It should match pattern",
+    "owners: ['a,b@example.org']": "owners.0 is 'a,b@example.org'. It should match pattern",
     'placement: {kubernetes: {image: "a\\nb", nodes: {spot: {node_selector: {a: b}}}}}': "It has a control character",
     '"\\ud800": 1': "the file has half of a UTF-16 pair",
     '"a\\nb": 1': "attributes.'a\\nb' is unknown",
     "? [a]\n  : 1": "this is no YAML: found unhashable key",
+    "publication: 5": "publication is 5. It should be a mapping. What the array says",
     "requirements: {env: A}": "attributes.requirements is unknown",
 }
 """A line below `attributes`, and what is said of it."""
@@ -541,6 +546,11 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path)
     with pytest.raises(UserError, match="holds more than 10000 entries or 20 levels; expected a folder of files"):
         load_sets(tmp_path)
+
+
+def test_owners_that_dagster_takes(tmp_path: Path) -> None:
+    write(tmp_path, GOOD + "  owners: [ada.l+x@uni-x.example.org, team:a-b, '_a@b.museum']\n")
+    assert load_sets(tmp_path).assets
 
 
 def test_aliases_are_understood_within_bounds(tmp_path: Path) -> None:
