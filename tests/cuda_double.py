@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
@@ -244,9 +245,11 @@ def _reference(flex: Callable[..., Tensor]) -> Callable[..., Tensor]:
         del kernel_options
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch, _pop_mode_temporarily():
             warnings.simplefilter("ignore")
-            # The compiler behind it would look for the GPU's random numbers.
+            # The compiler behind it would look for the GPU's generators and streams.
             patch.delattr(torch._C, "_cuda_getDeviceCount")
             patch.setattr(torch.cuda, "_initialized", False)
+            # Called directly, not traced for each row.
+            patch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
             found = flex(q, k, v, score_mod=score_mod, block_mask=block_mask)
         return mark(found, device_of(q))
 
