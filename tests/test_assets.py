@@ -1,5 +1,6 @@
 """The assets in Dagster, in this process: what a person sees of progress, failure and staleness."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,17 +129,21 @@ def test_another_plan_marks_the_array_unproved(deployment: Deployment, project: 
     assert changed.proved()
 
 
-def test_set_aside_megabatches_are_listed(deployment: Deployment, project: Project) -> None:
+def test_cells_that_are_set_aside_are_listed(deployment: Deployment, project: Project) -> None:
     assert deployment.run("obs_id_plan", RELEASE).success
-    set_counts(project, [5], 0.5)
+    set_counts(project, [5], -1.0)
     result = deployment.run("shard_embeddings", f"{RELEASE}|0")
-    assert not result.success
-    failure = result.failure_data_for_node("tiny__shard_embeddings")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    (one,) = failure.user_failure_data.metadata["set_aside"].value
-    assert one.startswith("megabatch 0 (joinids 0 to ")
-    assert "joinids [5]" in one
+    assert result.success
+    (materialization,) = result.asset_materializations_for_node("tiny__shard_embeddings")
+    assert materialization.metadata["cells_set_aside"].value == 1
+    (one,) = materialization.metadata["set_aside"].value
+    assert re.fullmatch(r"joinid 5: X/raw holds -\d+\.0, which is no count", one)
+    assert deployment.run("shard_embeddings", f"{RELEASE}|1").success
+    (materialization,) = deployment.run("embeddings_array", RELEASE).asset_materializations_for_node(
+        "tiny__embeddings_array"
+    )
+    assert materialization.metadata["cells_set_aside"].value == 1
+    assert materialization.metadata["cells"].value == materialization.metadata["cells_planned"].value - 1
 
 
 def test_an_array_is_not_materialized_before_all_shards_are_there(deployment: Deployment) -> None:

@@ -1,5 +1,6 @@
 """Bad input is refused before a model is loaded or a byte written, with one error that says what to do."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import tiledb
 import tiledbsoma
 import torch
 
+from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
@@ -65,11 +67,26 @@ def edit_counts(project: Project, value: float) -> None:
         array.write(table.set_column(column, table.schema.field(column), [values]))
 
 
-@pytest.mark.parametrize("value", [0.5, -100.0, np.nan, np.inf])
-def test_counts_that_are_none(project: Project, value: float) -> None:
+@pytest.mark.parametrize(("value", "whole"), [(0.5, True), (-100.0, False), (np.nan, False), (np.inf, False)])
+def test_a_cell_with_an_impossible_count_is_set_aside(project: Project, value: float, whole: bool) -> None:
     tiny(project)
     edit_counts(project, value)
-    plan_is_refused(project, r"X/raw of homo_sapiens .* no counts.*joinids \[0\]; expected non-negative integers")
+    with project.job("tiny") as job:
+        cells = read_cells(job.release, np.arange(4), whole_counts=whole)
+    what = "whole number" if whole else "count"
+    assert cells.set_aside == {0: f"X/raw holds {np.float32(value)!s}, which is no {what}"}
+    assert cells.joinids.tolist() == [1, 2, 3]
+    assert len(cells.indptr) == 4
+    assert cells.indptr[-1] == len(cells.values) == len(cells.columns)
+
+
+def test_fractions_are_taken_as_they_are(project: Project) -> None:
+    tiny(project)
+    edit_counts(project, 0.5)
+    with project.job("tiny") as job:
+        cells = read_cells(job.release, np.arange(4))
+    assert (cells.set_aside, cells.fractional) == ({}, 1)
+    assert cells.values[: cells.indptr[1]].min() == 0.5
 
 
 def counts_folder(project: Project) -> Path:
@@ -80,16 +97,19 @@ def test_a_census_copied_in_part(project: Project) -> None:
     tiny(project)
     for folder in ("__fragments", "__commits"):
         shutil.rmtree(counts_folder(project) / folder)
-    plan_is_refused(project, r"have other counts in X/raw than obs\.nnz says.*\(the first: 0, obs says \d+\)")
+    plan_is_refused(project, r"50 of 50 sampled cells .* joinid 0: X/raw holds 0 counts, and obs\.nnz states \d+")
 
 
-def test_a_census_whose_counts_were_written_twice(project: Project) -> None:
+def test_cells_whose_counts_were_written_twice(project: Project) -> None:
     tiny(project)
     with tiledbsoma.open(str(counts_folder(project))) as array:
         table = array.read(coords=(slice(0, 3),)).tables().concat()
     with tiledbsoma.open(str(counts_folder(project)), "w") as array:
         array.write(table)
-    plan_is_refused(project, r"have other counts in X/raw than obs\.nnz says, joinids \[0")
+    with project.job("tiny") as job:
+        cells = read_cells(job.release, np.arange(6))
+    assert cells.joinids.tolist() == [4, 5]
+    assert all(re.fullmatch(r"X/raw holds \d+ counts, and obs.nnz states \d+", why) for why in cells.set_aside.values())
 
 
 def test_an_obs_without_the_checkpoints_column(project: Project) -> None:
