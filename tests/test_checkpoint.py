@@ -188,6 +188,13 @@ def test_weights_that_are_something_else(folder: Path, content: bytes) -> None:
     refused(folder, "model_weights.pt is no PyTorch file of weights")
 
 
+def test_something_before_the_weights(folder: Path) -> None:
+    weights = folder / "model_weights.pt"
+    weights.write_bytes(b"\n" + weights.read_bytes())
+    with pytest.raises(UserError, match="is damaged: something stands before its zip archive"):
+        read_checkpoint(folder)
+
+
 def test_weights_that_are_a_folder(folder: Path) -> None:
     (folder / "model_weights.pt").unlink()
     (folder / "model_weights.pt").mkdir()

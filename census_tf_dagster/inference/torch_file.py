@@ -26,6 +26,8 @@ LARGEST_INDEX = 2**26
 """Bytes of a pickle at most; that of a published checkpoint has about 50 kB."""
 OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 """How a file begins that `torch.save` wrote before PyTorch 1.6, or was told to write so."""
+LOCAL_FILE = b"PK\x03\x04"
+"""How a zip archive begins that holds anything."""
 LOCAL_HEADER = struct.Struct("<26xHH")
 """The end of a zip entry's own header: the lengths of the name and of the extra field that follow."""
 BLOCK = 2**24
@@ -69,15 +71,18 @@ def read_index(path: Path) -> Mapping[str, StoredTensor]:
     """
     try:
         with path.open("rb") as file:
-            old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+            head = file.read(len(OLD_FORMAT))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected PyTorch's file of weights.") from error
-    if old:
+    if head == OLD_FORMAT:
         raise UserError(
             f"{path} is in PyTorch's format of before 1.6; expected the zip format. Save it again: "
             f"`python -c \"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')\"`."
         )
     records = _records(path)
+    if not head.startswith(LOCAL_FILE):
+        # zipfile passes over it, PyTorch does not.
+        raise UserError(f"{path} is damaged: something stands before its zip archive. {AGAIN}")
     indices = [name for name in records if name.endswith("/data.pkl")]
     if len(indices) != 1 or records[indices[0]].size > LARGEST_INDEX:
         raise UserError(f"{path} is a zip archive, but not one of PyTorch's with weights. {AGAIN}")
