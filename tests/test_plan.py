@@ -125,6 +125,7 @@ def index_of_another_plan(folder: Path, plan: Plan) -> None:
 DAMAGES = {
     "cells": pointer(cells=11),
     "shards": pointer(shards=3),
+    "no such entry": pointer(colour="red"),
     "text for a number": pointer(tokens="many"),
     "a list": pointer_is(b"[]"),
     "a number": pointer_is(b"1"),

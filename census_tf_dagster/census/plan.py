@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiledb
 import xxhash
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.storage import Storage
@@ -102,6 +103,9 @@ class PlanTotals:
     cells_without_counts
         Planned cells that express no gene; None where the Census does not say.
     """
+
+    # What a later version adds may matter: this one then cannot read the plan.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     plan: str
     shards: int
