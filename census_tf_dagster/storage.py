@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -58,13 +59,16 @@ class Storage:
             self.tiledb_ctx = tiledb.Ctx(config)
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.
-        self.soma_context = tiledbsoma.SOMATileDBContext(
-            tiledb_config={**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES), **UNCHECKED_WRITES}
-        )
-        # What is never written to again is read whole, also where this machine's clock is behind its writer's.
-        self.soma_context_of_the_future = self.soma_context.replace(timestamp=FAR_FUTURE)
+        self._soma_config = {**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES), **UNCHECKED_WRITES}
+        self.soma_context = tiledbsoma.SOMATileDBContext(tiledb_config=self._soma_config)
         self._vfs = tiledb.VFS(ctx=self.tiledb_ctx)
         self._objects = S3Objects(self.s3)
+
+    @cached_property
+    def soma_context_of_the_future(self) -> tiledbsoma.SOMATileDBContext:
+        """A context that shows what was ever written, also where this machine's clock is behind the writer's."""
+        # Not by `replace`: in tiledbsoma 2.3.0 that loses the configuration.
+        return tiledbsoma.SOMATileDBContext(tiledb_config=self._soma_config, timestamp=FAR_FUTURE)
 
     def make_place(self, uri: str) -> None:
         """Make the bucket of an S3 `uri` when there is none; folders come with the files in them.
