@@ -59,7 +59,11 @@ class Storage:
             self.tiledb_ctx = tiledb.Ctx(config)
         # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
         # sees what was committed before it.
-        self._soma_config = {**config, "soma.init_buffer_bytes": str(READ_BUFFER_BYTES), **UNCHECKED_WRITES}
+        self._soma_config: dict[str, str | float] = {
+            **config,
+            "soma.init_buffer_bytes": str(READ_BUFFER_BYTES),
+            **UNCHECKED_WRITES,
+        }
         self.soma_context = tiledbsoma.SOMATileDBContext(tiledb_config=self._soma_config)
         self._vfs = tiledb.VFS(ctx=self.tiledb_ctx)
         self._objects = S3Objects(self.s3)
