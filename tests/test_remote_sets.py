@@ -99,7 +99,11 @@ def code_server(project: Project) -> Iterator[int]:
         yield port
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            # Dagster's server may wait for ever for a process of its own.
+            server.kill()
 
 
 RELOAD = """mutation Reload($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) {
