@@ -100,7 +100,7 @@ class Placement(_Strict):
     usd_per_gpu_hour: float | None = Field(
         default=None,
         gt=0,
-        le=100_000,
+        le=1_000_000_000,
         allow_inf_nan=False,
         description="Price of an hour of such a node, divided by its GPUs: what costs are told with.",
     )

@@ -8,14 +8,16 @@ import re
 from datetime import date
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, HttpUrl, TypeAdapter
+from pydantic import AfterValidator, AnyUrl, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, UrlConstraints
 
 from census_tf_dagster.field_types import Line, Lines, Name
 
 INFO_KEY = "CxG_embedding_info"
 """Array metadata key under which consumers look."""
 
-_LINK = TypeAdapter(HttpUrl)
+_LINK: TypeAdapter[AnyUrl] = TypeAdapter(
+    Annotated[AnyUrl, UrlConstraints(allowed_schemes=["http", "https", "s3"], host_required=True)]
+)
 
 
 def _iso_date(value: object) -> object:
@@ -64,7 +66,7 @@ class Publication(BaseModel):
     DOI: Line = Field(default="", pattern=r"^(10\.\d{4,9}/\S+)?$", description="A bare DOI, not a URL.")
     additional_information: Lines = Field(default="", description="Anything more, as text.")
     model_link: Annotated[Line, AfterValidator(_link)] = Field(
-        default="", description="Address of the model on the web (http or https)."
+        default="", description="Address of the model (http, https or s3)."
     )
     submission_date: Annotated[str, BeforeValidator(_iso_date)] | None = Field(
         default=None, description="YYYY-MM-DD; left out: the day on which the array is finished."

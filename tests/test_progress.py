@@ -86,4 +86,6 @@ def test_status_asks_each_running_shard_for_its_last_word(project: Project) -> N
         run = Run(record.run_id, "shard_embeddings", partition, "STARTED", 0, 0, None, 0, recompute=False)
         silent = Run("other", "shard_embeddings", f"{RELEASE}|2", "STARTED", 0, 0, None, 0, recompute=False)
         found = progress_of(Deployment.at(operator.url), of, [run, silent])
-    assert found == {partition: ShardProgress(cells_done=9, cells_per_second=2.5, limited_by="read")}
+    assert found == {
+        partition: ShardProgress(cells_done=9, cells_per_second=2.5, limited_by="read", at=found[partition].at)
+    }

@@ -299,6 +299,7 @@ def test_what_of_an_identity_decides_values_is_known() -> None:
         "compute_precision",
         "storage_precision",
         "embedding_dim",
+        "fractional_counts",
         "numeric_version",
     ]
 

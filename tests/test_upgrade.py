@@ -20,9 +20,9 @@ PAGE = (REPOSITORY / "docs" / "upgrade.md").read_text()
 
 def move_to(numeric_version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let code of another numeric version run from here on."""
-    (default,) = Identity.__init__.__defaults__ or ()
+    *others, default = Identity.__init__.__defaults__ or ()
     assert isinstance(default, int)
-    monkeypatch.setattr(Identity.__init__, "__defaults__", (numeric_version,))
+    monkeypatch.setattr(Identity.__init__, "__defaults__", (*others, numeric_version))
 
 
 def files_of(project: Project) -> dict[str, bytes]:

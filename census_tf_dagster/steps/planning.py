@@ -267,4 +267,4 @@ def make_plan(job: Job) -> PlanSummary:
     joinids, sources = _in_order(found.order, found.joinids, found.sources)
     # Last: a current plan is a complete one.
     write_plan(job.store, job.folder.plan, joinids, found.megabatches, totals, sources)
-    return found.summary
+    return replace(found.summary, totals=totals)

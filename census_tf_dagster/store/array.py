@@ -169,6 +169,8 @@ class EmbeddingsArray:
         except (TypeError, ValueError) as error:
             raise UserError(f"{uri} holds something that is no SparseNDArray; move it away ({error}).") from error
         except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError) as error:
+            if "is not a SOMA" in str(error):
+                raise UserError(f"{uri} holds something that is no SparseNDArray; move it away.") from error
             raise cls(uri, storage, (0, 0), 0)._damage_error(error) from error
 
     @contextmanager

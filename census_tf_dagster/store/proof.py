@@ -49,7 +49,7 @@ class Proof:
     fragments
         The files of each fragment in its range, and their sizes; empty when something was wrong.
     megabatches
-        What each holds. Of one that is wrong, what it should hold, as far as that is known.
+        What each holds. Of one that is wrong, what was last known to be right, as far as there is such a thing.
     """
 
     plan: str
@@ -124,7 +124,7 @@ def prove_shard(
         fragments = committed.between(first, last)
         found = read_back(array, plan, batches, first, last, known)
     megabatches = {one.megabatch: (one,) for one in found.found}
-    held = [one for batch in batches for one in megabatches.get(batch.index, known.get(batch.index, ()))]
+    held = [one for batch in batches for one in megabatches.get(batch.index, known.get(batch.index, ())[:1])]
     # With something wrong it covers no fragment: whoever looks next reads the shard again.
     proof = Proof(plan.totals.plan, shard, {} if found.problems else fragments, tuple(held))
     array.storage.write(folder.proof(proof.plan, shard), _PROOF.dump_json(proof))
