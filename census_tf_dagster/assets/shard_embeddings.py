@@ -98,9 +98,9 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                     context.log_event(whole)
 
         with partition_job(settings, release, census, store, require_device=True) as job:
-            # Whatever else looks at the array can open it then.
-            EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
             if must_be_approved(context, settings):
+                # `embed_shard` does so too; what is left can be told only of an array that can be opened.
+                EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
                 plan = read_plan(job.store, job.folder.plan)
                 require_approval(context, settings, release, plan.totals.plan, tokens_left(job, plan))
             try:
