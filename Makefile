@@ -27,7 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.worker  ## docs/configure.md from the schema
-	$(BIN)/python -m census_tf_dagster.field_docs > docs/configure.md
+	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md
 
 screenshots: $(VENV)/.dev $(ORACLE)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \

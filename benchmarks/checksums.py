@@ -29,12 +29,12 @@ from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.tokens import Tokenizer
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store import array as array_module
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.proof import prove_shard
-from census_tf_dagster.store.written import Checksum, NoteBook, Written
+from census_tf_dagster.store.verification import prove_shard
+from census_tf_dagster.store.write_notes import Checksum, NoteBook, Written
 
 FEATURES = 2048
 RELEASE = "2025-11-08"

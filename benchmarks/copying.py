@@ -20,12 +20,12 @@ import numpy as np
 from benchmarks.common import arguments_parser, peak_gib, spread, table
 from benchmarks.finalise import build, identity
 from census_tf_dagster.census.plan import Megabatch, Source, plan_totals, read_plan, with_checksums, write_plan
-from census_tf_dagster.steps.copying import CopySummary, copy_shard
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.copy_shard import CopySummary, copy_shard
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.proof import Committed, coverage, prove_shard
+from census_tf_dagster.store.verification import Committed, coverage, prove_shard
 
 FEATURES, MEGABATCH = 2048, 16_384
 ORDERS = {"datasets of 2,048 cells": 2048, "every cell by itself": 1}

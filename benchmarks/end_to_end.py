@@ -33,9 +33,9 @@ import torch
 
 from benchmarks.common import Shape, arguments_parser, oracle_python, ratios, spread, table, thread_environment
 from benchmarks.forerunner import STAGES
+from census_tf_dagster.config.settings import DEFAULT_COMPUTE_PRECISION
 from census_tf_dagster.demo.census import build_census
 from census_tf_dagster.demo.synthetic import synthetic_organism
-from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION
 
 ORGANISM, LABEL, RELEASE = "homo_sapiens", "Homo sapiens", "2025-11-08"
 GENES, MEDIAN = 60_000, 1800
@@ -53,11 +53,11 @@ def build(folder: Path, cells: int, shape: Shape) -> None:
 
 def ours(request: dict[str, Any]) -> dict[str, Any]:
     """Plan and embed the only shard in this process; return busy seconds of each stage."""
-    from census_tf_dagster.assets.common import release_job
     from census_tf_dagster.embedding_set import EmbeddingSet
-    from census_tf_dagster.resources import CensusResource, StoreResource
-    from census_tf_dagster.steps.embedding import embed_shard
-    from census_tf_dagster.steps.planning import make_plan
+    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+    from census_tf_dagster.pipeline.embed_shard import embed_shard
+    from census_tf_dagster.pipeline.plan_release import make_plan
 
     folder = Path(request["folder"])
     declared = EmbeddingSet(

@@ -43,8 +43,8 @@ from benchmarks.common import (
 )
 from benchmarks.upstream import matmul_rate
 from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
-from census_tf_dagster.inference.prepare import prepare
 from census_tf_dagster.inference.tokens import Tokenizer
 
 MEDIANS = (90, 1800, 3500)

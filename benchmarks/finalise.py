@@ -20,10 +20,10 @@ from benchmarks.common import arguments_parser, peak_gib, spread, table
 from census_tf_dagster.census.division import divide
 from census_tf_dagster.census.plan import plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.proof import prove_release, prove_shard
+from census_tf_dagster.store.verification import prove_release, prove_shard
 
 HUMAN_CELLS = 162_025_130
 """Human cells of the 2025-11-08 release."""

@@ -29,8 +29,8 @@ import tiledb
 
 from benchmarks.common import arguments_parser, spread, table
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.s3 import S3Settings
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.s3 import S3Settings
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 
 CELLS, FEATURES, READ = 50_000, 64, 10_000
@@ -56,8 +56,8 @@ print(time.perf_counter() - began)
 """
 LISTER = """
 import sys, time
-from census_tf_dagster.s3 import S3Settings
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.s3 import S3Settings
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 array = EmbeddingsArray(sys.argv[1], Storage(S3Settings("us-east-1", sys.argv[2])), (50_000, 64), 64)
 began = time.perf_counter()

@@ -20,8 +20,8 @@ from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import organism_from_h5ad
 from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
-from census_tf_dagster.inference.prepare import prepare
 from census_tf_dagster.inference.tokens import GeneOrder, Tokenizer
 
 WINDOWS = ((2047, 128), (63, 64))

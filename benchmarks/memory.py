@@ -38,11 +38,11 @@ def build(folder: Path, cells: int) -> None:
 
 def run(folder: Path, cells: int) -> dict[str, float]:
     """Run the only shard of that Census; return seconds and this process's peak memory."""
-    from census_tf_dagster.assets.common import release_job
-    from census_tf_dagster.resources import CensusResource, StoreResource
-    from census_tf_dagster.settings import SetSettings
-    from census_tf_dagster.steps.embedding import embed_shard
-    from census_tf_dagster.steps.planning import make_plan
+    from census_tf_dagster.config.settings import SetSettings
+    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+    from census_tf_dagster.pipeline.embed_shard import embed_shard
+    from census_tf_dagster.pipeline.plan_release import make_plan
 
     settings = SetSettings(
         name=f"cells_{cells}",

@@ -48,7 +48,7 @@ def build(folder: Path, release: int, each: int, *, alone: bool) -> None:
     import tiledbsoma as soma
 
     from census_tf_dagster.demo import schema
-    from census_tf_dagster.steps.planning import SAMPLED_CELLS
+    from census_tf_dagster.pipeline.plan_release import SAMPLED_CELLS
 
     chosen = datasets_of(release, alone=alone)
     cells = each * len(chosen)
@@ -157,13 +157,13 @@ def _obs(obs_schema: pa.Schema, names: list[str], part: list[tuple[int, int]], f
 
 def plan(folder: Path, release: int, *, reuse: bool, proved: bool) -> dict[str, Any]:
     """Plan a release in this process; return what it took. `proved`: record its array as proved."""
-    from census_tf_dagster.assets.common import release_job
     from census_tf_dagster.census.plan import read_plan
-    from census_tf_dagster.resources import CensusResource, StoreResource
-    from census_tf_dagster.settings import SetSettings
-    from census_tf_dagster.steps.planning import make_plan
+    from census_tf_dagster.config.settings import SetSettings
+    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+    from census_tf_dagster.pipeline.plan_release import make_plan
     from census_tf_dagster.store.array import EmbeddingsArray
-    from census_tf_dagster.store.proof import coverage
+    from census_tf_dagster.store.verification import coverage
 
     settings = SetSettings(
         name="planning",

@@ -20,18 +20,18 @@ import pandas as pd
 import scipy.sparse
 
 from benchmarks.common import arguments_parser, gene_ids, peak_gib, table
-from census_tf_dagster.assets.common import release_job
 from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
-from census_tf_dagster.resources import CensusResource, StoreResource
-from census_tf_dagster.settings import SetSettings
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
-from census_tf_dagster.steps.quality import assess
+from census_tf_dagster.orchestration.asset_support import release_job
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+from census_tf_dagster.pipeline.assess_quality import assess
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
-from census_tf_dagster.store.proof import prove_shard
+from census_tf_dagster.store.verification import prove_shard
 
 RELEASE = "2025-11-08"
 FEATURES, GENES, EXPRESSED, TYPES, DATASETS, TISSUES = 2048, 20_000, 100, 100, 50, 20

@@ -22,7 +22,7 @@ import yaml
 from benchmarks.common import spread
 from census_tf_dagster.operate.backfills import Work, start
 from census_tf_dagster.operate.graphql import Deployment
-from census_tf_dagster.operate.sets import find_set
+from census_tf_dagster.operate.remote_set import find_set
 from tests.builders import tiny
 from tests.deployment import Operator, running
 from tests.ecs_deployment import STOCK, doubles

@@ -18,12 +18,12 @@ import numpy as np
 from census_tf_dagster.census.division import divide
 from census_tf_dagster.census.plan import plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import is_proved, prove_shard
-from census_tf_dagster.store.written import NoteBook, Written, read_notes
+from census_tf_dagster.store.verification import is_proved, prove_shard
+from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
 
 FEATURES = 8
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.forerunner import create_array, write_coo
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 
 FEATURES = 2048

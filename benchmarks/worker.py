@@ -40,11 +40,11 @@ def build(folder: Path, model: str, cells: int, layers: int) -> None:
 
 def run(folder: Path, started: float, megabatch: int, device: str) -> dict[str, float]:
     """Plan and embed the only shard; return seconds since the process was started, and peaks."""
-    from census_tf_dagster.assets.common import release_job
     from census_tf_dagster.embedding_set import EmbeddingSet
-    from census_tf_dagster.resources import CensusResource, StoreResource
-    from census_tf_dagster.steps import planning
-    from census_tf_dagster.steps.embedding import ShardSummary, embed_shard
+    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+    from census_tf_dagster.pipeline import plan_release as planning
+    from census_tf_dagster.pipeline.embed_shard import ShardSummary, embed_shard
 
     planning.LEAST_KNOWN_SHARE = 0.0
     declared = EmbeddingSet(

@@ -266,7 +266,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from census_tf_dagster.definitions import deployed_job
         from census_tf_dagster.operate.dry_run import describe, dry_run, measured_shards
-        from census_tf_dagster.operate.shards import parse_shards
+        from census_tf_dagster.operate.shard_ranges import parse_shards
 
         shards = parse_shards(arguments.shards) if arguments.shards else None
         with deployed_job(arguments.set, arguments.release) as job:
@@ -309,7 +309,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _canary(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.definitions import deployed_job
-    from census_tf_dagster.steps.canary import run_canary
+    from census_tf_dagster.pipeline.canary import run_canary
 
     with deployed_job(arguments.set, arguments.release) as job:
         result = run_canary(job, arguments.cells, arguments.oracle, _say)
@@ -325,7 +325,7 @@ def _canary(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from census_tf_dagster.definitions import deployed_job
-    from census_tf_dagster.steps.finishing import RuleError, verify_array
+    from census_tf_dagster.pipeline.finish_array import RuleError, verify_array
 
     def show(done: int, of: int) -> None:
         _say(f"read {done} of {of} shards again")
@@ -346,8 +346,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.definitions import store_resource
-    from census_tf_dagster.names import normalise
-    from census_tf_dagster.operate.contents import inspect_store
+    from census_tf_dagster.io.names import normalise
+    from census_tf_dagster.store.inventory import inspect_store
 
     resource = store_resource()
     store = normalise(arguments.store) if arguments.store else resource.uri()
@@ -363,7 +363,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _remove(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.definitions import store_resource
-    from census_tf_dagster.operate.contents import remove_release
+    from census_tf_dagster.store.inventory import remove_release
 
     resource = store_resource()
     names = (arguments.set, arguments.release, arguments.identity)
@@ -372,9 +372,9 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 
 def _prune(arguments: argparse.Namespace) -> None:
+    from census_tf_dagster.config.retention import read_retention
     from census_tf_dagster.definitions import sets_folder, store_resource
-    from census_tf_dagster.operate.prune import apply, candidates, confirms, digest
-    from census_tf_dagster.retention import read_retention
+    from census_tf_dagster.store.prune import apply, candidates, confirms, digest
 
     resource, retention = store_resource(), read_retention(sets_folder())
     store, storage = resource.uri(), resource.storage()
@@ -408,7 +408,7 @@ def _instance() -> "dg.DagsterInstance":
 def add_release(name: str, *, as_json: bool = False) -> None:
     """Add a release's partition to the Dagster instance of DAGSTER_HOME, if its Census exists."""
     from census_tf_dagster.definitions import census_resource
-    from census_tf_dagster.partitions import RELEASES
+    from census_tf_dagster.orchestration.partitions import RELEASES
 
     census = census_resource()
     uri = census.uri(name)
@@ -426,7 +426,7 @@ def add_release(name: str, *, as_json: bool = False) -> None:
 
 def list_releases(*, as_json: bool = False) -> None:
     """Print the releases that were added, one a line."""
-    from census_tf_dagster.partitions import RELEASES
+    from census_tf_dagster.orchestration.partitions import RELEASES
 
     with _instance() as instance:
         names = list(instance.get_dynamic_partitions(str(RELEASES.name)))

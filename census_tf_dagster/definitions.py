@@ -32,22 +32,22 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from census_tf_dagster import variables
-from census_tf_dagster.assets.common import release_job
-from census_tf_dagster.assets.retention import build_retention
+from census_tf_dagster.config import variables
+from census_tf_dagster.config.placement import read_placement
+from census_tf_dagster.config.retention import Retention, read_retention
+from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.lost_work import build_lost_work, marking_executor
-from census_tf_dagster.names import is_local
-from census_tf_dagster.placement import read_placement
-from census_tf_dagster.release_watch import Kinds, build_release_watch, read_kinds
-from census_tf_dagster.resources import CensusResource, StoreResource
-from census_tf_dagster.retention import Retention, read_retention
+from census_tf_dagster.io.names import is_local
+from census_tf_dagster.orchestration.asset_support import release_job
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+from census_tf_dagster.orchestration.retention_job import build_retention
+from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_work, marking_executor
+from census_tf_dagster.orchestration.sensors.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.set_files import require_right_files
-from census_tf_dagster.settings import SetSettings
 
 if TYPE_CHECKING:
-    from census_tf_dagster.steps.job import Job
+    from census_tf_dagster.pipeline.context import Job
 
 
 def load_sets(folder: Path) -> dg.Definitions:
@@ -123,8 +123,8 @@ def sets_folder(environment: Mapping[str, str] = os.environ) -> Path:
     sets = variables.location(environment, "CENSUS_TF_SETS", str(Path(__file__).parent / "defs"))
     if is_local(sets):
         return Path(sets.removeprefix("file://")).expanduser()
-    from census_tf_dagster.remote_sets import fetch_sets
-    from census_tf_dagster.s3 import S3Settings
+    from census_tf_dagster.config.remote_sets import fetch_sets
+    from census_tf_dagster.io.s3 import S3Settings
 
     store = store_resource(environment)
     return fetch_sets(sets, S3Settings(store.s3_region, store.s3_endpoint))

@@ -5,23 +5,23 @@ from typing import Annotated, Any, Literal, Self
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
 
-from census_tf_dagster.assets.approval import build_approval
-from census_tf_dagster.assets.checks import build_proved_check, build_rule_checks
-from census_tf_dagster.assets.embeddings_array import build_embeddings_array
-from census_tf_dagster.assets.obs_id_plan import build_obs_id_plan
-from census_tf_dagster.assets.quality import build_quality_checks
-from census_tf_dagster.assets.reused_embeddings import build_reused_embeddings
-from census_tf_dagster.assets.shard_embeddings import build_shard_embeddings
-from census_tf_dagster.automation import automation_sensor
+from census_tf_dagster.config.cost import Budget, Spending
+from census_tf_dagster.config.field_types import Location
+from census_tf_dagster.config.filters import check_filter
+from census_tf_dagster.config.placement import Placement, effective, read_placement, shard_tags
+from census_tf_dagster.config.publication import Publication
+from census_tf_dagster.config.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
+from census_tf_dagster.config.templates import validate_resolved
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.field_types import Location
-from census_tf_dagster.filters import check_filter
-from census_tf_dagster.names import normalise
-from census_tf_dagster.placement import Placement, effective, read_placement, shard_tags
-from census_tf_dagster.publication import Publication
-from census_tf_dagster.settings import DEFAULT_COMPUTE_PRECISION, SetSettings
-from census_tf_dagster.spending import Budget, Spending
-from census_tf_dagster.templates import validate_resolved
+from census_tf_dagster.io.names import normalise
+from census_tf_dagster.orchestration.assets.approval import build_approval
+from census_tf_dagster.orchestration.assets.embeddings_array import build_embeddings_array
+from census_tf_dagster.orchestration.assets.obs_id_plan import build_obs_id_plan
+from census_tf_dagster.orchestration.assets.reused_embeddings import build_reused_embeddings
+from census_tf_dagster.orchestration.assets.shard_embeddings import build_shard_embeddings
+from census_tf_dagster.orchestration.automation import automation_sensor
+from census_tf_dagster.orchestration.checks.quality import build_quality_checks
+from census_tf_dagster.orchestration.checks.rules import build_proved_check, build_rule_checks
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""

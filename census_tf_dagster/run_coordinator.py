@@ -14,8 +14,8 @@ from dagster._core.instance import DagsterInstance
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
 from dagster._serdes import ConfigurableClassData
 
+from census_tf_dagster.config.placement import NODE_TAG
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.placement import NODE_TAG
 
 Platform = Literal["ecs", "kubernetes"]
 Tags = Mapping[str, str]

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from census_tf_dagster import placement, retention
-from census_tf_dagster.embedding_set import EmbeddingSet
-from census_tf_dagster.errors import UserError
-from census_tf_dagster.placement import Placement, read_placement, shard_tags
-from census_tf_dagster.retention import Retention
-from census_tf_dagster.yaml_problems import (
+from census_tf_dagster.config import placement, retention
+from census_tf_dagster.config.placement import Placement, read_placement, shard_tags
+from census_tf_dagster.config.retention import Retention
+from census_tf_dagster.config.yaml_problems import (
     Document,
     Problem,
     mapping_problems,
@@ -25,7 +23,9 @@ from census_tf_dagster.yaml_problems import (
     show,
     spell,
 )
-from census_tf_dagster.yaml_reading import UnreadableError, read_text
+from census_tf_dagster.config.yaml_reading import UnreadableError, read_text
+from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.errors import UserError
 
 TYPE = f"{EmbeddingSet.__module__}.{EmbeddingSet.__name__}"
 TOP = ("type", "attributes", "requirements")

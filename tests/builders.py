@@ -12,13 +12,13 @@ from census_tf_dagster.census.plan import Megabatch, read_plan
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.mending import mend_shard
-from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import require_shard
-from census_tf_dagster.store.written import NoteBook, Written, read_notes
+from census_tf_dagster.store.verification import require_shard
+from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
 from tests.support import RELEASE, Project
 
 N_GENES = 120

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from census_tf_dagster.assets.quality import SHARD_CHECK
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.sets import RemoteSet
+from census_tf_dagster.operate.remote_set import RemoteSet
+from census_tf_dagster.orchestration.checks.quality import SHARD_CHECK
 from tests.support import RELEASE, Project
 
 POLL = 0.7

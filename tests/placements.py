@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from census_tf_dagster.placement import FILE, Placement
+from census_tf_dagster.config.placement import FILE, Placement
 
 PLACEMENT: dict[str, Any] = {
     "gpus": 1,

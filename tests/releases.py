@@ -12,8 +12,8 @@ from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.schema import stable_uuid
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import value_of
 from tests.support import RELEASE, Project
@@ -135,7 +135,7 @@ def fill_planned(job: Job, *, reused: bool = False, shard: int | None = None) ->
 
 def prove_earlier(releases: TwoReleases, name: str = "reusing") -> None:
     """Plan the earlier release, fill its array, and prove it."""
-    from census_tf_dagster.steps.finishing import finish_array
+    from census_tf_dagster.pipeline.finish_array import finish_array
 
     with releases.project.job(name, EARLIER) as job:
         make_plan(job)

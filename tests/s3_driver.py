@@ -10,8 +10,8 @@ from pathlib import Path
 
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.proof import prove_shard
+from census_tf_dagster.store.committed import missing_megabatches
+from census_tf_dagster.store.verification import prove_shard
 from tests.builders import value_of
 from tests.support import Project
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from census_tf_dagster.inference.devices import Device, Embedded
-from census_tf_dagster.steps.embedding import embed_shard
+from census_tf_dagster.pipeline.embed_shard import embed_shard
 from tests.support import Project
 
 

@@ -16,13 +16,13 @@ import pandas as pd
 import scipy.sparse
 import yaml
 
-from census_tf_dagster.assets.common import release_job
 from census_tf_dagster.definitions import census_resource, store_resource
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.inference.checkpoint import Checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
-from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.steps.job import Job
+from census_tf_dagster.orchestration.asset_support import release_job
+from census_tf_dagster.pipeline.context import Job
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

@@ -9,10 +9,10 @@ import dagster as dg
 import pytest
 import yaml
 
-from census_tf_dagster.automation import CONDITION_TAG
+from census_tf_dagster.config.cost import utc_now
 from census_tf_dagster.definitions import build_definitions, census_resource, load_sets, store_resource
-from census_tf_dagster.partitions import RELEASES
-from census_tf_dagster.spending import utc_now
+from census_tf_dagster.orchestration.automation import CONDITION_TAG
+from census_tf_dagster.orchestration.partitions import RELEASES
 from tests.builders import tiny
 from tests.release_directory import directory_server, entry, retracted
 from tests.support import RELEASE, Project

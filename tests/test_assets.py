@@ -7,10 +7,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from census_tf_dagster.assets import shard_embeddings
 from census_tf_dagster.definitions import build_definitions, load_sets
-from census_tf_dagster.partitions import RELEASES
-from census_tf_dagster.resources import CensusResource, StoreResource
+from census_tf_dagster.orchestration.assets import shard_embeddings
+from census_tf_dagster.orchestration.partitions import RELEASES
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from tests.builders import tiny
 from tests.support import RELEASE, Project
 from tests.test_interruption import set_counts

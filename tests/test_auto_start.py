@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import QUEUED, RUNNING, Run, fetch_runs, materializations
-from census_tf_dagster.operate.sets import find_set
 from census_tf_dagster.operate.status import ReleaseStatus, release_statuses
 from tests.builders import value_of
 from tests.deployment import Operator, running_locally, until

@@ -20,10 +20,10 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference import engine
-from census_tf_dagster.resources import CensusResource
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.orchestration.resources import CensusResource
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
 from tests.support import RELEASE, Project

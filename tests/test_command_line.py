@@ -3,8 +3,8 @@
 import pytest
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.builders import tiny
 from tests.support import RELEASE, Project
 

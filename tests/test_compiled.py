@@ -13,7 +13,7 @@ from tests.support import REPOSITORY
 
 PACKAGE = "census_tf_dagster"
 FUNCTION = """
-from census_tf_dagster.compiled import compiled
+from census_tf_dagster.io.compiled import compiled
 
 @compiled()
 def total(values):
@@ -26,7 +26,8 @@ RUN = """
 import sys
 from pathlib import Path
 import numpy as np
-from census_tf_dagster import compiled, total
+from census_tf_dagster import total
+from census_tf_dagster.io import compiled
 if len(sys.argv) > 1:
     compiled.keep_below(Path(sys.argv[1]))
 assert total.total(np.arange(4)) == 6

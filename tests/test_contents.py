@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.builders import age, tiny
 from tests.support import BOUND, RELEASE, Oracle, Project
 

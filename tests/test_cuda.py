@@ -14,11 +14,11 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference import devices, gpu
 from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.device_process import _about
 from census_tf_dagster.inference.devices import open_devices
 from census_tf_dagster.inference.engine import Engine
 from census_tf_dagster.inference.gpu import choose_device
-from census_tf_dagster.inference.prepare import prepare
 from tests.cuda_double import GIB, gpus_of_tests, interpreter
 from tests.support import BOUND, relative_errors
 from tests.test_engine import ASSAYS, GENES, cells, fail_when

@@ -17,10 +17,10 @@ import tiledbsoma
 
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import RuleError, finish_array, verify_array
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import RuleError, finish_array, verify_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.fragments import Fragment
 from tests.builders import fill, fill_shard, tiny

@@ -10,7 +10,7 @@ import yaml
 
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.embedding_set import EmbeddingSet
-from census_tf_dagster.partitions import BY_RELEASE, RELEASES, shard_partitions
+from census_tf_dagster.orchestration.partitions import BY_RELEASE, RELEASES, shard_partitions
 from tests.support import REPOSITORY
 
 SETS = REPOSITORY / "census_tf_dagster" / "defs"

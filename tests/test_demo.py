@@ -15,11 +15,11 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from census_tf_dagster.assets.checks import CHECK, RULES
-from census_tf_dagster.assets.quality import CHECKS
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad, synthetic_organism
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.orchestration.checks.quality import CHECKS
+from census_tf_dagster.orchestration.checks.rules import CHECK, RULES
 from tests.support import BOUND, RELEASE, REPOSITORY, SHARED_DATA, Oracle, read_array, relative_errors
 
 TRAIN = {"homo_sapiens", "mus_musculus", "callithrix_jacchus"}

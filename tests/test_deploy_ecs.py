@@ -14,8 +14,8 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 
+from census_tf_dagster.config.placement import read_placement
 from census_tf_dagster.definitions import load_settings
-from census_tf_dagster.placement import read_placement
 from tests.builders import tiny
 from tests.ecs_deployment import write_dagster_yaml
 from tests.ecs_stack import IMAGES, NAME, NOT_IN_MOTO, TEMPLATE, Stack, ecs_stack, read_template

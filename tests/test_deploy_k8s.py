@@ -9,8 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from census_tf_dagster.config.placement import read_placement
 from census_tf_dagster.definitions import load_sets, load_settings
-from census_tf_dagster.placement import read_placement
 from tests import helm_chart
 from tests.k8s_deployment import FOLDER, NAMESPACE, environment, read_objects, read_values
 from tests.support import REPOSITORY, Project

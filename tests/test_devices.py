@@ -17,11 +17,11 @@ from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import DeviceLostError, open_devices
-from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.pipeline import Times, outcomes
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.plan_release import make_plan
+from census_tf_dagster.pipeline.stages import Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
 from tests.support import Project, load_engine, relative_errors

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from census_tf_dagster.field_docs import configure_page
+from census_tf_dagster.config_reference import configure_page
 from tests.support import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -13,9 +13,9 @@ import scipy.sparse
 from census_tf_dagster.demo.census import build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import organism_from_h5ad
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.support import BOUND, RELEASE, Oracle, Project, as_upstream_input, read_array, relative_errors
 
 ORGANISMS = {

@@ -15,8 +15,8 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.fetch import DIGESTS, fetch
-from census_tf_dagster.s3 import S3Objects, S3Settings, StoreError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.s3 import S3Objects, S3Settings, StoreError
+from census_tf_dagster.io.storage import Storage
 from tests.builders import tiny
 from tests.support import Project
 

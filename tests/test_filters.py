@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 import tiledbsoma
 
-from census_tf_dagster.filters import DEEPEST, LONGEST, MOST_COMPARISONS, check_filter
+from census_tf_dagster.config.filters import DEEPEST, LONGEST, MOST_COMPARISONS, check_filter
 
 ROWS = 60
 

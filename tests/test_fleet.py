@@ -19,11 +19,11 @@ import pytest
 
 from census_tf_dagster.operate.backfills import LAUNCH_TAG, Work, fetch, start
 from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import materializations
-from census_tf_dagster.operate.sets import find_set
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.builders import tiny
 from tests.deployment import materialize, until
 from tests.ecs_deployment import CAP, EcsDeployment, ecs_deployment, on_cpu, on_gpu_node

@@ -17,8 +17,8 @@ from census_tf_dagster.demo.run import GENES, ORGANISMS
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
+from census_tf_dagster.pipeline.plan_release import make_plan, survey
 from census_tf_dagster.quality.thresholds import LEAST_RANK
-from census_tf_dagster.steps.planning import make_plan, survey
 from tests.builders import fill, tiny
 from tests.support import RELEASE, SHARED_DATA, Project
 
@@ -136,8 +136,8 @@ def test_planning_refuses_another_species_axis_that_the_checkpoint_knows(project
 
 @pytest.mark.parametrize("change", [name_genes, permute_genes])
 def test_an_array_over_a_permuted_axis_fails_its_check(project: Project, change: object) -> None:
-    from census_tf_dagster.steps.finishing import finish_array
-    from census_tf_dagster.steps.quality import assess
+    from census_tf_dagster.pipeline.assess_quality import assess
+    from census_tf_dagster.pipeline.finish_array import finish_array
 
     tiny(project, change=change)
     with project.job("tiny") as job:

@@ -18,10 +18,10 @@ import pytest
 import tiledbsoma
 
 from census_tf_dagster.census.plan import read_plan
-from census_tf_dagster.steps.embedding import MOST_SET_ASIDE, SetAsideError, embed_shard
-from census_tf_dagster.steps.finishing import finish_array, verify_array
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.embed_shard import MOST_SET_ASIDE, SetAsideError, embed_shard
+from census_tf_dagster.pipeline.finish_array import finish_array, verify_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
 from tests.support import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors

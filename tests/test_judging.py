@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from census_tf_dagster.census.plan import read_plan
-from census_tf_dagster.quality.judgement import Judgement
+from census_tf_dagster.pipeline import check_upstream as judging
+from census_tf_dagster.pipeline import upstream
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.plan_release import make_plan
+from census_tf_dagster.quality.upstream_comparison import Judgement
 from census_tf_dagster.quality.verdicts import of_judgement
-from census_tf_dagster.steps import judging, upstream
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import fill, tiny, value_of
 from tests.support import RELEASE, Oracle, Project
@@ -157,7 +158,7 @@ import sys, time
 from pathlib import Path
 from tests.support import Project
 from census_tf_dagster.census.cells import read_cells
-from census_tf_dagster.steps.upstream import upstream_running
+from census_tf_dagster.pipeline.upstream import upstream_running
 import numpy as np
 with Project(Path(sys.argv[1])).job("tiny") as job:
     cells = read_cells(job.release, np.arange(4), job.checkpoint.aux_column)

@@ -30,7 +30,7 @@ from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from census_tf_dagster.definitions import load_sets
-from census_tf_dagster.partitions import RELEASES
+from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.run_coordinator import PlacingRunCoordinator
 from tests import k8s_deployment
 from tests.ecs_deployment import STOCK, doubles, on_cpu, on_gpu_node, write_dagster_yaml

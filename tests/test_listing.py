@@ -12,8 +12,8 @@ from census_tf_dagster.census.plan import PlanTotals, read_plan
 from census_tf_dagster.demo.census import Organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import PlanSummary, make_plan, survey
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import PlanSummary, make_plan, survey
 from tests.builders import N_GENES, fill, tiny
 from tests.support import Project
 

@@ -21,21 +21,21 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.utils import make_new_run_id
 from dagster._daemon.auto_run_reexecution.event_log_consumer import _create_cursor_key
 
-from census_tf_dagster import lost_work
 from census_tf_dagster.demo.run import INSTANCE
-from census_tf_dagster.lost_work import (
+from census_tf_dagster.io.worker_process import WORKER_TAG, WorkerProcess
+from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.observations import ShardProgress
+from census_tf_dagster.operate.remote_set import SHARDS, find_set
+from census_tf_dagster.operate.runs import LOST_WORK, RETRIED_BY_TAG, WILL_RETRY_TAG, Run, fetch_runs
+from census_tf_dagster.operate.stuck_runs import _judge
+from census_tf_dagster.orchestration.sensors import lost_runs as lost_work
+from census_tf_dagster.orchestration.sensors.lost_runs import (
     MOST_ASKED,
     ask_for_lost_retries,
     build_lost_work,
     end_lost_runs,
     marking_executor,
 )
-from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.observations import ShardProgress
-from census_tf_dagster.operate.runs import LOST_WORK, RETRIED_BY_TAG, WILL_RETRY_TAG, Run, fetch_runs
-from census_tf_dagster.operate.sets import SHARDS, find_set
-from census_tf_dagster.operate.stuck import _judge
-from census_tf_dagster.worker_process import WORKER_TAG, WorkerProcess
 from tests.builders import tiny
 from tests.deployment import Operator, running, until
 from tests.support import RELEASE, Project, read_array

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from census_tf_dagster.inference import engine as engine_module
+from census_tf_dagster.inference.cell_errors import NonFiniteError
 from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import open_devices
 from census_tf_dagster.inference.engine import Engine, Work
 from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.non_finite import Judged, SecondLook
 from census_tf_dagster.inference.packing import PackedCells, assemble
-from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.inference.set_aside import NonFiniteError
 from tests.cuda_double import gpus_of_tests
 from tests.overflowing import LEAVES_FP16, LEAVES_FP32, build_overflowing
 from tests.support import DEVICE, relative_errors

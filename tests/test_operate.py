@@ -22,12 +22,12 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_going, start
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.launch import LaunchRequest, launch
+from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import Materialization, Run, fetch_runs, seconds_left
-from census_tf_dagster.operate.sets import find_set
-from census_tf_dagster.operate.shards import compact, parse_shards
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.operate.shard_ranges import compact, parse_shards
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import tiny
 from tests.deployment import PATIENCE, Operator, free_port, materialize, running_locally, until

@@ -13,7 +13,7 @@ import pytest
 
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.inference.checkpoint import read_checkpoint
-from census_tf_dagster.inference.prepare import prepare
+from census_tf_dagster.inference.checkpoint_cache import prepare
 from tests.support import REPOSITORY
 from tests.test_devices import alive, children
 from tests.test_engine import ASSAYS, GENES
@@ -40,7 +40,7 @@ with open_devices(Path(sys.argv[1]), genes, "cpu", None) as (device,):
 """Imports no torch."""
 JUDGE = """
 import subprocess, sys
-from census_tf_dagster.steps.upstream import run_upstream
+from census_tf_dagster.pipeline.upstream import run_upstream
 process = subprocess.Popen([sys.executable, "-c", run_upstream()], stdin=subprocess.PIPE)
 sys.stdin.read()
 """

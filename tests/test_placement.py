@@ -7,10 +7,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from census_tf_dagster.config.placement import FILE, Placement, read_placement, shard_tags
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.partitions import RELEASES
-from census_tf_dagster.placement import FILE, Placement, read_placement, shard_tags
+from census_tf_dagster.orchestration.partitions import RELEASES
 from tests.placements import PLACEMENT, TAGS, declare
 from tests.support import RELEASE, Project
 

@@ -14,7 +14,7 @@ import pytest
 from census_tf_dagster.census.division import divide
 from census_tf_dagster.census.plan import Plan, plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 
 
 def write(storage: Storage, folder: Path, joinids: np.ndarray, shards: int, size: int) -> Plan:

@@ -10,8 +10,8 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference import digests, weights
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
-from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.inference.prepared import load_model
+from census_tf_dagster.inference.checkpoint_cache import prepare
+from census_tf_dagster.inference.prepared_checkpoint import load_model
 from tests.test_engine import ASSAYS, GENES
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from census_tf_dagster.assets import progress
-from census_tf_dagster.assets.progress import observe_release
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.observations import ShardProgress, progress_of
+from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import Run
-from census_tf_dagster.operate.sets import RemoteSet
+from census_tf_dagster.orchestration import release_progress as progress
+from census_tf_dagster.orchestration.release_progress import observe_release
 from tests.builders import tiny
 from tests.deployment import running_locally
 from tests.support import RELEASE, Project

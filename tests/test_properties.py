@@ -20,10 +20,10 @@ import tiledbsoma
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 
+from census_tf_dagster.config.filters import check_filter
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.filters import check_filter
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.packing import PackedCells, assemble
 from census_tf_dagster.set_files import find_problems

@@ -10,10 +10,10 @@ import pytest
 import tiledb
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.proxies import is_loopback, proxy_for, tiledb_proxy
+from census_tf_dagster.io.s3 import S3Settings
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.operate.graphql import Deployment
-from census_tf_dagster.proxies import is_loopback, proxy_for, tiledb_proxy
-from census_tf_dagster.s3 import S3Settings
-from census_tf_dagster.storage import Storage
 from tests.deployment import free_port
 from tests.moto_servers import client, s3_proxy
 

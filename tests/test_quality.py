@@ -18,15 +18,15 @@ from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.pipeline import assess_quality as step
+from census_tf_dagster.pipeline.assess_quality import assess
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.quality import pictures
 from census_tf_dagster.quality.report import Report
-from census_tf_dagster.steps import quality as step
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
-from census_tf_dagster.steps.quality import assess
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.proof import prove_shard
+from census_tf_dagster.store.verification import prove_shard
 from tests.builders import N_GENES, tiny
 from tests.support import RELEASE, Project, read_array
 from tests.test_assets import Deployment

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.quality import measures, sample, verdicts
 from census_tf_dagster.quality.coverage import JoinidSet, _encoded
-from census_tf_dagster.quality.judgement import Judgement
 from census_tf_dagster.quality.measures import Distribution
 from census_tf_dagster.quality.projection import project
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.quality.upstream_comparison import Judgement
 
 
 def test_a_sample_is_the_same_every_time_and_in_runs_that_lie_in_one_tile() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support import REPOSITORY
 

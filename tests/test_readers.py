@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from census_tf_dagster.demo.census import Organism
-from census_tf_dagster.steps.finishing import finish_array
+from census_tf_dagster.pipeline.finish_array import finish_array
 from tests.builders import PUBLICATION, fill, tiny, value_of
 from tests.support import Project
 from tests.test_read_page import reader

@@ -10,10 +10,10 @@ import dagster as dg
 import pytest
 
 from census_tf_dagster.census.directory import ListedRelease, parse_directory, read_directory
+from census_tf_dagster.config.cost import utc_now
 from census_tf_dagster.errors import DirectoryError, UserError
-from census_tf_dagster.release_watch import RELEASES_NAME, Kinds, build_release_watch, read_kinds
-from census_tf_dagster.resources import CensusResource
-from census_tf_dagster.spending import utc_now
+from census_tf_dagster.orchestration.resources import CensusResource
+from census_tf_dagster.orchestration.sensors.release_watch import RELEASES_NAME, Kinds, build_release_watch, read_kinds
 from tests.release_directory import DirectoryServer, directory_server, entry, retracted
 from tests.support import Project
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from census_tf_dagster.config.remote_sets import LARGEST
 from census_tf_dagster.definitions import load_settings, sets_folder
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment
-from census_tf_dagster.remote_sets import LARGEST
 from tests.deployment import Operator, free_port, until
 from tests.moto_servers import REGION, client
 from tests.support import Project

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.operate.contents import inspect_store, remove_release
-from census_tf_dagster.s3 import S3Settings
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.s3 import S3Settings
+from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
+from census_tf_dagster.store.inventory import inspect_store, remove_release
 from census_tf_dagster.store.removal import begin, begun, finish, noticing_removal, require_quiet
 from tests.builders import age, fill, tiny
 from tests.moto_servers import client

@@ -10,15 +10,15 @@ import boto3
 import dagster as dg
 import pytest
 
-from census_tf_dagster.assets.retention import build_retention
+from census_tf_dagster.config.retention import Retention, read_retention
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.operate.contents import inspect_store
-from census_tf_dagster.operate.prune import Candidate, announce, apply, candidates
-from census_tf_dagster.resources import StoreResource
-from census_tf_dagster.retention import Retention, read_retention
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.orchestration.resources import StoreResource
+from census_tf_dagster.orchestration.retention_job import build_retention
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
+from census_tf_dagster.store.inventory import inspect_store
+from census_tf_dagster.store.prune import Candidate, announce, apply, candidates
 from tests.builders import fill, tiny
 from tests.support import RELEASE, Project, read_array
 

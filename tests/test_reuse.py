@@ -14,14 +14,14 @@ import tiledbsoma
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import OF_THE_RELEASE, Identity
-from census_tf_dagster.steps.copying import CopySummary, copy_shard
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import array_state, finish_array
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan, survey
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.copy_shard import CopySummary, copy_shard
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import array_state, finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan, survey
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.written import NoteBook, Written
+from census_tf_dagster.store.committed import missing_megabatches
+from census_tf_dagster.store.write_notes import NoteBook, Written
 from tests.builders import value_of
 from tests.releases import EARLIER, Contents, TwoReleases, fill_planned, prove_earlier, two_releases
 from tests.support import BOUND, RELEASE, Project, read_array, relative_errors

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from census_tf_dagster.steps.copying import copy_shard
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.pipeline.copy_shard import copy_shard
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.builders import value_of
 from tests.deployment import running_locally
 from tests.releases import EARLIER, fill_planned, prove_earlier, two_releases

@@ -16,14 +16,14 @@ import yaml
 from pydantic import ValidationError
 
 from census_tf_dagster.census.release import OrganismRelease
+from census_tf_dagster.config.publication import INFO_KEY, Publication
 from census_tf_dagster.definitions import build_definitions, load_sets
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
-from census_tf_dagster.publication import INFO_KEY, Publication
-from census_tf_dagster.resources import CensusResource, StoreResource
-from census_tf_dagster.steps.finishing import RuleError, array_state, finish_array, verify_array
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.finish_array import RuleError, array_state, finish_array, verify_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import PUBLICATION, fill, tiny
 from tests.support import RELEASE, Project

@@ -10,8 +10,8 @@ import pytest
 from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.test_utils import instance_for_test
 
+from census_tf_dagster.config.placement import Placement
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.placement import Placement
 from census_tf_dagster.run_coordinator import ASKED_TAG, PLACED_TAG, PlacingRunCoordinator, place, step_tags
 from tests.placements import PLACEMENT, TAGS
 

@@ -14,11 +14,11 @@ import requests
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.s3 import S3Settings, StoreError
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.s3 import S3Settings, StoreError
+from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.builders import fill, tiny, value_of
 from tests.moto_servers import REGION, client, moto_server, s3_proxy, upload

@@ -17,12 +17,12 @@ import yaml
 from dagster.components.core.component_tree import ComponentTreeException
 from dagster_shared.yaml_utils import parse_yaml_with_source_position
 
+from census_tf_dagster.config.placement import read_placement
+from census_tf_dagster.config.retention import read_retention
+from census_tf_dagster.config.yaml_problems import read_documents
 from census_tf_dagster.definitions import load_sets, load_settings
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.placement import read_placement
-from census_tf_dagster.retention import read_retention
-from census_tf_dagster.yaml_problems import read_documents
 from tests.support import REPOSITORY, Project
 
 GOOD = """\

@@ -5,10 +5,7 @@ from datetime import UTC, datetime
 import pytest
 import yaml
 
-from census_tf_dagster.embedding_set import EmbeddingSet
-from census_tf_dagster.errors import UserError
-from census_tf_dagster.placement import Placement
-from census_tf_dagster.spending import (
+from census_tf_dagster.config.cost import (
     ASSUMED_SHARE,
     FLOP_PER_TOKEN,
     Rate,
@@ -18,6 +15,9 @@ from census_tf_dagster.spending import (
     cost_of,
     objections,
 )
+from census_tf_dagster.config.placement import Placement
+from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.errors import UserError
 from tests.support import Project
 
 L40S = Throughput(tokens=9e6, seconds=100, devices=1, device="NVIDIA L40S")

@@ -10,13 +10,13 @@ import tiledbsoma
 
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.embed_shard import ShardSummary, embed_shard
+from census_tf_dagster.pipeline.finish_array import array_state, finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.quality.sample import read_embeddings
-from census_tf_dagster.steps.embedding import ShardSummary, embed_shard
-from census_tf_dagster.steps.finishing import array_state, finish_array
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
-from census_tf_dagster.store.proof import ProofError, prove_shard
+from census_tf_dagster.store.verification import ProofError, prove_shard
 from tests.builders import tiny
 from tests.support import Project, read_array
 

@@ -15,11 +15,11 @@ import pytest
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import read_checkpoint
-from census_tf_dagster.inference.prepare import prepare
-from census_tf_dagster.operate.contents import inspect_store
-from census_tf_dagster.s3 import S3Settings
-from census_tf_dagster.steps.planning import make_plan
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.inference.checkpoint_cache import prepare
+from census_tf_dagster.io.s3 import S3Settings
+from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.pipeline.plan_release import make_plan
+from census_tf_dagster.store.inventory import inspect_store
 from tests.builders import tiny
 from tests.moto_servers import REGION, client
 from tests.support import REPOSITORY, Project

@@ -7,10 +7,10 @@ import pytest
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import NUMERIC_VERSION, Identity
-from census_tf_dagster.inference import prepare
-from census_tf_dagster.steps.embedding import embed_shard
-from census_tf_dagster.steps.finishing import finish_array
-from census_tf_dagster.steps.planning import make_plan
+from census_tf_dagster.inference import checkpoint_cache as prepare
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.finish_array import finish_array
+from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.builders import tiny
 from tests.support import REPOSITORY, Project
 

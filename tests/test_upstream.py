@@ -8,7 +8,7 @@ import pytest
 
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.steps.upstream import require_upstream, upstream_running
+from census_tf_dagster.pipeline.upstream import require_upstream, upstream_running
 from tests.builders import tiny
 from tests.support import RELEASE, Oracle, Project
 

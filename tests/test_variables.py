@@ -7,7 +7,7 @@ import pytest
 
 from census_tf_dagster.definitions import census_resource, sets_folder, store_resource
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.names import normalise
+from census_tf_dagster.io.names import normalise
 
 ODD_LOCATIONS = {
     "": "is ''. It is empty",

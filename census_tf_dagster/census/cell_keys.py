@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.release import OrganismRelease
-from census_tf_dagster.compiled import compiled
+from census_tf_dagster.io.compiled import compiled
 
 Keys = npt.NDArray[np.uint64]
 """``(n, 2)``. Zeros: the cell has no key, and is computed."""

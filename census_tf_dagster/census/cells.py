@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.release import LAYER, NNZ, OrganismRelease
-from census_tf_dagster.compiled import compiled
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.compiled import compiled
 
 
 @dataclass(frozen=True)

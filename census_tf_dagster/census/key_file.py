@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import tiledb
 
 from census_tf_dagster.census.cell_keys import Keys
-from census_tf_dagster.compiled import compiled
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.compiled import compiled
+from census_tf_dagster.io.storage import Storage
 
 Int64Array = npt.NDArray[np.int64]
 

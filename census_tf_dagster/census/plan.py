@@ -29,7 +29,7 @@ import xxhash
 from pydantic import ConfigDict, TypeAdapter
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import tiledbsoma
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 
 OBS_COLUMNS = {"soma_joinid", "is_primary_data"}
 NNZ = "nnz"

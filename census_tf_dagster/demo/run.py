@@ -17,9 +17,9 @@ from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint, build_pretrained_embeddings
 from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad, synthetic_organism
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.partitions import RELEASES
-from census_tf_dagster.resources import CensusResource, StoreResource
-from census_tf_dagster.worker_process import WorkerProcess
+from census_tf_dagster.io.worker_process import WorkerProcess
+from census_tf_dagster.orchestration.partitions import RELEASES
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 FOLDER = Path("demo-data")
 RELEASE = "2025-11-08"

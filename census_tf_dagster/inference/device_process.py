@@ -9,7 +9,7 @@ input is closed, and on Linux at once when the process PARENT (its id) ends, eve
 
 import sys
 
-from census_tf_dagster.inference.orphans import end_with_parent
+from census_tf_dagster.inference.child_processes import end_with_parent
 
 if __name__ == "__main__":
     # First of all: importing torch takes seconds.

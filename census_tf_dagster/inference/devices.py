@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.cell_errors import NonFiniteError
 from census_tf_dagster.inference.packing import PackedCells
-from census_tf_dagster.inference.set_aside import NonFiniteError
 from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
 MOST_UNCOMMITTED = 2

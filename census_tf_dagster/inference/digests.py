@@ -14,7 +14,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128_digest
 
-from census_tf_dagster.files import replacing
+from census_tf_dagster.io.files import replacing
 
 REMEMBERED_FROM = 2**26
 """Bytes of a file that is worth remembering; less is hashed in a tenth of a second."""

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.attention import MASK_BLOCK
+from census_tf_dagster.inference.cell_errors import NonFiniteError
 from census_tf_dagster.inference.gpu import choose_device, is_lost, require_compiler, too_small
 from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.non_finite import Judged, SecondLook
 from census_tf_dagster.inference.packing import PackedCells, Row, assemble, choose_cells
-from census_tf_dagster.inference.prepared import load_model
-from census_tf_dagster.inference.set_aside import NonFiniteError
+from census_tf_dagster.inference.prepared_checkpoint import load_model
 
 LONGEST_ROW = {"cpu": 8192, "cuda": 65536}
 """Tokens: with more, kernels gain nothing."""

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.digests import file_digest
-from census_tf_dagster.names import is_local
-from census_tf_dagster.s3 import S3Object
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.names import is_local
+from census_tf_dagster.io.s3 import S3Object
+from census_tf_dagster.io.storage import Storage
 
 DIGESTS = "sha256.json"
 """In a fetched folder: the SHA-256 of each file as it came. Written last, so a folder without it is not whole."""

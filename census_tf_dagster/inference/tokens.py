@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from census_tf_dagster.census.cells import Cells
-from census_tf_dagster.compiled import compiled
 from census_tf_dagster.inference.checkpoint import Checkpoint
 from census_tf_dagster.inference.checkpoint_config import UNKNOWN
 from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.io.compiled import compiled
 
 GeneOrder = Literal["census", "vocabulary"]
 

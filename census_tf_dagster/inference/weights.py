@@ -15,8 +15,8 @@ from torch import Tensor
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import WEIGHTS, Checkpoint, wrong_width
 from census_tf_dagster.inference.checkpoint_config import START
-from census_tf_dagster.inference.prepared import DTYPES, join_names
-from census_tf_dagster.inference.seal import SEAL, UNSEALED
+from census_tf_dagster.inference.prepared_checkpoint import DTYPES, join_names
+from census_tf_dagster.inference.sealed_file import SEAL, UNSEALED
 from census_tf_dagster.inference.state_dict import MATRIX
 
 TABLE_ROWS_AT_ONCE = 4096

@@ -10,8 +10,8 @@ from typing import Any
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.remote_set import APPROVAL, PLAN, RemoteSet, find_set
 from census_tf_dagster.operate.runs import Materialization, failure_reason, fetch_runs, materializations
-from census_tf_dagster.operate.sets import APPROVAL, PLAN, RemoteSet, find_set
 
 POLL_SECONDS = 1.0
 

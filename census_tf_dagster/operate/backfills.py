@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.remote_set import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet
 from census_tf_dagster.operate.runs import RECOMPUTE_TAG
-from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet
-from census_tf_dagster.operate.shards import compact, ranges
+from census_tf_dagster.operate.shard_ranges import compact, ranges
 
 LAUNCH_TAG = "census_tf/launch"
 GOING_ON = ("REQUESTED", "CANCELING", "FAILING")

@@ -4,17 +4,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from census_tf_dagster.census.plan import Plan, to_compute
+from census_tf_dagster.config.cost import LAST_SHARDS, Cost, Throughput, utc_now
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.remote_set import SHARDS, find_set
 from census_tf_dagster.operate.runs import materializations
-from census_tf_dagster.operate.sets import SHARDS, find_set
-from census_tf_dagster.spending import LAST_SHARDS, Cost, Throughput, utc_now
-from census_tf_dagster.steps.estimate import estimate
-from census_tf_dagster.steps.job import Job
-from census_tf_dagster.steps.planning import PlanSummary, survey
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.cost_estimate import estimate
+from census_tf_dagster.pipeline.plan_release import PlanSummary, survey
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.progress import missing_megabatches
-from census_tf_dagster.store.written import read_notes
+from census_tf_dagster.store.committed import missing_megabatches
+from census_tf_dagster.store.write_notes import read_notes
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import SUCCEEDED, Backfill, fetch
 from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.remote_set import ARRAY, PLAN, REUSED, SHARDS, RemoteSet
 from census_tf_dagster.operate.runs import (
     QUEUED,
     RUNNING,
@@ -19,8 +20,7 @@ from census_tf_dagster.operate.runs import (
     materializations,
     seconds_left,
 )
-from census_tf_dagster.operate.sets import ARRAY, PLAN, REUSED, SHARDS, RemoteSet
-from census_tf_dagster.operate.shards import compact
+from census_tf_dagster.operate.shard_ranges import compact
 
 POLL_SECONDS = 2.0
 LINE_EVERY_SECONDS = 30.0

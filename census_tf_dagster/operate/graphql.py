@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import requests
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.names import without_secrets
-from census_tf_dagster.proxies import is_loopback, proxy_for
+from census_tf_dagster.io.names import without_secrets
+from census_tf_dagster.io.proxies import is_loopback, proxy_for
 
 SHOWN = 80
 """Characters of a wrong address that an error shows."""

@@ -9,10 +9,10 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import Backfill, Work, cancel, fetch, find_going, start
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
+from census_tf_dagster.operate.remote_set import PLAN, REUSED, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.runs import LOST_WORK, RUNNING, fetch_runs, materializations
-from census_tf_dagster.operate.sets import PLAN, REUSED, SHARDS, RemoteSet, find_set
-from census_tf_dagster.operate.shards import compact, parse_shards
-from census_tf_dagster.operate.stuck import find_stuck, nobody_mends
+from census_tf_dagster.operate.shard_ranges import compact, parse_shards
+from census_tf_dagster.operate.stuck_runs import find_stuck, nobody_mends
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.remote_set import SHARDS, RemoteSet
 from census_tf_dagster.operate.runs import Run
-from census_tf_dagster.operate.sets import SHARDS, RemoteSet
 
 MOST_AT_ONCE = 200
 """Shards that one query asks for."""

@@ -6,9 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.worker_process import WorkerProcess
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.sets import RemoteSet
-from census_tf_dagster.worker_process import WorkerProcess
+from census_tf_dagster.operate.remote_set import RemoteSet
 
 PAGE = 500
 RECOMPUTE_TAG = "census_tf/recompute"

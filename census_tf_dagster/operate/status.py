@@ -13,6 +13,7 @@ from census_tf_dagster.operate.approve import approval_text
 from census_tf_dagster.operate.backfills import find_going
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.observations import progress_of
+from census_tf_dagster.operate.remote_set import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet, find_set
 from census_tf_dagster.operate.runs import (
     LOST_WORK,
     QUEUED,
@@ -25,9 +26,8 @@ from census_tf_dagster.operate.runs import (
     materializations,
     seconds_left,
 )
-from census_tf_dagster.operate.sets import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet, find_set
-from census_tf_dagster.operate.shards import compact
-from census_tf_dagster.operate.stuck import Stuck, find_stuck, nobody_mends
+from census_tf_dagster.operate.shard_ranges import compact
+from census_tf_dagster.operate.stuck_runs import Stuck, find_stuck, nobody_mends
 
 REASONS = 3
 """How many failures are told with their reason."""

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.quality.coverage import Covered
 from census_tf_dagster.quality.measures import Distribution
 from census_tf_dagster.quality.verdicts import Verdict
-from census_tf_dagster.storage import Storage
 
 REPORT, DISTRIBUTION = "report.json", "distribution.npz"
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from census_tf_dagster.census.gene_check import GeneEvidence
-from census_tf_dagster.quality.judgement import Judgement
 from census_tf_dagster.quality.measures import Agreement, Dimensions, Drift
 from census_tf_dagster.quality.thresholds import (
     LEAST_DEVIATIONS,
@@ -13,6 +12,7 @@ from census_tf_dagster.quality.thresholds import (
     MOST_SHIFT,
     MOST_SPREAD,
 )
+from census_tf_dagster.quality.upstream_comparison import Judgement
 
 NAMED = 10
 

@@ -21,11 +21,11 @@ import pyarrow as pa
 import tiledb
 import tiledbsoma
 
+from census_tf_dagster.config.publication import INFO_KEY
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.publication import INFO_KEY
-from census_tf_dagster.s3 import StoreError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.s3 import StoreError
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.fragments import (
     FRAGMENT_FILES,
     DamagedFragmentsError,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.names import require_name
+from census_tf_dagster.io.names import require_name
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from census_tf_dagster.census.plan import Megabatch, Plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.fragments import Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.proof import ProofError, mend_advice, prove_shard
 from census_tf_dagster.store.readback import ReadBack
-from census_tf_dagster.store.written import Notes, read_notes
+from census_tf_dagster.store.verification import ProofError, mend_advice, prove_shard
+from census_tf_dagster.store.write_notes import Notes, read_notes
 
 
 def mend_shard(

@@ -14,7 +14,7 @@ import xxhash
 
 from census_tf_dagster.census.plan import Plan, parquet_bytes
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.layout import ReleaseFolder
 
 SCHEMA = pa.schema([("soma_joinid", pa.int64()), ("zero_counts", pa.bool_()), ("set_aside", pa.string())])

@@ -10,11 +10,11 @@ import tiledb
 import tiledbsoma
 
 from census_tf_dagster.census.plan import Megabatch, Plan
-from census_tf_dagster.compiled import compiled
-from census_tf_dagster.names import is_local
-from census_tf_dagster.s3 import StoreError
+from census_tf_dagster.io.compiled import compiled
+from census_tf_dagster.io.names import is_local
+from census_tf_dagster.io.s3 import StoreError
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.written import Checksum, Notes, Written
+from census_tf_dagster.store.write_notes import Checksum, Notes, Written
 
 CELLS_AT_ONCE = 4096
 NAMED = 10

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.s3 import StoreError
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.s3 import StoreError
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.layout import ReleaseFolder
 
 QUIET_SECONDS = 900.0

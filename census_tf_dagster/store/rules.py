@@ -15,7 +15,7 @@ import pyarrow as pa
 import tiledb
 import tiledbsoma
 
-from census_tf_dagster.storage import Storage
+from census_tf_dagster.io.storage import Storage
 
 Rule = Literal["schema", "shape", "storage_version", "cells", "features", "values", "publication", "obs_ids"]
 

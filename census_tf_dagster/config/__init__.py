@@ -1,0 +1,1 @@
+"""What a deployment declares: settings, placement, publication, retention and cost, validated where they enter."""

@@ -1,0 +1,123 @@
+"""The deployment's variables, checked where they are read: a wrong one is refused in one line that names it."""
+
+import re
+from collections.abc import Mapping
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.names import CONTROL_CHARACTERS, check_location, without_secrets
+
+RELEASE = "{release}"
+"""What a Census location holds in the place of a release's name."""
+
+_ENDPOINT = re.compile(r"https?://([^/?#\s:@\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?/?")
+_REGION = re.compile(r"[a-z0-9-]{0,63}")
+SHOWN = 80
+
+
+def location(environment: Mapping[str, str], name: str, default: str) -> str:
+    """Return a folder or S3 prefix.
+
+    Raises
+    ------
+    UserError
+        When it is neither.
+    """
+    text = environment.get(name, default)
+    try:
+        check_location(text)
+    except ValueError as error:
+        raise _refusal(name, text, str(error)) from None
+    return text
+
+
+def folder(environment: Mapping[str, str], name: str, default: str) -> str:
+    """Return a folder of this machine.
+
+    Raises
+    ------
+    UserError
+        When it is no such path.
+    """
+    text = location(environment, name, default)
+    if text.startswith(("s3://", "file:")):
+        raise _refusal(name, text, "Expected a folder of this machine, as a plain path")
+    return text
+
+
+def census_location(environment: Mapping[str, str], name: str, default: str) -> str:
+    """Return ``public``, or a folder or S3 prefix with ``{release}`` in it.
+
+    Raises
+    ------
+    UserError
+        When it is neither, or has any other brace.
+    """
+    text = location({name: environment.get(name, default).replace(RELEASE, "release")}, name, default)
+    if "{" in text or "}" in text:
+        expected = (
+            f"Only {RELEASE} is replaced, and other braces cannot be used. Expected such as s3://census/{RELEASE}"
+        )
+        raise _refusal(name, environment.get(name, default), expected)
+    return environment.get(name, default)
+
+
+def endpoint(environment: Mapping[str, str], name: str) -> str:
+    """Return the address of an S3-compatible server; empty: AWS.
+
+    Raises
+    ------
+    UserError
+        When it is no such address, without showing a password in it.
+    """
+    text = environment.get(name, "")
+    if text and not _ENDPOINT.fullmatch(text):
+        expected = "Expected http://HOST:PORT or https://HOST[:PORT]; credentials belong into AWS's own settings"
+        raise _refusal(name, text, expected)
+    return text
+
+
+def web_address(environment: Mapping[str, str], name: str) -> str:
+    """Return the address of a file on the web; empty: none was given.
+
+    Raises
+    ------
+    UserError
+        When it is no http address or names a user, without showing a password in it.
+    """
+    text = environment.get(name, "")
+    if text and not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", text):
+        raise _refusal(name, text, "Expected http(s)://HOST/PATH without user and password")
+    return text
+
+
+def region(environment: Mapping[str, str], name: str, default: str) -> str:
+    """Return an AWS region; empty: as AWS's own settings say.
+
+    Raises
+    ------
+    UserError
+        When it cannot be one.
+    """
+    text = environment.get(name, default)
+    if not _REGION.fullmatch(text):
+        raise _refusal(name, text, "Expected an AWS region such as us-west-2")
+    return text
+
+
+def switch(environment: Mapping[str, str], name: str) -> bool:
+    """Return whether a variable is 1.
+
+    Raises
+    ------
+    UserError
+        When it is set to anything else than 0, 1 or nothing.
+    """
+    text = environment.get(name, "")
+    if text not in ("", "0", "1"):
+        raise _refusal(name, text, "Expected 1 or 0")
+    return text == "1"
+
+
+def _refusal(name: str, text: str, why: str) -> UserError:
+    shown = repr(CONTROL_CHARACTERS.sub("?", without_secrets(text)))
+    return UserError(f"{name} is {shown if len(shown) <= SHOWN else f'{shown[:SHOWN]}...'}. {why}.")

@@ -1,0 +1,300 @@
+"""Files and arrays at one kind of place: a local folder or an S3 prefix.
+
+Holds what the Census side and the store side share: TileDB's contexts, and small whole-file reads and writes.
+Knows nothing of arrays' contents.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+import tiledb
+import tiledbsoma
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.files import replacing, temporary_folder
+from census_tf_dagster.io.names import is_local
+from census_tf_dagster.io.s3 import S3Object, S3Objects, S3Settings
+
+READ_BUFFER_BYTES = 128 * 2**20
+"""Per-column read buffer. The library's default of 1 GiB a column lets memory grow to several GB."""
+
+NO_PARALLEL_MERGE = {"sm.query.sparse_global_order.preprocess_tile_merge": "0"}
+"""TileDB 2.30 may free a tile merge's memory while a thread still works on it, which kills the process under load
+(TileDB pull request 5723). Without this way of merging it cannot; to be dropped with a core that has the mending."""
+
+MANY_AT_ONCE = {"sm.compute_concurrency_level": "32"}
+"""TileDB asks for each fragment's metadata on its compute threads, one a core by default, which mostly wait for S3."""
+
+UNCHECKED_WRITES = dict.fromkeys(("sm.check_coord_dups", "sm.check_coord_oob", "sm.check_global_order"), "false")
+"""TileDB's own checks of each coordinate cost a third of a write; `EmbeddingsArray.write` checks beforehand."""
+
+
+WRITABLE = "make the store writable, and free space where its disk is full"
+SIGNS_OF_LACK = ("std::bad_alloc", "Error initializing thread pool")
+"""What TileDB says when the system gives it no memory, or no memory for threads."""
+
+
+FAR_FUTURE = 2**62
+"""TileDB timestamp (milliseconds) after any that a clock gives."""
+
+
+class Storage:
+    """Access to one place with one set of S3 settings.
+
+    Parameters
+    ----------
+    s3
+        How S3 is reached; has no effect on local paths.
+    """
+
+    def __init__(self, s3: S3Settings | None = None) -> None:
+        self.s3 = s3 or S3Settings()
+        config = {**self.s3.tiledb_config(), **NO_PARALLEL_MERGE, **MANY_AT_ONCE}
+        with naming_lack_of_memory():
+            self.tiledb_ctx = tiledb.Ctx(config)
+        # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
+        # sees what was committed before it.
+        self._soma_config: dict[str, str | float] = {
+            **config,
+            "soma.init_buffer_bytes": str(READ_BUFFER_BYTES),
+            **UNCHECKED_WRITES,
+        }
+        self.soma_context = tiledbsoma.SOMATileDBContext(tiledb_config=self._soma_config)
+        self._vfs = tiledb.VFS(ctx=self.tiledb_ctx)
+        self._objects = S3Objects(self.s3)
+
+    @cached_property
+    def soma_context_of_the_future(self) -> tiledbsoma.SOMATileDBContext:
+        """A context that shows what was ever written, also where this machine's clock is behind the writer's."""
+        # Not by `replace`: in tiledbsoma 2.3.0 that loses the configuration.
+        return tiledbsoma.SOMATileDBContext(tiledb_config=self._soma_config, timestamp=FAR_FUTURE)
+
+    def make_place(self, uri: str) -> None:
+        """Make the bucket of an S3 `uri` when there is none; folders come with the files in them.
+
+        Raises
+        ------
+        UserError
+            When there is none and it cannot be made.
+        """
+        if not is_local(uri):
+            self._objects.make_bucket(uri)
+
+    def storage_version(self, uri: str) -> int:
+        """Return the TileDB storage version of the array at `uri`."""
+        return int(tiledb.ArraySchema.load(uri, ctx=self.tiledb_ctx).version)
+
+    def exists(self, uri: str) -> bool:
+        """Tell whether a file stands at `uri`."""
+        return _path(uri).is_file() if is_local(uri) else self._objects.exists(uri)
+
+    def is_folder(self, uri: str) -> bool:
+        """Tell whether there is a folder at `uri`; on S3, whether there are objects below that prefix."""
+        return _path(uri).is_dir() if is_local(uri) else self._objects.any_below(uri)
+
+    def holds_files(self, uri: str) -> bool:
+        """Tell whether a file stands at any depth below `uri`; on S3 there are no folders without one."""
+        if not is_local(uri):
+            return self._objects.any_below(uri)
+        return any(files for _, _, files in os.walk(_path(uri)))
+
+    def list(self, uri: str) -> list[str]:
+        """Return the URIs of the entries directly below the folder `uri`, sorted; none when there is no such folder."""
+        if not is_local(uri):
+            names = self._objects.entries(uri)
+        else:
+            names = {entry.name for entry in _path(uri).iterdir()} if self.is_folder(uri) else set()
+        return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
+
+    def file_sizes(self, uri: str) -> dict[str, int]:
+        """Return the bytes of each file at any depth below the folder `uri`, by its path from there on, with ``/``."""
+        if not is_local(uri):
+            return self._objects.list_below(uri)
+        root = _path(uri)
+        sizes = {}
+        for folder, _, names in os.walk(root):
+            for file in (Path(folder) / name for name in names):
+                # Another process may remove a file meanwhile.
+                with suppress(FileNotFoundError):
+                    sizes[file.relative_to(root).as_posix()] = file.stat().st_size
+        return sizes
+
+    def size(self, uri: str) -> int:
+        """Return the bytes of all files below the folder `uri`."""
+        return int(self._vfs.dir_size(uri))
+
+    def last_written(self, uri: str) -> float:
+        """Return when a file below the folder `uri` was written last, in seconds since 1970; 0 for an empty folder."""
+        if not is_local(uri):
+            return max((one.written for one in self._objects.below(uri)), default=0.0)
+        files = (Path(folder) / name for folder, _, names in os.walk(_path(uri)) for name in names)
+        return max((file.stat().st_mtime for file in files), default=0.0)
+
+    def is_archived(self, uri: str) -> bool:
+        """Tell whether every object below the prefix `uri` was archived."""
+        return not is_local(uri) and all(one.archived for one in self._objects.below(uri))
+
+    def archive_folder(self, uri: str) -> None:
+        """Move every object below the prefix `uri` to the storage class for what is rarely read; names stay."""
+        for one in self._objects.below(uri):
+            if not one.archived:
+                self._objects.archive(one)
+
+    def remove_folder(self, uri: str) -> None:
+        """Delete the folder `uri` and all below it.
+
+        Raises
+        ------
+        UserError
+            When it may not be deleted.
+        """
+        try:
+            self._vfs.remove_dir(uri)
+        except tiledb.TileDBError as error:
+            raise UserError(f"{uri} cannot be removed ({error}): make it writable, and run this again.") from error
+
+    def remove_file(self, uri: str) -> None:
+        """Delete the file `uri`."""
+        self._vfs.remove_file(uri)
+
+    def remove_empty_folders(self, uri: str) -> None:
+        """Delete the local folder `uri` and all below it, each only while nothing is in it.
+
+        Raises
+        ------
+        OSError
+            When something is in one of them.
+        """
+        if is_local(uri):
+            for folder, _, _ in os.walk(_path(uri), topdown=False):
+                Path(folder).rmdir()
+
+    def read(self, uri: str) -> bytes:
+        """Return the whole content of a file.
+
+        Raises
+        ------
+        UserError
+            When there is none, or it cannot be read.
+        """
+        content = None
+        if not is_local(uri):
+            content = self._objects.read(uri)
+        elif self.exists(uri):
+            with _naming(uri, "read", "make it readable"):
+                content = _path(uri).read_bytes()
+        if content is None:
+            raise UserError(f"no file at {uri}.")
+        return content
+
+    def open(self, uri: str) -> io.BufferedReader:
+        """Open a file for seeking reads.
+
+        Raises
+        ------
+        FileNotFoundError, tiledb.TileDBError
+            When there is none: a local one, one on S3.
+        UserError
+            When it cannot be read.
+        """
+        if not is_local(uri):
+            return io.BufferedReader(self._vfs.open(uri, "rb"), buffer_size=2**20)
+        # Not by TileDB, which syncs what it closes: that fails on a disk that is read-only.
+        with _naming(uri, "read", "make it readable"):
+            return io.BufferedReader(io.FileIO(_path(uri)), buffer_size=2**20)
+
+    def write(self, uri: str, content: bytes) -> None:
+        """Replace the file at `uri` as a whole: a reader sees the old or the new one, never a part.
+
+        Raises
+        ------
+        UserError
+            When the place may not be written, or is full.
+        StoreError
+            When S3 stays unreachable.
+        """
+        if not is_local(uri):
+            self._objects.write(uri, content)
+            return
+        with _naming(uri, "written", WRITABLE), replacing(_path(uri)) as partial:
+            partial.write_bytes(content)
+
+    def find_object(self, uri: str) -> S3Object | None:
+        """Return what S3 says of the object at `uri`; None when there is none."""
+        return self._objects.find(uri)
+
+    @contextmanager
+    def writing(self, uri: str) -> Iterator[IO[bytes]]:
+        """Replace the file at `uri` piece by piece; it is there as a whole once this ends without an error.
+
+        Raises
+        ------
+        UserError
+            When the place may not be written, or is full; for S3, the folder of temporary files.
+        StoreError
+            When S3 stays unreachable.
+        """
+        if is_local(uri):
+            with _naming(uri, "written", WRITABLE), replacing(_path(uri)) as partial, partial.open("wb") as file:
+                yield file
+            return
+        with temporary_folder() as folder:
+            part = Path(folder) / "part"
+            with (
+                _naming(folder, "written", "free space there, or set TMPDIR to another folder"),
+                part.open("wb") as file,
+            ):
+                yield file
+            self._objects.upload(uri, part)
+
+    def download(self, uri: str, path: Path, expected: S3Object) -> None:
+        """Copy an object of S3 to the local `path`, atomically.
+
+        Raises
+        ------
+        StoreError
+            When it is not the `expected` one any more, or what came is not what S3 says it holds.
+        """
+        with replacing(path) as partial:
+            self._objects.download(uri, partial, expected)
+
+
+@contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Say what is wrong when TileDB or Python gets no memory.
+
+    Raises
+    ------
+    UserError
+        Then; all other errors go on as they are.
+    """
+    try:
+        yield
+    except (MemoryError, tiledb.TileDBError, tiledbsoma.SOMAError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS_OF_LACK):
+            raise
+        raise UserError(
+            f"this process got no more memory ({str(error)[:200] or 'MemoryError'}): give it more, or raise its limit "
+            "(`ulimit -v`, `ulimit -u`, the container's memory); a smaller `megabatch_size` of the set needs less."
+        ) from error
+
+
+@contextmanager
+def _naming(uri: str, action: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{uri} cannot be {action} ({error.strerror or error}): {remedy}, and run this again."
+        ) from error
+
+
+def _path(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))

@@ -1,0 +1,106 @@
+"""The gate before money, as Dagster's records show it: what shards have done, what work costs, what was approved."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+
+from census_tf_dagster.config.cost import LAST_SHARDS, Cost, Throughput, utc_now
+from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.orchestration.asset_support import asset_key, final_failure
+from census_tf_dagster.orchestration.automation import CONDITION_TAG
+
+
+@dataclass(frozen=True)
+class Approval:
+    """What was approved last for a release."""
+
+    plan: str
+    tokens: int
+    by: str
+    at: str
+
+    def covers(self, plan: str, tokens: int) -> bool:
+        """Tell whether it holds for a plan: for the one it was given for, and for one that needs no more."""
+        return plan == self.plan or tokens <= self.tokens
+
+
+def last_shards(instance: dg.DagsterInstance, settings: SetSettings) -> list[Throughput]:
+    """Return what the last shards of a set have done, from the metadata of their materializations."""
+    records = instance.fetch_materializations(asset_key(settings, "shard_embeddings"), limit=LAST_SHARDS).records
+    found = [record.asset_materialization for record in records]
+    return [one for event in found if event and (one := Throughput.of(_values(event.metadata)))]
+
+
+def cost_metadata(cost: Cost, settings: SetSettings) -> dict[str, Any]:
+    """Return a cost as an asset's metadata shows it; what is unknown says so."""
+    finish = cost.finish(utc_now())
+    spending = settings.spending
+
+    def known(value: float | None, digits: int) -> float | str:
+        return "unknown" if value is None else round(value, digits)
+
+    return {
+        "tokens_to_compute": cost.tokens,
+        "gpu_hours": known(cost.gpu_hours, 3),
+        "cost_usd": known(cost.usd, 2),
+        "usd_per_gpu_hour": known(spending.usd_per_gpu_hour, 4),
+        "fleet_gpus": spending.fleet_gpus or "unknown",
+        "days_with_the_fleet": known(cost.days, 4),
+        "finish_if_started_now": finish.isoformat(timespec="minutes") if finish else "unknown",
+        "tokens_per_second_of_a_gpu": known(cost.rate.tokens_per_second if cost.rate else None, 1),
+        "rate": cost.rate.source if cost.rate else "unknown: no shard has run, no canary, and no gpu_type is declared",
+        "auto_start": _rule(settings),
+    }
+
+
+def _rule(settings: SetSettings) -> str:
+    spending = settings.spending
+    if spending.budget_usd is not None:
+        return f"up to {spending.budget_usd:,.2f} USD a release"
+    return "on" if spending.auto_start else "off"
+
+
+def approved(instance: dg.DagsterInstance, settings: SetSettings, release: str) -> Approval | None:
+    """Return the last approval of a release; None when there is none."""
+    wanted = dg.AssetRecordsFilter(asset_key=asset_key(settings, "approval"), asset_partitions=[release])
+    for record in instance.fetch_materializations(wanted, limit=1).records:
+        event = record.asset_materialization
+        figures = _values(event.metadata) if event else {}
+        if "plan" in figures and "tokens_to_compute" in figures:
+            at = datetime.fromtimestamp(record.timestamp, UTC).isoformat(timespec="seconds")
+            by = str(figures.get("approved_by", "unknown"))
+            return Approval(str(figures["plan"]), int(figures["tokens_to_compute"]), by, at)
+    return None
+
+
+def must_be_approved(context: dg.AssetExecutionContext, settings: SetSettings) -> bool:
+    """Tell whether a shard's run needs an approval: who starts a shard himself has decided."""
+    return settings.spending.auto_start and CONDITION_TAG in context.run.tags
+
+
+def require_approval(
+    context: dg.AssetExecutionContext, settings: SetSettings, release: str, plan: str, tokens: int
+) -> None:
+    """Refuse a shard's run, unless the current plan was approved.
+
+    A plan may have been made again since: what was approved is no leave for one that needs more.
+
+    Raises
+    ------
+    dagster.Failure
+        Which no retry mends.
+    """
+    found = approved(context.instance, settings, release)
+    if found is None or not found.covers(plan, tokens):
+        was = f"plan {found.plan} ({found.tokens:,} tokens) was, by {found.by}" if found else "nothing was"
+        raise final_failure(
+            f"plan {plan} of {settings.name} {release} ({tokens:,} tokens) is not approved; {was}. To go on: `python "
+            f"-m census_tf_dagster launch {settings.name} {release}`."
+        )
+
+
+def _values(metadata: Mapping[str, dg.MetadataValue[Any]]) -> dict[str, Any]:
+    return {name: value.value for name, value in metadata.items()}

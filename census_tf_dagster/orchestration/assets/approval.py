@@ -1,0 +1,89 @@
+"""The asset `approval`: the gate before money, one partition per release, between plan and shards.
+
+Run by automation it materializes within the set's budget only; otherwise it says what is asked and ends, and the shards
+wait. Materialized by a person it approves. What was approved stands in its metadata, with the plan it holds for.
+"""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from census_tf_dagster.config.cost import objections, utc_now
+from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.orchestration.approval_gate import approved, cost_metadata, last_shards
+from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_job
+from census_tf_dagster.orchestration.automation import is_automatic, whenever_planned
+from census_tf_dagster.orchestration.partitions import RELEASES
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+
+
+class ApprovalConfig(dg.Config):
+    """Run configuration of an approval."""
+
+    plan: str = ""
+    """Approve only if this is still the current plan; empty: whatever is current."""
+    by: str = ""
+    """Who approves, for the record."""
+
+
+def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
+    """Build a set's gate."""
+    key = asset_key(settings, "approval")
+
+    @dg.asset(
+        **asset_of(settings, "approval"),
+        partitions_def=RELEASES,
+        deps=[asset_key(settings, "obs_id_plan")],
+        output_required=False,
+        automation_condition=whenever_planned(settings.spending),
+        description=(
+            "Whether the shards of a release may spend money. Within the set's `auto_start` it is given by itself; "
+            "above it the shards wait. Materialize a partition to approve its current plan."
+        ),
+    )
+    def approval(
+        context: dg.AssetExecutionContext, config: ApprovalConfig, census: CensusResource, store: StoreResource
+    ) -> Iterator[dg.MaterializeResult[None]]:
+        from census_tf_dagster.census.plan import read_plan
+        from census_tf_dagster.pipeline.cost_estimate import estimate, tokens_left
+
+        release = context.partition_key
+        with partition_job(settings, release, census, store) as job:
+            found = read_plan(job.store, job.folder.plan)
+            plan = found.totals.plan
+            if config.plan not in ("", plan):
+                raise UserError(f"the plan to approve is {config.plan}, and {plan} is current: look at it first.")
+            cost = estimate(job, tokens_left(job, found), last_shards(context.instance, settings))
+        figures = {"plan": plan, **cost_metadata(cost, settings)}
+        if not is_automatic(context.run.tags):
+            yield dg.MaterializeResult(metadata={"approved_by": config.by or "a person, in Dagster", **figures})
+            return
+        earlier = approved(context.instance, settings, release)
+        if earlier and earlier.covers(plan, cost.tokens):
+            context.log.info(f"approved on {earlier.at} by {earlier.by}; that holds for this plan")
+            return
+        against = objections(cost, settings.spending)
+        if listed := census.listed(release):
+            against += listed.objections(cost.finish(utc_now()))
+        if not against:
+            budget = settings.spending.budget_usd
+            by = "auto_start: on" if budget is None else f"auto_start: within the budget of {budget:,.2f} USD a release"
+            yield dg.MaterializeResult(metadata={"approved_by": by, **figures})
+            return
+        question = (
+            f"The shards of {settings.name} {release} wait for your approval: {'; '.join(against)}. It takes {cost}. "
+            f"To approve: materialize {settings.name}/approval of {release} in the web interface, or `python -m "
+            f"census_tf_dagster approve {settings.name} {release}`."
+        )
+        context.log.warning(question)
+        context.log_event(
+            dg.AssetObservation(
+                asset_key=key,
+                partition=release,
+                description=question,
+                metadata={"waits_for_approval": question, **figures},
+            )
+        )
+
+    return approval

@@ -1,0 +1,81 @@
+"""The asset `reused_embeddings` of sets with `reuse`: one partition per release and shard, on CPU."""
+
+import time
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_job, shard_of
+from census_tf_dagster.orchestration.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
+from census_tf_dagster.orchestration.automation import once_for_new_partitions
+from census_tf_dagster.orchestration.checks.rules import report_if_stale
+from census_tf_dagster.orchestration.partitions import BY_RELEASE, COPIES, shard_partitions
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+
+if TYPE_CHECKING:
+    from census_tf_dagster.pipeline.copy_shard import CopySummary
+
+
+class CopyConfig(dg.Config):
+    """Run configuration of copying."""
+
+    recompute: bool = False
+    """Copy all reused cells again, though they are in the array already."""
+
+
+def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
+    """Build the asset that copies a set's unchanged cells. It has no placement: it needs no GPU."""
+    key = asset_key(settings, "reused_embeddings")
+
+    @dg.asset(
+        **asset_of(settings, "reused_embeddings"),
+        partitions_def=shard_partitions(settings.shards, COPIES),
+        deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
+        kinds={"tiledb"},
+        automation_condition=once_for_new_partitions(settings.spending),
+        description=(
+            f"Embeddings of those cells of one shard of {settings.organism} that an earlier release's array has "
+            "already, copied as the plan says. Run again, it does only what is missing."
+        ),
+    )
+    def reused_embeddings(
+        context: dg.AssetExecutionContext, config: CopyConfig, census: CensusResource, store: StoreResource
+    ) -> dg.MaterializeResult[None]:
+        from census_tf_dagster.pipeline.copy_shard import copy_shard
+
+        keys, release, shard = shard_of(context, COPIES)
+        observed = time.monotonic()
+
+        def show(progress: "CopySummary") -> None:
+            nonlocal observed
+            if progress.megabatches_copied == 1:
+                report_if_stale(context, settings, release, job)
+            done, rate = progress.cells_before + progress.cells_copied, progress.cells_per_second()
+            context.log.info(f"copied {done:,} of {progress.cells:,} cells, {rate:.0f} cells/s")
+            if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
+                observed = time.monotonic()
+                metadata = {"cells_done": done, "cells": progress.cells, "cells_per_second": rate}
+                context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
+
+        with partition_job(settings, release, census, store) as job:
+            summary = copy_shard(job, shard, recompute=config.recompute, report=show)
+            if summary.megabatches_copied:
+                # Once more: the array may have been proved between the first commit and the last.
+                report_if_stale(context, settings, release, job)
+        return dg.MaterializeResult(
+            metadata={
+                "cells": summary.cells,
+                "cells_copied": summary.cells_copied,
+                "megabatches": summary.megabatches,
+                "megabatches_copied": summary.megabatches_copied,
+                "cells_per_second": round(summary.cells_per_second(), 2),
+                "source": summary.source.root if summary.source and summary.cells else "nothing to copy",
+                "plan": summary.plan,
+                "seconds_work": round(summary.seconds, 3),
+                "seconds_proof": round(summary.proof_seconds, 3),
+                "proved": summary.proved,
+            }
+        )
+
+    return reused_embeddings

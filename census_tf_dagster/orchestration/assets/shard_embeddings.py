@@ -1,0 +1,167 @@
+"""The asset `shard_embeddings`: one partition per release and shard, one run each."""
+
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.durations import duration
+from census_tf_dagster.orchestration.approval_gate import must_be_approved, require_approval
+from census_tf_dagster.orchestration.asset_support import (
+    asset_key,
+    asset_of,
+    final_failure,
+    partition_job,
+    shard_of,
+)
+from census_tf_dagster.orchestration.automation import once_for_new_partitions
+from census_tf_dagster.orchestration.checks.quality import shard_check, shard_check_spec
+from census_tf_dagster.orchestration.checks.rules import report_if_stale
+from census_tf_dagster.orchestration.partitions import BY_RELEASE, shard_partitions
+from census_tf_dagster.orchestration.release_progress import observe_release
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+
+if TYPE_CHECKING:
+    from census_tf_dagster.pipeline.embed_shard import ShardSummary
+
+OBSERVE_EVERY_SECONDS = 30.0
+SET_ASIDE_NAMED = 100
+"""Cells that the metadata of a shard names; the consumers' list has all."""
+PACKAGES = ("census-tf-dagster", "torch", "tiledbsoma", "tiledb", "numpy")
+"""Whose versions a shard records."""
+
+
+class ShardConfig(dg.Config):
+    """Run configuration of a shard."""
+
+    recompute: bool = False
+    """Compute and write all cells again, though they are in the array already."""
+
+
+def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) -> dg.AssetsDefinition:
+    """Build a set's GPU asset; the run coordinator carries the tags of its placement to its runs."""
+    key = asset_key(settings, "shard_embeddings")
+
+    @dg.asset(
+        **asset_of(settings, "shard_embeddings"),
+        partitions_def=shard_partitions(settings.shards),
+        deps=[
+            dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in ("obs_id_plan", "approval")
+        ],
+        kinds={"torch", "tiledb"},
+        automation_condition=once_for_new_partitions(settings.spending),
+        op_tags=placement,
+        check_specs=[shard_check_spec(settings)],
+        description=(
+            f"Embeddings of one shard of {settings.organism}: counts from the Census, tokens, model, committed to the "
+            "array megabatch by megabatch. Run again, it does only what is missing."
+        ),
+    )
+    def shard_embeddings(
+        context: dg.AssetExecutionContext, config: ShardConfig, census: CensusResource, store: StoreResource
+    ) -> dg.MaterializeResult:  # type: ignore[type-arg]
+        from census_tf_dagster.census.plan import read_plan
+        from census_tf_dagster.pipeline.cost_estimate import tokens_left
+        from census_tf_dagster.pipeline.embed_shard import SetAsideError, ShardSummary, embed_shard
+        from census_tf_dagster.pipeline.upstream import find_upstream
+        from census_tf_dagster.store.array import EmbeddingsArray
+
+        keys, release, shard = shard_of(context, "shard")
+        observed = time.monotonic()
+
+        def show(progress: ShardSummary) -> None:
+            nonlocal observed
+            if progress.megabatches_computed == 1:
+                report_if_stale(context, settings, release, job)
+            done = progress.cells_before + progress.cells_computed
+            rate, left = progress.cells_per_second(), progress.seconds_left()
+            limit = progress.times.limit()
+            context.log.info(
+                f"{done:,} of {progress.cells:,} cells, {rate:,.1f} cells/s, {duration(left)} left, limited by {limit}"
+            )
+            if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
+                observed = time.monotonic()
+                metadata: dict[str, Any] = {
+                    "cells_done": done,
+                    "cells": progress.cells,
+                    "cells_per_second": round(rate, 2),
+                    "seconds_left": round(left),
+                    "time_left": duration(left),
+                    "limited_by": limit,
+                }
+                context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
+                if (whole := observe_release(context.instance, settings, release)) is not None:
+                    context.log_event(whole)
+
+        with partition_job(settings, release, census, store, require_device=True) as job:
+            if must_be_approved(context, settings):
+                # `embed_shard` does so too; what is left can be told only of an array that can be opened.
+                EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
+                plan = read_plan(job.store, job.folder.plan)
+                require_approval(context, settings, release, plan.totals.plan, tokens_left(job, plan))
+            try:
+                upstream = find_upstream()
+                summary = embed_shard(job, shard, recompute=config.recompute, upstream=upstream, report=show)
+            except SetAsideError as error:
+                # A retry by itself would meet the same cells.
+                metadata = {"set_aside": error.details}
+                raise final_failure(str(error), metadata) from error
+            if summary.megabatches_computed:
+                # Once more: the array may have been proved between the first commit and the last.
+                report_if_stale(context, settings, release, job)
+        return dg.MaterializeResult(
+            metadata=_figures(summary, settings.spending.usd_per_gpu_hour),
+            check_results=[shard_check(settings, summary.judgement)],
+        )
+
+    return shard_embeddings
+
+
+def _figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[str, Any]:
+    times = summary.times
+    figures: dict[str, Any] = {
+        "cells": summary.cells,
+        "cells_computed": summary.cells_computed,
+        "megabatches": summary.megabatches,
+        "megabatches_computed": summary.megabatches_computed,
+        "tokens_computed": summary.tokens_computed,
+        "cells_per_second": round(summary.cells_per_second(), 2),
+        "plan": summary.plan,
+        "host": platform.node(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "seconds_load": round(times.load, 3),
+        "seconds_work": round(summary.seconds, 3),
+        "seconds_proof": round(summary.proof_seconds, 3),
+        "proved": summary.proved,
+        "cells_set_aside": len(summary.set_aside),
+        "cells_fractional": summary.cells_fractional,
+        "cells_widened": summary.cells_widened,
+        "megabatches_mended": summary.megabatches_mended,
+    }
+    if summary.set_aside:
+        named = list(summary.set_aside.items())[:SET_ASIDE_NAMED]
+        figures["set_aside"] = [f"joinid {joinid}: {why}" for joinid, why in named]
+    if summary.megabatches_computed:
+        # What is paid for, from loading to the proof.
+        device_seconds = (times.load + summary.seconds + summary.proof_seconds) * len(times.devices)
+        if usd_per_gpu_hour is not None:
+            figures["usd"] = round(device_seconds / 3600 * usd_per_gpu_hour, 4)
+        figures |= {
+            "devices": ", ".join(str(device["name"]) for device in times.devices),
+            "device_count": len(times.devices),
+            "device_seconds": round(device_seconds, 1),
+            "tokens_per_second": round(summary.tokens_per_second(), 1),
+            "attention": times.devices[0]["attention"],
+            "row_fill": round(times.fill(), 4),
+            "limited_by": times.limit(),
+            "gpu_peak_gib": round(max(one["peak_bytes"] for one in times.counters.values()) / 2**30, 2),
+            "out_of_memory": int(sum(one["halvings"] for one in times.counters.values())),
+        }
+        for name, stage in times.stages.items():
+            figures[f"seconds_busy_{name}"] = round(stage.busy, 3)
+            figures[f"seconds_waiting_{name}"] = round(stage.waiting, 3)
+    return figures

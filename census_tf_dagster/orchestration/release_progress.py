@@ -1,0 +1,92 @@
+"""How far a whole release is, told by its running shards in one place: observations of `embeddings_array`.
+
+Each shard that observes itself also looks whether the release was told of lately, and tells of it if not, so one of
+them does, whichever it is. All from Dagster's own records: no array is read.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import dagster as dg
+
+from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.durations import duration
+from census_tf_dagster.orchestration.asset_support import asset_key
+
+RELEASE_EVERY_SECONDS = 60.0
+FRESH_SECONDS = 150.0
+"""An observation older than this is of a shard that no longer runs."""
+
+
+def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release: str) -> dg.AssetObservation | None:
+    """Return the observation of a release, when it is due.
+
+    Parameters
+    ----------
+    instance
+        Where shards put their observations and materializations.
+    settings, release
+        Which release of which set.
+    """
+    array, shards = asset_key(settings, "embeddings_array"), asset_key(settings, "shard_embeddings")
+    now = time.time()
+    if any(now - at < RELEASE_EVERY_SECONDS for at, _, _ in _observations(instance, array, [release], 1)):
+        return None
+    width = len(str(settings.shards - 1))
+    partitions = [f"{release}|{shard:0{width}d}" for shard in range(settings.shards)]
+    done = {key: values["cells"] for key, values in _materialized(instance, shards, partitions)}
+    running: dict[str, dict[str, Any]] = {}
+    for at, key, values in _observations(instance, shards, partitions, 8 * settings.shards):
+        if now - at < FRESH_SECONDS and values["cells_done"] < values["cells"]:
+            running.setdefault(key, values)
+    planned = next((values["cells"] for _, values in _materialized(instance, _plan(settings), [release])), 0)
+    cells = sum(done.values()) + sum(one["cells_done"] for key, one in running.items() if key not in done)
+    rate = sum(one["cells_per_second"] for one in running.values())
+    limits = Counter(one["limited_by"] for one in running.values())
+    return dg.AssetObservation(
+        asset_key=array,
+        partition=release,
+        description="How far this release is, by its running shards.",
+        metadata={
+            "cells_done": cells,
+            "cells": planned,
+            "done": f"{cells / planned:.1%}" if planned else "unknown",
+            "cells_per_second": round(rate, 1),
+            "time_left": duration((planned - cells) / rate) if rate else "unknown",
+            "shards_done": f"{len(done)} of {settings.shards}",
+            "shards_running": len(running),
+            "limited_by": ", ".join(f"{stage} in {count} shards" for stage, count in limits.most_common()) or "unknown",
+        },
+    )
+
+
+def _plan(settings: SetSettings) -> dg.AssetKey:
+    return asset_key(settings, "obs_id_plan")
+
+
+def _observations(
+    instance: dg.DagsterInstance, key: dg.AssetKey, partitions: list[str], limit: int
+) -> Iterable[tuple[float, str, dict[str, Any]]]:
+    """Yield (time, partition, metadata), the newest first."""
+    wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
+    for record in instance.fetch_observations(wanted, limit=limit).records:
+        if record.asset_observation is not None and record.partition_key is not None:
+            metadata = record.asset_observation.metadata
+            yield record.timestamp, record.partition_key, {name: one.value for name, one in metadata.items()}
+
+
+def _materialized(
+    instance: dg.DagsterInstance, key: dg.AssetKey, partitions: list[str]
+) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield (partition, metadata) of the last materialization of each."""
+    wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
+    seen: set[str] = set()
+    for record in instance.fetch_materializations(wanted, limit=2 * len(partitions)).records:
+        if record.asset_materialization and record.partition_key and record.partition_key not in seen:
+            seen.add(record.partition_key)
+            yield (
+                record.partition_key,
+                {name: one.value for name, one in record.asset_materialization.metadata.items()},
+            )

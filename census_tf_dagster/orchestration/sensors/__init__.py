@@ -1,0 +1,1 @@
+"""Sensors: what starts or ends runs without a person."""

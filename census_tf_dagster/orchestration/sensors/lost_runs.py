@@ -1,0 +1,130 @@
+"""Runs that nobody ends: a sensor that ends those whose worker is gone, and asks again for retries that were lost.
+
+Dagster's own run monitoring cannot see the workers of its default launcher, so after a reboot their runs would hold
+the queue for ever; on ECS and Kubernetes it does see them, and the sensor leaves those alone. A retry is lost when
+Dagster's daemon looks at a failed run just before the run is marked for its retry (Dagster issue 33741).
+
+It is a sensor because sensors are evaluated where the default launcher's workers are: in the code server's container.
+"""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from dagster._core.executor.in_process import InProcessExecutor
+
+from census_tf_dagster.io.worker_process import WorkerProcess
+from census_tf_dagster.operate.runs import ASKED_AGAIN, LOOK_BACK_DAYS, LOST_WORK, RETRIED_BY_TAG, WILL_RETRY_TAG
+
+if TYPE_CHECKING:
+    from dagster._core.events import DagsterEvent
+    from dagster._core.execution.context.system import PlanOrchestrationContext
+    from dagster._core.execution.plan.plan import ExecutionPlan
+
+EVERY_SECONDS = 30
+OWED_SECONDS = 60.0
+"""Dagster's daemon looks every 5 s; a retry that has not come after this long was lost."""
+MOST_ASKED = 5
+
+
+class _MarkingExecutor(InProcessExecutor):
+    """Dagster's executor in the run's own process, which the run is told of first."""
+
+    def execute(
+        self, plan_context: "PlanOrchestrationContext", execution_plan: "ExecutionPlan"
+    ) -> "Iterator[DagsterEvent]":
+        run = plan_context.run_id
+        plan_context.instance.add_run_tags(run, WorkerProcess.this(run).tags())
+        yield from super().execute(plan_context, execution_plan)
+
+
+def _create(context: dg.InitExecutorContext) -> dg.Executor:
+    create = dg.in_process_executor.executor_creation_fn
+    assert create is not None
+    plain = create(context)
+    return _MarkingExecutor(plain.retries, plain.step_dependency_config)
+
+
+marking_executor = dg.ExecutorDefinition(
+    name="in_process", config_schema=dg.in_process_executor.config_schema.as_field(), executor_creation_fn=_create
+)
+"""Executes all steps in the run's own process, after naming that process on the run."""
+
+
+def build_lost_work() -> dg.Definitions:
+    """Build the sensor."""
+
+    @dg.sensor(
+        name=LOST_WORK,
+        minimum_interval_seconds=EVERY_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Ends runs whose worker is gone, and asks again for retries that Dagster has lost.",
+    )
+    def lost_work(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        found = [*end_lost_runs(context.instance), *ask_for_lost_retries(context.instance)]
+        for line in found:
+            context.log.warning(line)
+        return dg.SkipReason("; ".join(found) or "nothing was lost")
+
+    return dg.Definitions(sensors=[lost_work])
+
+
+def end_lost_runs(instance: dg.DagsterInstance) -> Iterator[str]:
+    """End the runs whose worker is gone for certain; yield a line about each.
+
+    Dagster retries them where `dagster.yaml` says so. A run whose worker cannot be seen from here is left alone: a
+    second worker on its shard would cost money.
+    """
+    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])):
+        worker = WorkerProcess.of(run.run_id, run.tags)
+        if worker is None or worker.alive() is not False:
+            continue
+        # A worker writes down how its run ended before it ends itself, perhaps since the runs were read.
+        now = instance.get_run_by_id(run.run_id)
+        if now is None or now.is_finished:
+            continue
+        why = f"The worker of this run is gone ({worker}): it was killed, ran out of memory, or its machine restarted."
+        if now.status == dg.DagsterRunStatus.CANCELING:
+            instance.report_run_canceled(now, why)
+        else:
+            instance.report_run_failed(now, why)
+        yield f"run {run.run_id} ended: {worker} is gone"
+
+
+def ask_for_lost_retries(instance: dg.DagsterInstance) -> Iterator[str]:
+    """Ask Dagster again for retries that it announced and did not start; yield a line about each.
+
+    Dagster's daemon retries a run when it reads that the run failed, and never twice: so the failure is reported again.
+    Where no retry can come, the announcement is withdrawn, and a backfill that waits for it ends.
+    """
+    statuses = [dg.DagsterRunStatus.FAILURE]
+    recent = datetime.now(UTC) - timedelta(days=LOOK_BACK_DAYS)
+    wanted = dg.RunsFilter(statuses=statuses, tags={WILL_RETRY_TAG: "true"}, updated_after=recent)
+    for record in instance.get_run_records(wanted):
+        run = record.dagster_run
+        # A worker's clock, which this time may be of, may be ahead.
+        if RETRIED_BY_TAG in run.tags or abs(time.time() - record.update_timestamp.timestamp()) < OWED_SECONDS:
+            continue
+        asked = _times_asked(instance, run.run_id)
+        if not instance.run_retries_enabled or _backfill_has_ended(instance, run) or asked == MOST_ASKED:
+            instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: "false"})
+            instance.report_engine_event("No retry of this run comes any more.", run)
+            yield f"run {run.run_id}: no retry of it comes any more"
+        else:
+            instance.report_run_failed(run, f"{ASKED_AGAIN}; Dagster is asked for it again ({asked + 1}).")
+            yield f"run {run.run_id}: its retry was lost, and was asked for again"
+
+
+def _times_asked(instance: dg.DagsterInstance, run_id: str) -> int:
+    events = instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
+    return sum((event.get_dagster_event().message or "").startswith(ASKED_AGAIN) for event in events)
+
+
+def _backfill_has_ended(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES
+
+    name = run.tags.get("dagster/backfill")
+    backfill = instance.get_backfill(name) if name else None
+    return name is not None and (backfill is None or backfill.status in BULK_ACTION_TERMINAL_STATUSES)

@@ -1,0 +1,262 @@
+"""What a proved array is worth: measures, pictures and coverage, made of a sample and one pass over obs."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from census_tf_dagster.census.gene_check import look_at_genes
+from census_tf_dagster.census.plan import Plan, read_plan
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.quality import measures, pictures, verdicts
+from census_tf_dagster.quality.coverage import MOST_GENES, JoinidSet, read_obs
+from census_tf_dagster.quality.measures import Distribution
+from census_tf_dagster.quality.projection import project
+from census_tf_dagster.quality.report import Report, read_about, read_distribution
+from census_tf_dagster.quality.sample import SEED, digest, iter_planned, read_embeddings, sampled_positions
+from census_tf_dagster.quality.upstream_comparison import Judgement
+from census_tf_dagster.quality.vocabulary import COUNTED_CELLS, Outside, count_outside
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.verification import all_set_aside, proved_shards, release_state
+
+COLUMNS = ("cell_type", "tissue_general", "dataset_id", "assay")
+TITLES = {"cell_type": "cell type", "tissue_general": "tissue", "dataset_id": "dataset", "assay": "assay"}
+SAME_MODEL = ("organism", "checkpoint_fingerprint", "gene_order", "embedding_dim")
+"""What of two identities must be equal for their embeddings to be comparable."""
+
+
+@dataclass
+class _Clock:
+    say: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+        self.say(f"quality: {name} in {self.seconds[name]:.1f} s")
+
+
+def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Measure and draw a proved array, and store the report beside it.
+
+    Time and memory hardly grow with the release: a fixed sample of the cells, and one pass over obs.
+
+    Parameters
+    ----------
+    job
+        The opened set and release.
+    say
+        Called after each part.
+
+    Raises
+    ------
+    UserError
+        When the array is not proved.
+    """
+    plan = read_plan(job.store, job.folder.plan)
+    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    if (state := release_state(array, plan)) != "proved":
+        raise UserError(f"the array is {state}: materialize embeddings_array first.")
+    clock = _Clock(say)
+    with clock.part("the plan's cells"):
+        sample, planned, embedded = _listed(job, plan, array)
+    with clock.part("obs"):
+        columns = [name for name in COLUMNS if name in job.release.obs.keys()]  # noqa: SIM118
+        obs = read_obs(job.release, columns, planned, embedded, sample)
+        labels = {name: obs.labels.get(name, np.full(len(sample), "(none)")) for name in COLUMNS}
+    with clock.part("counts outside the vocabulary"):
+        known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
+        # Where obs does not say which cells have counts, all of the sample are counted.
+        most = len(sample) if obs.sampled_genes is None else COUNTED_CELLS
+        outside = count_outside(job.release, sample, known, job.checkpoint.aux_column, most)
+    sampled_genes = outside.genes if obs.sampled_genes is None else obs.sampled_genes
+    genes = (
+        np.bincount(np.minimum(outside.genes, MOST_GENES), minlength=MOST_GENES + 1) if obs.genes is None else obs.genes
+    )
+    # Embeddings of cells without counts are nearly equal: they tell of nothing but the assay.
+    counted = sampled_genes > 0
+    if not counted.any():
+        raise UserError(f"none of the {len(sample):,} sampled cells has counts: there is nothing to measure.")
+    with clock.part("the sample's embeddings"):
+        embeddings = read_embeddings(array, sample[counted])
+        shown = {name: values[counted] for name, values in labels.items()}
+    with clock.part("neighbours"):
+        neighbours = measures.find_neighbours(embeddings) if len(embeddings) > 1 else None
+    with clock.part("UMAP"):
+        points = project(embeddings, neighbours) if neighbours else np.zeros((len(embeddings), 2), np.float32)
+    with clock.part("measures"):
+        distribution = Distribution.of(embeddings, shown["cell_type"])
+        found = {
+            "neighbours_share_cell_type": verdicts.of_neighbours(
+                measures.label_agreement(neighbours, shown["cell_type"], shown["dataset_id"]) if neighbours else None
+            ),
+            "no_collapsed_dimensions": verdicts.of_dimensions(measures.look_at_dimensions(embeddings)),
+            "drift_from_previous_release": _drift(job, distribution),
+            "gene_ids_fit_counts": verdicts.of_genes(
+                look_at_genes(job.genes, job.settings.organism, outside.expressing, len(outside.rows))
+            ),
+            "same_as_upstream": verdicts.of_judgements(_judgements(job, plan)),
+        }
+    window = job.checkpoint.shape.seq_len
+    with clock.part("pictures"):
+        drawn = _draw(job, points, shown, genes) | _draw_counts(job, labels, genes, outside, window)
+    report = Report(
+        about={
+            "set": job.settings.name,
+            "release": job.release_name,
+            "identity": vars(job.identity),
+            "plan": plan.totals.plan,
+            "covered": array.read_record()["covered"],
+            "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "sample": {
+                "cells": len(sample),
+                "without_counts": int((~counted).sum()),
+                "seed": SEED,
+                "digest": digest(sample),
+            },
+            "cells_without_counts": None if obs.genes is None else int(obs.genes[0]),
+        },
+        coverage={name: obs.table(name) for name in columns},
+        genes_per_cell=_genes_per_cell(genes, window),
+        vocabulary={
+            "cells_counted": len(outside.rows),
+            "counts_outside": outside.share,
+            "cells_with_more_known_genes_than_the_window": int((outside.known_genes > window).sum()),
+        },
+        verdicts=found,
+        pictures=drawn,
+        distribution=distribution,
+        seconds=clock.seconds,
+    )
+    report.write(job.store, job.folder.qc)
+    return report
+
+
+def _listed(job: Job, plan: Plan, array: EmbeddingsArray) -> tuple[npt.NDArray[np.int64], JoinidSet, JoinidSet]:
+    """Return the sample, all planned cells, and those that a proof shows to be in the array."""
+    proved = proved_shards(array, plan, job.folder)
+    without = np.array(sorted(all_set_aside(array, plan, job.folder)), np.int64)
+    positions = sampled_positions(np.array([batch.cells for batch in plan.megabatches], np.int64))
+    planned, embedded = JoinidSet(), JoinidSet()
+    sample = []
+    for index, ids in iter_planned(plan, array):
+        planned.add(ids)
+        chosen = ids[positions[index]]
+        if plan.megabatches[index].shard in proved:
+            embedded.add(np.setdiff1d(ids, without, assume_unique=True))
+        sample.append(np.setdiff1d(chosen, without, assume_unique=True))
+    return np.sort(np.concatenate(sample)), planned, embedded
+
+
+def _drift(job: Job, distribution: Distribution) -> verdicts.Verdict:
+    previous = _previous(job)
+    if previous is None:
+        return verdicts.of_drift(None, None)
+    release, before = previous
+    return verdicts.of_drift(measures.drift(distribution, before), release)
+
+
+def _previous(job: Job) -> tuple[str, Distribution] | None:
+    """Find the latest earlier release of this set whose report is of the same model."""
+    mine = vars(job.identity)
+    # {store}/{set}/{release}/{identity}
+    of_set = job.folder.root.rsplit("/", 2)[0]
+    earlier: list[tuple[str, str, str, str]] = []
+    for release in job.store.list(of_set):
+        for folder in job.store.list(release):
+            qc = f"{folder.rstrip('/')}/qc"
+            about = read_about(job.store, qc)
+            if about is None:
+                continue
+            theirs: Mapping[str, Any] = about["identity"]
+            built = str(theirs.get("census_build_date"))
+            if built < job.identity.census_build_date and all(theirs.get(name) == mine[name] for name in SAME_MODEL):
+                earlier.append((built, str(about.get("made_at")), str(about.get("release")), qc))
+    for _, _, name, qc in sorted(earlier, reverse=True):
+        if (found := read_distribution(job.store, qc)) and found.means.shape[1:] == (job.identity.embedding_dim,):
+            return name, found
+    return None
+
+
+def _judgements(job: Job, plan: Plan) -> list[Judgement | None]:
+    shards = [shard for shard in range(plan.totals.shards) if plan.shard(shard)]
+    return [Judgement.read(job.store, job.folder.judgement(plan.totals.plan, shard)) for shard in shards]
+
+
+def _genes_per_cell(genes: npt.NDArray[np.int64], window: int) -> dict[str, float | int]:
+    running = np.cumsum(genes) / max(genes.sum(), 1)
+    quantiles = {f"quantile_{q:g}": int(np.searchsorted(running, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99)}
+    over = int(genes[window + 1 :].sum())
+    return {
+        "window": window,
+        "cells_over_window": over,
+        "share_over_window": over / max(int(genes.sum()), 1),
+        **quantiles,
+    }
+
+
+def _named(job: Job, labels: Mapping[str, npt.NDArray[np.str_]]) -> dict[str, npt.NDArray[np.str_]]:
+    """Return labels with the titles of datasets instead of their ids."""
+    titles = job.release.dataset_titles()
+    return {**labels, "dataset_id": np.array([titles.get(one, one) for one in labels["dataset_id"]], np.str_)}
+
+
+def _head(job: Job) -> str:
+    return f"{job.settings.name} · {job.release_name}"
+
+
+def _draw(
+    job: Job,
+    points: npt.NDArray[np.float32],
+    labels: Mapping[str, npt.NDArray[np.str_]],
+    genes: npt.NDArray[np.int64],
+) -> dict[str, bytes]:
+    """Draw the sample's cells that have counts, coloured by what they are."""
+    about = (
+        f"UMAP of {len(points):,} of {int(genes.sum()):,} cells, always the same ones. "
+        "Distances between groups mean little."
+    )
+    named = _named(job, labels)
+    return {
+        f"umap_{name.removesuffix('_id').removesuffix('_general')}": pictures.scatter(
+            points, named[name], title, f"{_head(job)} · by {title}", about
+        )
+        for name, title in TITLES.items()
+    }
+
+
+def _draw_counts(
+    job: Job,
+    labels: Mapping[str, npt.NDArray[np.str_]],
+    genes: npt.NDArray[np.int64],
+    outside: Outside,
+    window: int,
+) -> dict[str, bytes]:
+    """Draw how much of a cell the model sees, with the labels of all of the sample."""
+    named = _named(job, labels)
+    which = (
+        "All {:,} planned cells, by nnz of obs" if job.release.has_nnz else "{:,} cells of the sample, by their counts"
+    )
+    return {
+        "genes_per_cell": pictures.genes_histogram(
+            genes,
+            window,
+            f"{_head(job)} · genes per cell and the model's window",
+            which.format(int(genes.sum())) + ": genes outside the vocabulary, which take no room, count here.",
+        ),
+        "outside_vocabulary": pictures.share_bars(
+            [(f"by {TITLES[name]}", outside.shares_by(named[name])) for name in ("assay", "dataset_id")],
+            outside.share,
+            f"{_head(job)} · counts of genes that the model does not know",
+            f"Share of all counts (cells counted), over {len(outside.rows):,} cells of the sample. Red: all of them, "
+            f"{outside.share:.1%}.",
+        ),
+    }

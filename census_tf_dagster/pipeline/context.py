@@ -1,0 +1,120 @@
+"""What all three steps start from: a set's settings, the places, and the identity that follows."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from census_tf_dagster.census.release import Genes, OrganismRelease, open_release
+from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
+from census_tf_dagster.inference.fetch import fetch
+from census_tf_dagster.inference.tokens import genes_in_order
+from census_tf_dagster.io.compiled import keep_below
+from census_tf_dagster.io.storage import Storage, naming_lack_of_memory
+from census_tf_dagster.store.layout import ReleaseFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set and release, opened: everything that the steps need, and nothing written yet."""
+
+    settings: SetSettings
+    release_name: str
+    release: OrganismRelease
+    genes: Genes
+    checkpoint: Checkpoint
+    identity: Identity
+    store: Storage
+    folder: ReleaseFolder
+    cache: Path
+
+
+@contextmanager
+def open_job(
+    settings: SetSettings,
+    *,
+    release: str,
+    census_uri: str,
+    census: Storage,
+    store_uri: str,
+    store: Storage,
+    cache: Path,
+) -> Iterator[Job]:
+    """Open Census and checkpoint, check them, and work out the identity.
+
+    Parameters
+    ----------
+    settings
+        The set.
+    release
+        Name of the release.
+    census_uri, census
+        Where its Census is and how it is read.
+    store_uri, store
+        The store and how it is written; checkpoints on S3 are read with it too.
+    cache
+        Local folder for checkpoints from S3, what was prepared of any, and compiled functions if need be.
+
+    Raises
+    ------
+    UserError
+        When anything is missing or does not fit; nothing has been written.
+    """
+    keep_below(cache)
+    with naming_lack_of_memory(), open_release(census_uri, settings.organism, census) as opened:
+        genes = opened.genes()
+        checkpoint = read_checkpoint(
+            fetch(settings.checkpoint, store, cache),
+            [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
+            cache,
+        )
+        if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
+            raise UserError(
+                f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
+                f"{settings.name} expects {settings.checkpoint_fingerprint} (checkpoint_fingerprint). Get the "
+                "checkpoint from its publisher again, or change what the set expects."
+            )
+        _require_unique(opened, genes, checkpoint)
+        if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
+            raise UserError(
+                f"obs of {settings.organism} in {census_uri} lacks the column {checkpoint.aux_column!r} that the "
+                f"checkpoint {settings.checkpoint} conditions on."
+            )
+        identity = Identity(
+            census_uri=census_uri,
+            census_build_date=opened.build_date,
+            organism=settings.organism,
+            value_filter=settings.value_filter,
+            mod=settings.mod,
+            gene_order=settings.gene_order,
+            gene_fingerprint=_gene_fingerprint(settings, genes, checkpoint),
+            checkpoint_fingerprint=checkpoint.fingerprint,
+            compute_precision=settings.compute_precision,
+            storage_precision=settings.storage_precision,
+            embedding_dim=checkpoint.shape.embed_dim,
+            fractional_counts=settings.fractional_counts,
+        )
+        folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
+        yield Job(settings, release, opened, genes, checkpoint, identity, store, folder, cache)
+
+
+def _require_unique(release: OrganismRelease, genes: Genes, checkpoint: Checkpoint) -> None:
+    """Refuse a gene that would make two tokens; genes that the checkpoint does not know make none."""
+    twice = [gene for gene in genes.repeated() if checkpoint.knows(gene)]
+    if twice:
+        raise UserError(
+            f"{release.uri} {release.organism}: {len(twice)} gene ids that the checkpoint knows occur more than once "
+            f"after removing version suffixes, e.g. {twice[:3]}; each must be unique. Use a Census without duplicates."
+        )
+
+
+def _gene_fingerprint(settings: SetSettings, genes: Genes, checkpoint: Checkpoint) -> str:
+    """Return what identifies the order of genes: of all of `var`, or just of what decides where it is of no account."""
+    if settings.gene_order == "census":
+        return genes.fingerprint
+    seen = genes_in_order(genes.ids, checkpoint, settings.gene_order)
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()

@@ -1,0 +1,138 @@
+"""Copying the cells of a shard that an earlier release's array has already. Needs no model and no Census."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from census_tf_dagster.census.plan import Megabatch, Source, read_plan
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.reuse_source import open_source, source_error
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.committed import missing_megabatches
+from census_tf_dagster.store.mending import mend_shard
+from census_tf_dagster.store.verification import require_shard
+from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
+
+CELLS_AT_ONCE = 4096
+"""Cells read at once; a megabatch is gathered of several such reads, and committed as one."""
+
+
+@dataclass
+class CopySummary:
+    """What one run of a shard's copying has done so far.
+
+    Attributes
+    ----------
+    plan, source
+        Hash of the plan it works on, and the array it copies from; None when nothing is reused.
+    cells, cells_copied, cells_before
+        Cells of the shard that are reused, those that this run copied, and those that were there before it.
+    proved
+        Whether the shard was read back: it is by whoever completes it, this or `embed_shard`.
+    """
+
+    plan: str
+    source: Source | None
+    cells: int
+    cells_before: int
+    megabatches: int
+    megabatches_copied: int = 0
+    cells_copied: int = 0
+    seconds: float = 0.0
+    proof_seconds: float = 0.0
+    proved: bool = False
+
+    def cells_per_second(self) -> float:
+        """Return the rate of this run; 0 before anything was copied."""
+        return self.cells_copied / self.seconds if self.seconds else 0.0
+
+
+def copy_shard(
+    job: Job, shard: int, *, recompute: bool = False, report: Callable[[CopySummary], None] = lambda _: None
+) -> CopySummary:
+    """Copy what a shard of the current plan reuses; run again, it does what is missing or was damaged since.
+
+    Parameters
+    ----------
+    job
+        The opened set and release.
+    shard
+        Which shard.
+    recompute
+        Copy all of it again, whatever is there.
+    report
+        Called after each committed megabatch.
+
+    Raises
+    ------
+    UserError
+        When the earlier array is not the proved one any more that the plan names.
+    ProofError
+        When what was read back is not what was planned.
+    """
+    plan = read_plan(job.store, job.folder.plan)
+    batches = [batch for batch in plan.shard(shard) if batch.reused]
+    array = EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
+    notes = read_notes(job.store, job.folder, plan, [shard])
+    todo = list(batches) if recompute else missing_megabatches(array, plan, batches, notes)
+    cells = sum(batch.cells for batch in batches)
+    summary = CopySummary(
+        plan.totals.plan, plan.totals.source, cells, cells - sum(batch.cells for batch in todo), len(batches)
+    )
+    notebook = NoteBook(job.store, job.folder, plan, shard)
+
+    def copy(some: Sequence[Megabatch]) -> None:
+        source = plan.totals.source
+        if not some or source is None:
+            return
+        earlier = open_source(job, source)
+        began = time.monotonic() - summary.seconds
+        with earlier.reading() as values_of, array.writing() as write:
+            for batch in some:
+                ids, sources = plan.read_copies(job.store, batch)
+                values = _gather(values_of, array.n_features, source, sources)
+                notebook.note(Written.of(batch, ids, values))
+                write(ids, values)
+                summary.seconds = time.monotonic() - began
+                summary.megabatches_copied += 1
+                summary.cells_copied += batch.cells
+                report(summary)
+        array.gather_metadata()
+
+    copy(todo)
+    started = time.monotonic()
+    found = require_shard(array, plan, job.folder, shard)
+    if found is not None and found.problems:
+        mend_shard(array, plan, job.folder, shard, found, batches, copy)
+    summary.proved = found is not None
+    summary.proof_seconds = time.monotonic() - started
+    return summary
+
+
+def _gather(
+    values_of: Callable[[slice | pa.Array], Iterator[pa.Table]],
+    n_features: int,
+    source: Source,
+    joinids: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:
+    """Read cells of the earlier array, in the order of `joinids`; float32 ``(n, n_features)``."""
+    values = np.full((len(joinids), n_features), np.nan, np.float32)
+    # Datasets stay together in each release, so that ascending ids are near each other.
+    order = np.argsort(joinids)
+    ascending = joinids[order]
+    for start in range(0, len(joinids), CELLS_AT_ONCE):
+        wanted = ascending[start : start + CELLS_AT_ONCE]
+        # Without a gap they are read several times faster.
+        whole = len(wanted) == wanted[-1] - wanted[0] + 1
+        for table in values_of(slice(int(wanted[0]), int(wanted[-1])) if whole else pa.array(wanted)):
+            rows = order[start + np.searchsorted(wanted, table["soma_dim_0"].to_numpy())]
+            values[rows, table["soma_dim_1"].to_numpy()] = table["soma_data"].to_numpy()
+    if (lacking := np.isnan(values).any(axis=1)).any():
+        raise source_error(
+            source, f"it lacks values of {np.count_nonzero(lacking)} cells, joinids {joinids[lacking][:10].tolist()}"
+        )
+    return values

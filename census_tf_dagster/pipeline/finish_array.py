@@ -1,0 +1,246 @@
+"""Step 3: prove that the array is exactly the plan and keeps every rule, then publish and record it."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from importlib.metadata import version
+from typing import Any, get_args
+
+import yaml
+
+from census_tf_dagster.census.plan import Plan, PlanTotals, read_plan
+from census_tf_dagster.census.release import MEASUREMENT
+from census_tf_dagster.config.publication import Publication
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.obs_ids import obs_ids_faults, write_obs_ids
+from census_tf_dagster.store.rules import (
+    Finding,
+    Rule,
+    column_faults,
+    duplicates_faults,
+    publication_faults,
+    shape_faults,
+    storage_version_faults,
+)
+from census_tf_dagster.store.verification import (
+    ProofError,
+    ReleaseProof,
+    prove_release,
+    release_state,
+    require_openable,
+)
+
+REASONS = 10
+"""Different reasons for setting cells aside that the array's metadata tells."""
+RECORDED_PACKAGES = ("census-tf-dagster", "tiledbsoma", "tiledb", "cellxgene-census", "dagster")
+
+
+class RuleError(ProofError):
+    """The array breaks rules.
+
+    Attributes
+    ----------
+    findings
+        All rules, kept and broken.
+    """
+
+    def __init__(self, findings: list[Finding]) -> None:
+        broken = [str(finding) for finding in findings if finding.wrong]
+        super().__init__(
+            f"the array breaks {len(broken)} rules:\n" + "\n".join(f"  {one}" for one in broken) + "\n"
+            "Cells that are wrong are mended by running their shard with `recompute: true`."
+        )
+        self.findings = findings
+
+
+@dataclass(frozen=True)
+class ArraySummary:
+    """A proved array.
+
+    Attributes
+    ----------
+    totals
+        The plan that it equals, less the cells that were set aside.
+    cells, set_aside
+        How many cells have an embedding, and why each of the others has none, by joinid.
+    shape
+        Rows (obs domain) and features.
+    fragments, excess_fragments
+        Committed writes, and how many more there are than megabatches planned: recomputed shards, or two workers
+        on one shard. Harmless (the later value of a cell counts), but paid twice.
+    read_again
+        Shards that were read again: their fragments had changed since their proof, or everything was asked for.
+    published
+        What `CxG_embedding_info` says; None for a set without publication.
+    uri
+        Where readers find it.
+    """
+
+    totals: PlanTotals
+    cells: int
+    set_aside: dict[int, str]
+    shape: tuple[int, int]
+    fragments: int
+    excess_fragments: int
+    read_again: tuple[int, ...]
+    published: dict[str, Any] | None
+    uri: str
+    identity: str
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """Return the commonest reasons for setting cells aside, with the number of cells."""
+        return _reasons(self.set_aside)
+
+
+def _reasons(set_aside: dict[int, str]) -> list[tuple[str, int]]:
+    return Counter(set_aside.values()).most_common(REASONS)
+
+
+def finish_array(
+    job: Job, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
+) -> ArraySummary:
+    """Prove the array of the current plan, publish it, and record how it was made.
+
+    Parameters
+    ----------
+    job
+        The opened set and release.
+    full
+        Read every value again, not only what came after the shards' proofs.
+    report
+        Called with how many shards were read again, of how many.
+
+    Raises
+    ------
+    UserError
+        When shards have not finished.
+    RuleError
+        When the array breaks a rule. Nothing has been published or recorded then.
+    """
+    plan = read_plan(job.store, job.folder.plan)
+    proof, findings = _look(job, plan, full=full, report=report)
+    # What the Census's readers expect of the storage matters to a set that publishes, and only warns the others.
+    if any(finding.wrong and (job.settings.publication or finding.rule != "storage_version") for finding in findings):
+        raise RuleError(findings)
+    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    info = _embedding_info(job, proof, array, datetime.now(UTC).date())
+    obs_ids = write_obs_ids(job.store, job.folder, plan, proof.set_aside)
+    array.write_info(info)
+    if info:
+        job.store.write(job.folder.meta, _as_yaml(info))
+    array.write_record(
+        {
+            "plan": plan.totals.plan,
+            "covered": proof.covered,
+            "cells": proof.cells,
+            "cells_set_aside": len(proof.set_aside),
+            "set_aside": _reasons(proof.set_aside),
+            "obs_ids": obs_ids,
+            "proved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in RECORDED_PACKAGES},
+        }
+    )
+    array.gather_metadata()
+    fragments = len(array.fragments())
+    return ArraySummary(
+        totals=plan.totals,
+        cells=proof.cells,
+        set_aside=proof.set_aside,
+        shape=array.shape,
+        fragments=fragments,
+        excess_fragments=max(fragments - plan.totals.megabatches, 0),
+        read_again=proof.read_again,
+        published=info,
+        uri=array.uri,
+        identity=job.identity.digest,
+    )
+
+
+def verify_array(
+    job: Job, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
+) -> list[Finding]:
+    """Check every rule of a finished array; write nothing but proofs.
+
+    Parameters are those of `finish_array`.
+
+    Raises
+    ------
+    UserError
+        When shards have not finished.
+    """
+    plan = read_plan(job.store, job.folder.plan)
+    proof, findings = _look(job, plan, full=full, report=report)
+    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    stored = array.read_info()
+    # The day on which it was finished is the one thing that need not be the same.
+    submitted = _submission_date(stored) or datetime.now(UTC).date()
+    info = _embedding_info(job, proof, array, submitted)
+    if info is None:
+        faults = [] if stored is None else ["CxG_embedding_info is there, but the set's YAML has no `publication`"]
+    else:
+        faults = publication_faults(stored, info)
+    listed = obs_ids_faults(job.store, job.folder, array.read_record().get("obs_ids"))
+    return [*findings, Finding("publication", tuple(faults)), Finding("obs_ids", tuple(listed))]
+
+
+def array_state(job: Job) -> str:
+    """Tell whether the array is ``unproved``, ``stale`` (plan or commits have changed) or ``proved``."""
+    plan = read_plan(job.store, job.folder.plan)
+    return release_state(EmbeddingsArray.open(job.folder.array, job.store, job.identity), plan)
+
+
+def _look(
+    job: Job, plan: Plan, *, full: bool, report: Callable[[int, int], None]
+) -> tuple[ReleaseProof, list[Finding]]:
+    """Check all rules but that of publication."""
+    uri = job.folder.array
+    require_openable(uri, job.store, plan, job.folder)
+    if wrong := column_faults(uri, job.store):
+        # Of such an array nothing else can be read as an embedding.
+        raise RuleError([Finding("schema", tuple(wrong))])
+    array = EmbeddingsArray.open(uri, job.store, job.identity)
+    faults: dict[Rule, list[str]] = {"schema": duplicates_faults(uri, job.store)}
+    faults["shape"] = shape_faults(array.shape, (job.release.obs_rows(), job.identity.embedding_dim))
+    faults["storage_version"] = storage_version_faults(
+        job.store.storage_version(array.uri), job.release.storage_version()
+    )
+    proof = prove_release(array, plan, job.folder, full=full, report=report)
+    rules: tuple[Rule, ...] = ("cells", "features", "values")
+    faults |= {rule: proof.problems.of_rule(rule) for rule in rules}
+    if not proof.cells:
+        faults["cells"].append("there is no cell with an embedding")
+    faults["cells"] += [f"fragment {name}: {reason}" for name, reason in array.damaged().items()]
+    return proof, [Finding(rule, tuple(faults[rule])) for rule in get_args(Rule) if rule in faults]
+
+
+def _embedding_info(job: Job, proof: ReleaseProof, array: EmbeddingsArray, finished: date) -> dict[str, Any] | None:
+    publication: Publication | None = job.settings.publication
+    if publication is None:
+        return None
+    return publication.embedding_info(
+        release=job.release_name,
+        organism=job.settings.organism,
+        measurement=MEASUREMENT,
+        n_embeddings=proof.cells,
+        n_features=array.n_features,
+        finished=finished,
+    )
+
+
+def _submission_date(stored: str | None) -> date | None:
+    try:
+        return date.fromisoformat(json.loads(stored or "{}")["submission_date"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _as_yaml(info: dict[str, Any]) -> bytes:
+    # The Census's tool reads a date here, and text in the array.
+    content = {**info, "submission_date": date.fromisoformat(info["submission_date"])}
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text.encode()

@@ -1,0 +1,119 @@
+"""Which earlier array cells can be copied from: the newest earlier release of the set whose array is proved."""
+
+import json
+from dataclasses import dataclass
+
+from census_tf_dagster.census.plan import Source, read_plan
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.layout import ReleaseFolder
+from census_tf_dagster.store.verification import all_set_aside, release_state
+
+
+@dataclass(frozen=True)
+class FoundSource:
+    """An earlier array to copy from, or none.
+
+    Attributes
+    ----------
+    source, keys
+        The array, and the file with the keys of its cells.
+    passed_over
+        Newer ones, or all, and why each cannot be used.
+    set_aside
+        Joinids of the earlier release whose cells have no embedding in the array.
+    """
+
+    source: Source | None
+    keys: str
+    passed_over: tuple[str, ...]
+    set_aside: tuple[int, ...] = ()
+
+
+NO_SOURCE = FoundSource(None, "", ())
+
+
+def find_source(job: Job) -> FoundSource:
+    """Look through the arrays of the set's earlier releases, newest first; reads metadata only."""
+    set_folder = job.folder.root.rsplit("/", 2)[0]
+    candidates: list[tuple[str, str, Identity]] = []
+    passed_over: list[str] = []
+    for release_folder in job.store.list(set_folder):
+        for entry in job.store.list(release_folder.rstrip("/")):
+            name = "/".join(entry.rstrip("/").rsplit("/", 2)[1:])
+            root = f"{set_folder}/{name}"
+            try:
+                identity = _stored_identity(job, root)
+            except UserError as error:
+                passed_over.append(f"{name}: {error}")
+                continue
+            if identity is not None and identity.census_build_date < job.identity.census_build_date:
+                candidates.append((identity.census_build_date, root, identity))
+    for _, root, identity in sorted(candidates, key=lambda one: one[:2], reverse=True):
+        name = "/".join(root.rsplit("/", 2)[1:])
+        folder = ReleaseFolder(root)
+        try:
+            if differing := job.identity.values_differ(identity):
+                passed_over.append(f"{name}: other {', '.join(differing)}")
+                continue
+            plan = read_plan(job.store, folder.plan)
+            array = EmbeddingsArray.open(folder.array, job.store, identity)
+            state = release_state(array, plan)
+        except UserError as error:
+            passed_over.append(f"{name}: {error}")
+            continue
+        if state != "proved":
+            passed_over.append(f"{name}: its array is {state}")
+        elif not job.store.exists(plan.keys):
+            passed_over.append(f"{name}: planned without `reuse`, so without keys; materialize its obs_id_plan again")
+        else:
+            source = Source(release=root.rsplit("/", 2)[1], root=root, identity=identity.digest)
+            return FoundSource(source, plan.keys, tuple(passed_over), tuple(all_set_aside(array, plan, folder)))
+    return FoundSource(None, "", tuple(passed_over))
+
+
+def open_source(job: Job, source: Source) -> EmbeddingsArray:
+    """Open the array that a plan copies from, if it is still the proved one that the plan names.
+
+    Raises
+    ------
+    UserError
+        When it is gone, of another identity, or no longer proved.
+    """
+    folder = ReleaseFolder(source.root)
+    try:
+        identity = _stored_identity(job, source.root)
+        if identity is None:
+            raise UserError("it is gone")
+        if identity.digest != source.identity:
+            raise UserError(f"its identity is {identity.digest[:12]}, the plan names {source.identity[:12]}")
+        if differing := job.identity.values_differ(identity):
+            raise UserError(f"it has other {', '.join(differing)}")
+        array = EmbeddingsArray.open(folder.array, job.store, identity)
+        if (state := release_state(array, read_plan(job.store, folder.plan))) != "proved":
+            raise UserError(f"it is {state}, expected proved")
+    except UserError as error:
+        raise source_error(source, str(error)) from error
+    return array
+
+
+def source_error(source: Source, problem: str) -> UserError:
+    """Make the error of an array that cannot be copied from any more."""
+    return UserError(
+        f"cells cannot be copied from {source.root}, as the plan says: {problem}. Materialize obs_id_plan of this "
+        "release again: its plan then computes these cells, or finds another array. What was copied stays."
+    )
+
+
+def _stored_identity(job: Job, root: str) -> Identity | None:
+    """Read the identity of the array below a folder; None when no array of ours is there."""
+    array = ReleaseFolder(root).array
+    if not job.store.holds_files(array):
+        return None
+    _, stored = EmbeddingsArray.look(array, job.store)
+    try:
+        return Identity(**json.loads(stored)) if stored else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"its identity cannot be read ({error})") from error

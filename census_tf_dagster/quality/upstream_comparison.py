@@ -1,0 +1,83 @@
+"""What upstream's own code made of a few cells of a shard, compared with what the array holds."""
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from census_tf_dagster.io.storage import Storage
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One shard's comparison.
+
+    Attributes
+    ----------
+    shard
+        Which.
+    joinids
+        The cells.
+    worst_cell
+        Largest ||array - upstream|| / ||upstream|| of a cell.
+    relative_rms
+        The same over all values of all cells.
+    centred_cosine
+        Smallest cosine after upstream's mean cell was taken away; means little for so few cells.
+    bound
+        What `worst_cell` may be at the set's precisions.
+    seconds
+        From upstream's start to its answer.
+    not_done
+        Why nothing could be compared; empty when it was.
+    """
+
+    shard: int
+    joinids: tuple[int, ...]
+    bound: float
+    worst_cell: float = 0.0
+    relative_rms: float = 0.0
+    centred_cosine: float = 0.0
+    seconds: float = 0.0
+    not_done: str = ""
+
+    @classmethod
+    def compare(
+        cls,
+        shard: int,
+        joinids: npt.NDArray[np.int64],
+        ours: npt.NDArray[np.float32],
+        upstreams: npt.NDArray[np.float32],
+        bound: float,
+        seconds: float,
+    ) -> "Judgement":
+        """Compare embeddings, ``(n_cells, n_features)`` both."""
+        norms = np.linalg.norm(upstreams, axis=1)
+        centre = upstreams.mean(axis=0)
+        a, b = ours - centre, upstreams - centre
+        lengths = np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), np.finfo(np.float32).tiny)
+        return cls(
+            shard=shard,
+            joinids=tuple(joinids.tolist()),
+            bound=bound,
+            worst_cell=float((np.linalg.norm(ours - upstreams, axis=1) / norms).max()),
+            relative_rms=float(np.linalg.norm(ours - upstreams) / np.linalg.norm(upstreams)),
+            centred_cosine=float(((a * b).sum(axis=1) / lengths).min()) if len(joinids) > 1 else 1.0,
+            seconds=seconds,
+        )
+
+    def write(self, storage: Storage, uri: str) -> None:
+        """Store it."""
+        storage.write(uri, json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def read(cls, storage: Storage, uri: str) -> "Judgement | None":
+        """Return what is stored; None when there is nothing, or something else."""
+        if not storage.exists(uri):
+            return None
+        try:
+            content = json.loads(storage.read(uri))
+            return cls(**{**content, "joinids": tuple(content["joinids"])})
+        except (ValueError, TypeError, KeyError):
+            return None
