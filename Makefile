@@ -31,7 +31,7 @@ docs: $(VENV)/.worker  ## docs/configure.md from the schema
 
 screenshots: $(VENV)/.dev $(ORACLE)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \
-	    --oracle=$(ORACLE)/bin/transcriptformer tests/test_browser.py
+	    --oracle=$(ORACLE)/bin/transcriptformer tests/repository/test_browser.py
 
 wheels:  ## what benchmarks/gpu.sh needs on a machine without a network: .wheels/packages.tar.xz (55 MB, 4 minutes)
 	rm -rf .wheels

@@ -39,8 +39,8 @@ if [ "$model" = exemplar ] && [[ $parts == *tests* ]]; then
     # A red test costs the run its success, not its measurements. Torch warns that TF32 is off: it is meant to be.
     CENSUS_TF_TEST_DEVICE="$device" python3 -m pytest -q -p no:cacheprovider --oracle="$oracle" \
         -W "ignore:TensorFloat32" -W ignore::DeprecationWarning \
-        tests/test_attention.py tests/test_engine.py tests/test_non_finite.py tests/test_packing.py \
-        tests/test_equality_built.py || failed=1
+        tests/inference/test_attention.py tests/inference/test_engine.py tests/inference/test_non_finite.py tests/inference/test_packing.py \
+        tests/inference/test_equality_built.py || failed=1
 fi
 if [[ $parts == *engine* ]]; then
     python3 -m benchmarks.engine --device "$device" --models "$model" --oracle "$oracle" --json "${small[@]}"

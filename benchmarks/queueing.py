@@ -23,10 +23,10 @@ from benchmarks.common import spread
 from census_tf_dagster.operate.backfills import Work, start
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.remote_set import find_set
-from tests.builders import tiny
-from tests.deployment import Operator, running
-from tests.ecs_deployment import STOCK, doubles
-from tests.support import RELEASE, Project
+from tests.support.builders import tiny
+from tests.support.deployment import Operator, running
+from tests.support.ecs_deployment import STOCK, doubles
+from tests.support.project import RELEASE, Project
 
 REPORT = """mutation Report($params: ReportRunlessAssetEventsParams!) {
   reportRunlessAssetEvents(eventParams: $params) { __typename }

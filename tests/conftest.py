@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.moto_servers import moto_server
-from tests.support import SHARED_DATA, Oracle, Project
+from tests.support.moto_servers import moto_server
+from tests.support.project import SHARED_DATA, Oracle, Project
 
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
 

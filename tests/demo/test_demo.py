@@ -1,0 +1,202 @@
+"""The demo: real formats, as their own readers and upstream's own command see them."""
+
+import base64
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import anndata
+import cellxgene_census
+import cellxgene_census.experimental
+import dagster as dg
+import numpy as np
+import pytest
+
+from census_tf_dagster.demo.census import Organism, build_census
+from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad, synthetic_organism
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.orchestration.checks.quality import CHECKS
+from census_tf_dagster.orchestration.checks.rules import CHECK, RULES
+from tests.support.project import BOUND, RELEASE, REPOSITORY, SHARED_DATA, Oracle, read_array, relative_errors
+
+TRAIN = {"homo_sapiens", "mus_musculus", "callithrix_jacchus"}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with the package installed from its wheel, outside the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(REPOSITORY)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    install = [*pip, "install", "--no-deps", "--no-compile", "--target", str(folder / "site"), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    env = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    env.pop("DAGSTER_HOME", None)
+    where = [sys.executable, "-c", "import census_tf_dagster; print(census_tf_dagster.__file__)"]
+    found = subprocess.run(where, env=env, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(folder / "site"))
+    return env
+
+
+@pytest.fixture(scope="module")
+def demo(installed: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole demo, by its command, on the installed package."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "census_tf_dagster", "demo"]
+    done = subprocess.run(command, cwd=folder, env=installed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "output").write_text(done.stdout)
+    return folder
+
+
+def test_the_report_says_what_came_out_and_what_it_is_worth(demo: Path) -> None:
+    report = (demo / "output").read_text()
+    assert "mean nothing biologically" in report
+    for name, cells in (("demo_human", 400), ("demo_mouse", 300), ("demo_marmoset", 100)):
+        (array,) = (demo / "demo-data" / "store" / name / RELEASE).glob("*/embeddings")
+        assert f"{name:<15} {cells:>6} {64:>9}" in report
+        assert str(array) in report
+        stored = read_array(array, demo)
+        assert np.array_equal(stored.ids, np.arange(cells))
+        assert stored.stored_values == cells * 64
+
+
+def test_the_demo_publishes_its_human_cells(demo: Path) -> None:
+    (array,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/embeddings")
+    info = cellxgene_census.experimental.get_embedding_metadata(str(array))
+    assert (info["embedding_name"], info["census_version"], info["n_features"]) == ("demo_human", RELEASE, 64)
+    assert (array.parent / "meta.yml").exists()
+
+
+def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
+    """As Dagster's event log has it after the demo's own run: pictures, coverage, and checks of array and shards."""
+    (folder,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/qc")
+    array, shards = (dg.AssetKey(["demo_human", name]) for name in ("embeddings_array", "shard_embeddings"))
+    with dg.DagsterInstance.from_config(str(demo / "demo-data" / "dagster_home")) as instance:
+        (record,) = instance.fetch_observations(array, limit=10).records
+        assert record.asset_observation is not None
+        shown = record.asset_observation.metadata
+        for picture in folder.glob("*.png"):
+            encoded = base64.b64encode(picture.read_bytes()).decode()
+            assert shown[picture.stem].value == f"![{picture.stem}](data:image/png;base64,{encoded})"
+        table = shown["coverage_by_tissue"]
+        assert isinstance(table, dg.TableMetadataValue)
+        tissues = table.records
+        assert sum(row.data["embedded"] for row in tissues) == sum(row.data["cells"] for row in tissues) == 400
+        log = instance.event_log_storage
+        passed = {}
+        for key in [dg.AssetCheckKey(array, name) for name in (*CHECKS, *RULES, CHECK)]:
+            (evaluated,) = log.get_asset_check_execution_history(key, limit=10)
+            assert evaluated.evaluation is not None
+            passed[key.name] = evaluated.evaluation.passed
+        # There is no upstream beside the demo's Python; what lacks is said and does not hurt.
+        assert {name for name, one in passed.items() if not one} <= {"same_as_upstream"}
+        judged = log.get_asset_check_execution_history(dg.AssetCheckKey(shards, "same_as_upstream"), limit=10)
+        assert sorted(one.evaluation.partition for one in judged if one.evaluation) == [
+            f"{RELEASE}|{shard}" for shard in range(4)
+        ]
+
+
+def test_the_page_for_readers_runs(demo: Path) -> None:
+    page = (REPOSITORY / "docs" / "read.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    (array,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/embeddings")
+    for name, value in (("array_uri", array), ("census_uri", demo / "demo-data" / "census" / RELEASE)):
+        code, replaced = re.subn(f'{name} = ".*"', f'{name} = "{value}"', code)
+        assert replaced == 1
+    code += "\nassert len(adata) == len(joinids) == len(embeddings) == len(centred) > 100 and proved and made_with"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_second_demo_says_what_to_do(demo: Path) -> None:
+    again = subprocess.run(
+        [sys.executable, "-m", "census_tf_dagster", "demo"], cwd=demo, capture_output=True, text=True
+    )
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
+
+
+def test_census_as_its_own_package_reads_it(demo: Path) -> None:
+    with cellxgene_census.open_soma(uri=str(demo / "demo-data" / "census" / RELEASE)) as census:
+        assert set(census["census_data"].keys()) == TRAIN
+        assert {"summary", "datasets", "summary_cell_counts"} <= set(census["census_info"].keys())
+        obs = cellxgene_census.get_obs(census, "homo_sapiens")
+        assert {"observation_joinid", "dataset_version_id", "dataset_id", "assay", "nnz"} <= set(obs.columns)
+        assert 1400 < obs.nnz.median() < 2200
+        tissue = obs.tissue_general.iloc[0]
+        part = cellxgene_census.get_obs(census, "homo_sapiens", value_filter=f"tissue_general == '{tissue}'")
+        assert len(part) == (obs.tissue_general == tissue).sum()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adata = cellxgene_census.get_anndata(census, "Homo sapiens", obs_coords=slice(0, 9))
+        assert adata.shape == (10, 20_000)
+        assert np.array_equal(np.diff(adata.X.indptr), obs.nnz.to_numpy()[:10])
+        presence = cellxgene_census.get_presence_matrix(census, "Homo sapiens")
+        assert presence.shape[1] == 20_000
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("organism", ["homo_sapiens", "callithrix_jacchus"])
+def test_demo_values_are_upstreams(demo: Path, oracle: Oracle, organism: str) -> None:
+    """The default precision of storage: upstream's value to within half a bfloat16 step."""
+    data = demo / "demo-data"
+    with (
+        cellxgene_census.open_soma(uri=str(data / "census" / RELEASE)) as census,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        adata: anndata.AnnData = cellxgene_census.get_anndata(census, organism, obs_coords=slice(0, 15))
+        adata.var["ensembl_id"] = adata.var["feature_id"].to_numpy()
+        assert UNLISTED_ASSAY in set(cellxgene_census.get_obs(census, organism).assay)
+    embedding_file = data / "embeddings" / f"{organism}_gene.h5"
+    pretrained = embedding_file if embedding_file.exists() else None
+    reference = oracle.embed(data / "checkpoint", adata, pretrained)
+    name = {"homo_sapiens": "demo_human", "callithrix_jacchus": "demo_marmoset"}[organism]
+    (array,) = (data / "store" / name / RELEASE).glob("*/embeddings")
+    stored = read_array(array, demo).values[:16]
+    assert np.max(np.abs(stored - reference) / np.abs(reference)) <= 2**-7
+    assert np.mean(np.abs(stored - reference) <= np.abs(reference) * (2**-8 + BOUND)) > 0.999
+    assert relative_errors(stored, reference).max() < 2**-8
+
+
+def test_census_from_a_users_file(tmp_path: Path) -> None:
+    file = SHARED_DATA / "mouse_merfish_500.h5ad"
+    if not file.exists():
+        pytest.skip("the file is not here")
+    build_census(str(tmp_path / "c"), RELEASE, [organism_from_h5ad(file, "mus_musculus", "Mus musculus")])
+    original = anndata.read_h5ad(file)
+    with cellxgene_census.open_soma(uri=str(tmp_path / "c")) as census, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adata = cellxgene_census.get_anndata(census, "Mus musculus")
+    assert np.array_equal(adata.X.toarray(), original.X.toarray())
+    assert adata.var["feature_id"].tolist() == original.var["ensembl_id"].tolist()
+    assert adata.obs["observation_joinid"].tolist() == original.obs["observation_joinid"].tolist()
+
+
+def test_a_file_of_no_counts_is_refused(tmp_path: Path) -> None:
+    adata = anndata.AnnData(np.full((2, 2), 0.5, np.float32))
+    adata.var["ensembl_id"] = ["ENSG00000000001", "ENSG00000000002"]
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    with pytest.raises(UserError, match=r"x\.h5ad.*0\.5"):
+        organism_from_h5ad(tmp_path / "x.h5ad", "homo_sapiens", "Homo sapiens")
+
+
+@pytest.mark.parametrize("argument", ["homo_sapiens", "danio_rerio=x.h5ad", "homo_sapiens=missing.h5ad"])
+def test_wrong_h5ad_arguments(tmp_path: Path, argument: str) -> None:
+    command = [sys.executable, "-m", "census_tf_dagster", "demo", "--h5ad", argument]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: --h5ad '{argument}'")
+    assert not (tmp_path / "demo-data").exists()
+
+
+def test_synthetic_organisms_are_reproducible() -> None:
+    first, second = (synthetic_organism("x_y", "X y", 20, 500, "ENSG", seed=3, median_genes=90) for _ in range(2))
+    assert isinstance(first, Organism)
+    assert (first.counts != second.counts).nnz == 0

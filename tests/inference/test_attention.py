@@ -1,0 +1,126 @@
+"""The packed attention path against the plain one, and its mask against the rule evaluated at every pair."""
+
+import itertools
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from census_tf_dagster.inference import attention
+from census_tf_dagster.inference.attention import (
+    MASK_BLOCK,
+    mask_blocks,
+    packed_attention,
+    packed_terms,
+    plain_attention,
+)
+from tests.support.project import DEVICE, relative_errors
+
+HEADS, HEAD_DIM, SOFTCAP = 2, 16, 10.0
+ROWS = {
+    "one cell": [1024],
+    "aligned": [128, 256, 640],
+    "short": [90, 95, 3, 2, 1, 128, 127, 129, 200],
+    "long and short": [700, 5, 300],
+    "ends at a block": [300, 84],
+    "nearly empty": [2],
+}
+LENGTH = 1024
+
+
+def offsets_of(lengths: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def rule(offsets: np.ndarray) -> np.ndarray:
+    """Which pairs attend: the same cell, causal, no padding."""
+    cell = np.full(LENGTH, -1)
+    for number, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        cell[start:stop] = number
+    position = np.arange(LENGTH)
+    return (cell[:, None] == cell) & (position[:, None] >= position) & (cell >= 0)
+
+
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
+def test_blocks_are_those_of_the_rule(lengths: list[int]) -> None:
+    offsets = offsets_of(lengths)
+    blocks = LENGTH // MASK_BLOCK
+    pairs = rule(offsets).reshape(blocks, MASK_BLOCK, blocks, MASK_BLOCK)
+    some, every = pairs.any(axis=(1, 3)), pairs.all(axis=(1, 3))
+    part_number, part_index, whole_number, whole_index = mask_blocks(offsets, LENGTH)
+    for block in range(blocks):
+        part = part_index[block, : part_number[block]].tolist()
+        whole = whole_index[block, : whole_number[block]].tolist()
+        assert sorted(part + whole) == np.flatnonzero(some[block]).tolist()
+        assert whole == np.flatnonzero(every[block]).tolist()
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    # The width of real scores: the softcap must bend them.
+    q, k, v = (torch.randn(LENGTH, HEADS, HEAD_DIM, generator=generator) * 3 for _ in range(3))
+    bias = torch.rand(LENGTH, generator=generator) * 3
+    return q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), bias.to(DEVICE)
+
+
+def compare(lengths: list[int], attend: Callable[..., Tensor], seed: int = 0) -> None:
+    offsets = offsets_of(lengths)
+    q, k, v, bias = inputs(seed)
+    used = offsets[-1]
+    expected = plain_attention(q[:used], k[:used], v[:used], bias[:used], tuple(offsets.tolist()), SOFTCAP)
+    found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP))
+    assert relative_errors(found[:used].flatten(1).cpu().numpy(), expected.flatten(1).cpu().numpy()).max() < 3e-6
+    assert (found[used:] == 0).all(), "padding sees no key and gets 0"
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention without compilation warns that it is slow."""
+    import warnings
+
+    flex = attention.flex_attention
+
+    def quiet(*arguments: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return flex(*arguments, **options)
+
+    monkeypatch.setattr(attention, "flex_attention", quiet)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
+def test_packed_is_plain(lengths: list[int]) -> None:
+    compare(lengths, packed_attention)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_without_softcap() -> None:
+    q, k, v, bias = inputs()
+    plain = plain_attention(q, k, v, bias, (0, 500, LENGTH), 0.0)
+    packed = packed_attention(q, k, v, *packed_terms(bias, np.array([0, 500, LENGTH]), 0.0))
+    assert relative_errors(packed.flatten(1).cpu().numpy(), plain.flatten(1).cpu().numpy()).max() < 3e-6
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_once_for_all_rows() -> None:
+    """The blocks of the mask count only when compiled; every row has a mask of its own, and one compilation."""
+    torch._dynamo.reset()
+    counters.clear()
+
+    def projected(q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> Tensor:
+        return compiled(torch.stack([q, k, v], dim=1), *terms)
+
+    @torch.compile(dynamic=False)
+    def compiled(qkv: Tensor, *terms: Any) -> Tensor:
+        return packed_attention(*qkv.unbind(1), *terms)
+
+    for seed, lengths in enumerate(ROWS.values()):
+        compare(lengths, projected, seed)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,148 @@
+"""Device processes: the same values from several, and none that outlives its parent or hides its end."""
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.demo.checkpoint import build_checkpoint
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.checkpoint import read_checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
+from census_tf_dagster.inference.devices import DeviceLostError, open_devices
+from census_tf_dagster.pipeline.embed_shard import embed_shard
+from census_tf_dagster.pipeline.plan_release import make_plan
+from census_tf_dagster.pipeline.stages import Times, outcomes
+from census_tf_dagster.store.array import EmbeddingsArray
+from tests.support.builders import tiny
+from tests.support.cells import ASSAYS, GENES, cells
+from tests.support.processes import alive, children
+from tests.support.project import Project, load_engine, relative_errors
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("devices")
+    build_checkpoint(folder / "checkpoint", {"o": GENES}, ASSAYS, embed_dim=32, num_heads=2, seq_len=127, block_len=128)
+    return prepare(read_checkpoint(folder / "checkpoint"), "fp32", folder / "cache")
+
+
+def test_a_device_is_the_engine(prepared: Path) -> None:
+    folder = prepared.parent.parent.parent
+    expected = load_engine(read_checkpoint(folder / "checkpoint"), GENES).embed(cells(30, seed=0))
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        assert np.array_equal(device.embed(cells(30, seed=0)), expected)
+        assert device.about["name"] == "CPU"
+        pid = device.process.pid
+    assert not alive(pid)
+
+
+def test_a_second_answer_waits_until_the_first_is_committed(prepared: Path) -> None:
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        device.send(0, cells(30, seed=0))
+        device.send(1, cells(30, seed=1))
+        assert device.receive().key == 0
+        assert device.process.stdout is not None
+        assert select.select([device.process.stdout], [], [], 1.0)[0] == []
+        device.commit()
+        assert device.receive().key == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(prepared: Path) -> None:
+    with pytest.raises(UserError, match="asks for a GPU"), open_devices(prepared, GENES, "cuda", None):
+        pass
+
+
+def test_a_device_process_that_dies(prepared: Path) -> None:
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        device.process.send_signal(signal.SIGKILL)
+        device.process.wait()
+        with pytest.raises(DeviceLostError, match=r"the process of CPU ended with signal 9; .* run the shard again"):
+            device.embed(cells(30, seed=0))
+
+
+def test_several_devices_give_each_megabatch_once_with_the_same_values(project: Project) -> None:
+    tiny(project, megabatch_size=8, shards=1)
+    found: dict[int, dict[int, np.ndarray]] = {}
+    with project.job("tiny") as job:
+        make_plan(job)
+        plan = read_plan(job.store, job.folder.plan)
+        ids = plan.read_ids(job.store, plan.megabatches)
+        for processes in (1, 3):
+            times = Times()
+            with outcomes(job, plan.megabatches, ids, times, processes) as leaving:
+                done = list(leaving)
+            assert sorted(one.batch.index for one in done) == list(range(len(plan.megabatches)))
+            assert len(times.devices) == processes
+            assert all(one["tokens"] for one in times.counters.values()), "every device had its share"
+            assert sum(one["tokens"] for one in times.counters.values()) == sum(one.tokens for one in done)
+            found[processes] = {one.batch.index: one.embeddings for one in done if one.embeddings is not None}
+    for index, values in found[1].items():
+        assert relative_errors(found[3][index], values).max() <= 1e-6
+
+
+def test_a_device_that_dies_in_the_middle_stops_the_shard_at_once(project: Project) -> None:
+    tiny(project, megabatch_size=4, shards=1)
+    with project.job("tiny") as job:
+        make_plan(job)
+        plan = read_plan(job.store, job.folder.plan)
+        ids = plan.read_ids(job.store, plan.megabatches)
+        done = []
+        with pytest.raises(DeviceLostError), outcomes(job, plan.megabatches, ids, Times(), 2) as leaving:  # noqa: PT012
+            for outcome in leaving:
+                done.append(outcome)
+                if len(done) == 3:
+                    os.kill(children(os.getpid())[0], signal.SIGKILL)
+    assert 3 <= len(done) < len(plan.megabatches)
+    assert not children(os.getpid())
+
+
+def test_a_write_that_fails_stops_all_stages_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(project, megabatch_size=4, shards=1)
+    own = EmbeddingsArray.writing
+
+    @contextmanager
+    def on_a_full_disk(self: EmbeddingsArray) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
+        with own(self) as write:
+
+            def full(joinids: np.ndarray, embeddings: np.ndarray) -> None:
+                if joinids[0] > 50:
+                    raise OSError(28, "No space left on device")
+                write(joinids, embeddings)
+
+            yield full
+
+    monkeypatch.setattr(EmbeddingsArray, "writing", on_a_full_disk)
+    with project.job("tiny") as job:
+        make_plan(job)
+        threads = threading.active_count()
+        with pytest.raises(OSError, match="No space left on device"):
+            embed_shard(job, 0)
+        assert not children(os.getpid())
+        assert threading.active_count() == threads
+        monkeypatch.undo()
+        rest = embed_shard(job, 0)
+    assert 0 < rest.cells_before < rest.cells
+
+
+def test_stages_are_counted(project: Project) -> None:
+    tiny(project, megabatch_size=8, shards=1)
+    with project.job("tiny") as job:
+        make_plan(job)
+        summary = embed_shard(job, 0)
+    stages = summary.times.stages
+    assert list(stages) == ["read", "tokens", "packing", "compute", "write"]
+    assert all(0 < stage.busy < 60 and 0 <= stage.waiting < 60 for stage in stages.values())
+    assert summary.times.limit() in stages
+    assert summary.times.fill() == 1.0
+    (counters,) = summary.times.counters.values()
+    assert counters["tokens"] == summary.tokens_computed

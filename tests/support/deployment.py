@@ -1,0 +1,198 @@
+"""A real webserver and a real daemon beside a project, and an operator who uses them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.operate.graphql import Deployment, expect
+from census_tf_dagster.operate.remote_set import RemoteSet
+from census_tf_dagster.orchestration.checks.quality import SHARD_CHECK
+from tests.support.project import RELEASE, Project
+
+POLL = 0.7
+"""Seconds between looks: each takes CPU from the servers that it waits for."""
+PATIENCE = 600.0
+"""Seconds that any one wait may take on a machine with other work."""
+
+
+# As the web interface sends them for one partition.
+MATERIALIZE = """mutation LaunchPipelineExecution($executionParams: ExecutionParams!) {
+  launchPipelineExecution(executionParams: $executionParams) {
+    __typename
+    ... on Error { message }
+    ... on LaunchRunSuccess { run { runId } }
+  }
+}"""
+
+RUNS = "{ runsOrError(limit: 1000) { ... on Runs { results { assetSelection { path } tags { key value } } } } }"
+
+
+@dataclass
+class Operator:
+    """Someone at a terminal beside a running deployment."""
+
+    project: Project
+    port: int
+    module: str = "census_tf_dagster.definitions"
+    servers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def serve(self, name: str, *code: str) -> None:
+        """Start `dagster-webserver` or `dagster-daemon`, in a process group of its own.
+
+        `code` says where the definitions are; left out: the module, by a code server of its own.
+        """
+        own = ["-h", "127.0.0.1", "-p", str(self.port)] if name == "dagster-webserver" else ["run"]
+        command = [str(Path(sys.executable).with_name(name)), *own, *(code or ("-m", self.module))]
+        with (self.project.folder / f"{name}.log").open("a") as log:
+            self.servers[name] = subprocess.Popen(
+                command,
+                cwd=self.project.folder,
+                env=self.project.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def stop(self, name: str) -> None:
+        """End a server with its code server and runs."""
+        server = self.servers.pop(name)
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+    def answers(self) -> bool:
+        """Whether the webserver answers, and knows the daemon if there is one."""
+        assert all(server.poll() is None for server in self.servers.values()), "a server ended"
+        query = '{ instance { daemonHealth { daemonStatus(daemonType: "BACKFILL") { healthy } } } }'
+        try:
+            health = Deployment.at(self.url).ask(query)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]
+        except UserError:
+            return False
+        return bool(health) or "dagster-daemon" not in self.servers
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.project.command(*arguments, "--url", self.url)
+
+    def begin(self, name: str, *arguments: str) -> "Begun":
+        out = self.project.folder / f"{name}.out"
+        command = [sys.executable, "-m", "census_tf_dagster", *arguments, "--url", self.url]
+        with out.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=self.project.folder, env=self.project.env, stdout=file, stderr=subprocess.STDOUT
+            )
+        self.begun.append(process)
+        return Begun(process, out)
+
+    def status(self, name: str) -> dict[str, Any]:
+        """The JSON of one release."""
+        done = self.command("status", name, RELEASE, "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        release: dict[str, Any]
+        (release,) = json.loads(done.stdout)["releases"]
+        return release
+
+    def runs(self) -> Counter[tuple[str, str]]:
+        """How often each (asset, partition) ran."""
+        results = Deployment.at(self.url).ask(RUNS)["runsOrError"]["results"]
+        return Counter(
+            ("/".join(asset["path"]), tag["value"])
+            for run in results
+            for asset in run["assetSelection"] or ()
+            for tag in run["tags"]
+            if tag["key"] == "dagster/partition"
+        )
+
+
+@dataclass
+class Begun:
+    """A command in the background; what it says goes to a file."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+
+    def says(self, text: str) -> None:
+        until(lambda: text in self.out.read_text() or self.process.poll() is not None, f"{text!r} in {self.out}")
+        assert text in self.out.read_text()
+
+    def end(self) -> tuple[int, str]:
+        return self.process.wait(timeout=PATIENCE), self.out.read_text()
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(POLL)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running(project: Project, *, daemon: bool, module: str = "census_tf_dagster.definitions") -> Iterator[Operator]:
+    """Run the real webserver, and the real daemon, until the end of the block."""
+    operator = Operator(project, free_port(), module)
+    try:
+        for name in ("dagster-webserver", *(["dagster-daemon"] if daemon else [])):
+            operator.serve(name)
+        until(operator.answers, f"servers of {project.folder}")
+        yield operator
+    finally:
+        for begun in operator.begun:
+            begun.kill()
+            begun.wait()
+        for name in list(operator.servers):
+            operator.stop(name)
+
+
+@contextmanager
+def running_locally(project: Project, *, daemon: bool) -> Iterator[Operator]:
+    """Run them with runs as processes of the daemon, two at once."""
+    with (project.folder / "dagster_home" / "dagster.yaml").open("a") as file:
+        file.write("concurrency:\n  runs:\n    max_concurrent_runs: 2\n")
+    with running(project, daemon=daemon) as operator:
+        yield operator
+
+
+def materialize(deployment: Deployment, of: RemoteSet, shard: int, **own_tags: str) -> str:
+    """Launch one shard as a click on Materialize does, perhaps with tags of its own; return the run's id."""
+    key = of.shard_keys[shard]
+    tags = {"dagster/partition": of.partition(RELEASE, shard)}
+    tags |= own_tags | {"dagster/partition/release": RELEASE, "dagster/partition/shard": key}
+    params = {
+        "selector": {
+            "repositoryLocationName": of.location,
+            "repositoryName": "__repository__",
+            "pipelineName": "__ASSET_JOB",
+            "assetSelection": [of.key("shard_embeddings")],
+            # The interface names the checks that an asset makes of itself, and no others.
+            "assetCheckSelection": [{"assetKey": of.key("shard_embeddings"), "name": SHARD_CHECK}],
+        },
+        "mode": "default",
+        "runConfigData": "{}",
+        "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
+    }
+    answer = deployment.ask(MATERIALIZE, executionParams=params)["launchPipelineExecution"]
+    return str(expect(answer, "LaunchRunSuccess", "materialize")["run"]["runId"])

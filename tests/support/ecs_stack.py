@@ -1,0 +1,156 @@
+"""deploy/ecs/template.yaml applied to moto, with by hand what moto's CloudFormation does not make."""
+
+import ast
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import cfnlint.decode.cfn_yaml
+import requests
+
+from tests.support.moto_servers import client, moto_server
+from tests.support.project import REPOSITORY
+
+TEMPLATE = REPOSITORY / "deploy" / "ecs" / "template.yaml"
+NAME = "census-tf"
+IMAGES = {
+    "ControlImage": "registry.example/census-tf-control:0.1.0",
+    "WorkerImage": "registry.example/census-tf-worker:0.1.0",
+}
+NOT_IN_MOTO = {
+    "AWS::SecretsManager::Secret": "made by hand, and its ARN handed to the template as a parameter",
+    "AWS::ECS::CapacityProvider": "made by hand from the template's properties",
+    "AWS::ECS::ClusterCapacityProviderAssociations": "made by hand from the template's properties",
+    "AWS::S3::BucketPolicy": "not made; evaluated as text",
+}
+"""Types that moto 5.2 leaves out of a stack without a word, and what is done instead."""
+
+
+def read_template() -> dict[str, Any]:
+    """The template with its short forms (!Ref) written out."""
+    found: dict[str, Any] = json.loads(json.dumps(cfnlint.decode.cfn_yaml.load(str(TEMPLATE))))
+    return found
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack that was made."""
+
+    endpoint: str
+    template: dict[str, Any]
+    physical: dict[str, str]
+    secret: str
+    """ARN of the database's secret."""
+
+    def client(self, service: str) -> Any:
+        return client(self.endpoint, service)
+
+    def of_type(self, kind: str) -> dict[str, dict[str, Any]]:
+        return {name: one for name, one in self.template["Resources"].items() if one["Type"] == kind}
+
+    def role(self, name: str) -> str:
+        arn: str = self.client("iam").get_role(RoleName=self.physical[name])["Role"]["Arn"]
+        return arn
+
+    def policies(self, name: str) -> list[dict[str, Any]]:
+        """What a role's own policies say, with every reference resolved."""
+        iam, role = self.client("iam"), self.physical[name]
+        named = iam.list_role_policies(RoleName=role)["PolicyNames"]
+        return [iam.get_role_policy(RoleName=role, PolicyName=one)["PolicyDocument"] for one in named]
+
+    def task(self, family: str) -> dict[str, Any]:
+        """A task definition as ECS has it."""
+        found: dict[str, Any] = self.client("ecs").describe_task_definition(taskDefinition=family)["taskDefinition"]
+        return found
+
+    def environment(self, family: str, container: str) -> dict[str, str]:
+        (found,) = [one for one in self.task(family)["containerDefinitions"] if one["name"] == container]
+        return {one["name"]: one["value"] for one in found["environment"]}
+
+    def credentials(self, name: str) -> dict[str, str]:
+        """Keys of a role, as a task gets them."""
+        keys = self.client("sts").assume_role(RoleArn=self.role(name), RoleSessionName="test")["Credentials"]
+        return {
+            "AWS_ACCESS_KEY_ID": keys["AccessKeyId"],
+            "AWS_SECRET_ACCESS_KEY": keys["SecretAccessKey"],
+            "AWS_SESSION_TOKEN": keys["SessionToken"],
+        }
+
+    def capacity_providers(self) -> list[dict[str, Any]]:
+        """The stack's own, as ECS has them."""
+        named = [_provider_name(one) for one in self.of_type("AWS::ECS::CapacityProvider").values()]
+        found = self.client("ecs").describe_capacity_providers(capacityProviders=named)["capacityProviders"]
+        assert len(found) == len(named)
+        return list(found)
+
+    def enforce(self, *, on: bool) -> None:
+        """Whether from here on every request needs a key that may send it."""
+        free = b"0" if on else b"1000000"
+        requests.post(f"{self.endpoint}/moto-api/reset-auth", data=free, timeout=10).raise_for_status()
+
+
+@contextmanager
+def ecs_stack() -> Iterator[Stack]:
+    """Make the stack on a moto server of its own."""
+    with moto_server() as endpoint:
+        template = read_template()
+        secret = client(endpoint, "secretsmanager").create_secret(Name="database", SecretString='{"password": "x"}')
+        usable = {
+            **template,
+            "Parameters": {**template["Parameters"], "DatabaseSecret": {"Type": "String"}},
+            "Resources": {key: one for key, one in template["Resources"].items() if key != "DatabaseSecret"},
+        }
+        values = {**IMAGES, "DatabaseSecret": secret["ARN"]}
+        cloudformation = client(endpoint, "cloudformation")
+        cloudformation.create_stack(
+            StackName=NAME,
+            TemplateBody=json.dumps(usable),
+            Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in values.items()],
+            Capabilities=["CAPABILITY_IAM"],
+        )
+        made = cloudformation.describe_stack_resources(StackName=NAME)["StackResources"]
+        named = [one for one in made if one.get("LogicalResourceId")]
+        physical = {one["LogicalResourceId"]: one.get("PhysicalResourceId", "") for one in named}
+        _write_policies_again(endpoint, physical)
+        stack = Stack(endpoint, template, physical, secret["ARN"])
+        _make_capacity_providers(stack)
+        yield stack
+
+
+def _write_policies_again(endpoint: str, physical: dict[str, str]) -> None:
+    """moto's CloudFormation keeps a policy as Python prints it, which its IAM cannot read."""
+    iam = client(endpoint, "iam")
+    for name in [one for one in physical if one.endswith("Role")]:
+        role = physical[name]
+        for policy in iam.list_role_policies(RoleName=role)["PolicyNames"]:
+            document = iam.get_role_policy(RoleName=role, PolicyName=policy)["PolicyDocument"]
+            said = ast.literal_eval(document) if isinstance(document, str) else document
+            iam.put_role_policy(RoleName=role, PolicyName=policy, PolicyDocument=json.dumps(said))
+
+
+def _make_capacity_providers(stack: Stack) -> None:
+    ecs, autoscaling = stack.client("ecs"), stack.client("autoscaling")
+    names = []
+    for one in stack.of_type("AWS::ECS::CapacityProvider").values():
+        properties = one["Properties"]
+        group = stack.physical[properties["AutoScalingGroupProvider"]["AutoScalingGroupArn"]["Ref"]]
+        (found,) = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[group])["AutoScalingGroups"]
+        name = _provider_name(one)
+        scaling = {
+            key[0].lower() + key[1:]: value
+            for key, value in properties["AutoScalingGroupProvider"]["ManagedScaling"].items()
+        }
+        provider = {"autoScalingGroupArn": found["AutoScalingGroupARN"], "managedScaling": scaling}
+        ecs.create_capacity_provider(name=name, autoScalingGroupProvider=provider)
+        names.append(name)
+    strategy = [{"capacityProvider": "FARGATE", "weight": 1}]
+    ecs.put_cluster_capacity_providers(
+        cluster=NAME, capacityProviders=["FARGATE", *names], defaultCapacityProviderStrategy=strategy
+    )
+
+
+def _provider_name(resource: dict[str, Any]) -> str:
+    name: str = resource["Properties"]["Name"]["Fn::Sub"]
+    return name.replace("${AWS::StackName}", NAME)

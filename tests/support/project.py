@@ -1,0 +1,215 @@
+"""A small project on disk, upstream's command as oracle, and how embeddings are compared."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse
+import yaml
+
+from census_tf_dagster.definitions import census_resource, store_resource
+from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.inference.checkpoint import Checkpoint
+from census_tf_dagster.inference.checkpoint_cache import prepare
+from census_tf_dagster.inference.engine import Engine
+from census_tf_dagster.orchestration.asset_support import release_job
+from census_tf_dagster.pipeline.context import Job
+
+REPOSITORY = Path(__file__).parents[2]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+RELEASE = "2025-11-08"
+
+DEVICE = os.environ.get("CENSUS_TF_TEST_DEVICE", "cpu")
+"""Where models of tests compute: `benchmarks/gpu.sh` runs the equality tests on a GPU."""
+
+BOUND = 3e-5
+"""Per cell ||d|| / ||ref|| between our fp32 and upstream's fp32: upstream itself moves by 1.1e-5 between torch
+2.5.1 and 2.13 on a CPU."""
+
+
+def relative_errors(ours: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Per cell ||ours - reference|| / ||reference||."""
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    return np.linalg.norm(ours - reference, axis=1) / np.linalg.norm(reference, axis=1)
+
+
+@dataclass
+class Oracle:
+    """Upstream's own `transcriptformer inference` command."""
+
+    command: Path
+    folder: Path
+    runs: int = 0
+
+    def embed(self, checkpoint: Path, adata: anndata.AnnData, pretrained: Path | None = None) -> np.ndarray:
+        """Embed in float32 on the CPU; rows as in `adata`, which needs var["ensembl_id"] and obs["assay"]."""
+        self.runs += 1
+        work = self.folder / str(self.runs)
+        work.mkdir()
+        adata.write_h5ad(work / "cells.h5ad")
+        command = [str(self.command), "inference", "--checkpoint-path", str(checkpoint)]
+        command += ["--data-file", str(work / "cells.h5ad"), "--output-path", str(work), "--precision", "32"]
+        command += ["--device", "cpu", "--disable-compile-block-mask"]
+        if pretrained is not None:
+            command += ["--pretrained-embedding", str(pretrained)]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return np.asarray(anndata.read_h5ad(work / "embeddings.h5ad").obsm["embeddings"])
+
+
+def as_upstream_input(counts: Any, gene_ids: list[str], assays: list[str]) -> anndata.AnnData:
+    """Cells as a user of upstream's command would hold them."""
+    names = [str(i) for i in range(counts.shape[0])]
+    return anndata.AnnData(
+        X=scipy.sparse.csr_matrix(counts, dtype=np.float32),
+        obs=pd.DataFrame({"assay": assays}, index=names),
+        var=pd.DataFrame({"ensembl_id": gene_ids}, index=gene_ids),
+    )
+
+
+def load_engine(checkpoint: Checkpoint, genes: Sequence[str], precision: str = "fp32", **options: Any) -> Engine:
+    """Prepare a checkpoint beside its folder and load it."""
+    prepared = prepare(checkpoint, precision, checkpoint.folder.parent / "cache")
+    return Engine.load(prepared, genes, **{"device": DEVICE, **options})
+
+
+READER = """
+import sys, json, numpy as np, tiledbsoma
+uri, out, config = sys.argv[1:]
+with tiledbsoma.open(uri, context=tiledbsoma.SOMATileDBContext(tiledb_config=json.loads(config))) as array:
+    table = array.read().tables().concat()
+    ids, position = np.unique(table["soma_dim_0"].to_numpy(), return_inverse=True)
+    values = np.full((len(ids), array.shape[1]), np.nan, np.float32)
+    values[position, table["soma_dim_1"].to_numpy()] = table["soma_data"].to_numpy()
+    np.savez(out, ids=ids, values=values, stored=len(table), shape=array.shape,
+             metadata=json.dumps({k: v for k, v in array.metadata.items() if isinstance(v, str)}))
+"""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """What a fresh process read with tiledbsoma alone."""
+
+    ids: np.ndarray
+    values: np.ndarray
+    stored_values: int
+    shape: tuple[int, int]
+    metadata: dict[str, str]
+
+
+def read_array(uri: str | Path, scratch: Path, config: dict[str, str] | None = None) -> StoredArray:
+    """Read a whole array in a fresh process, with TileDB's configuration where it is not a local one."""
+    out = scratch / "array.npz"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READER, str(uri), str(out), json.dumps(config or {})], check=True
+    )
+    with np.load(out) as found:
+        return StoredArray(
+            ids=found["ids"],
+            values=found["values"],
+            stored_values=int(found["stored"]),
+            shape=tuple(found["shape"].tolist()),
+            metadata=json.loads(str(found["metadata"])),
+        )
+
+
+@dataclass
+class Project:
+    """A deployment below one folder, driven by the real commands."""
+
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.env = {
+            **os.environ,
+            "DAGSTER_HOME": str(self.folder / "dagster_home"),
+            "CENSUS_TF_SETS": str(self.folder / "sets"),
+            "CENSUS_TF_CENSUS": str(self.folder / "census" / "{release}"),
+            "CENSUS_TF_STORE": str(self.folder / "store"),
+            **self.env,
+        }
+        (self.folder / "dagster_home").mkdir(exist_ok=True)
+        (self.folder / "dagster_home" / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+
+    @property
+    def census(self) -> Path:
+        return self.folder / "census" / RELEASE
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def add_set(self, name: str, **attributes: Any) -> None:
+        """Declare a set: fp32 on the CPU in four shards, unless said otherwise."""
+        settings: dict[str, Any] = {
+            "name": name,
+            "checkpoint": str(self.checkpoint),
+            "shards": 4,
+            "megabatch_size": 64,
+            "compute_precision": "fp32",
+            "storage_precision": "float32",
+            "device": "cpu",
+            **attributes,
+        }
+        path = self.folder / "sets" / name / "defs.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(
+            yaml.safe_dump({"type": "census_tf_dagster.embedding_set.EmbeddingSet", "attributes": settings})
+        )
+
+    @contextmanager
+    def job(self, name: str, release: str = RELEASE) -> Iterator[Job]:
+        """Open a set's job in this process, as an asset does."""
+        attributes = yaml.safe_load((self.folder / "sets" / name / "defs.yaml").read_text())["attributes"]
+        # Not by changing this process's environment: TileDB's threads read it.
+        census = census_resource(self.env)
+        store = store_resource(self.env).model_copy(update={"cache": str(self.folder / "cache")})
+        with release_job(EmbeddingSet(**attributes).settings(), release, census, store) as job:
+            yield job
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `python -m census_tf_dagster` with these arguments."""
+        return self._run(sys.executable, "-m", "census_tf_dagster", *arguments)
+
+    def materialize(self, asset: str, partition: str, config: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run `dagster asset materialize` as the README does."""
+        extra = ["--config-json", config] if config else []
+        return self._run(*self._materialize_command(asset, partition), *extra)
+
+    def start_materialize(self, asset: str, partition: str, output: IO[str]) -> subprocess.Popen[str]:
+        """Start `dagster asset materialize` and return at once."""
+        command = self._materialize_command(asset, partition)
+        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=output, stderr=output, text=True)
+
+    @staticmethod
+    def _materialize_command(asset: str, partition: str) -> list[str]:
+        dagster = str(Path(sys.executable).with_name("dagster"))
+        module = ["-m", "census_tf_dagster.definitions"]
+        return [dagster, "asset", "materialize", *module, "--select", asset, "--partition", partition]
+
+    def materialize_all(self, name: str, shards: int = 4) -> None:
+        """Plan, all shards, array; each must succeed."""
+        steps = [("obs_id_plan", RELEASE)]
+        steps += [("shard_embeddings", f"{RELEASE}|{shard}") for shard in range(shards)]
+        steps += [("embeddings_array", RELEASE)]
+        for asset, partition in steps:
+            done = self.materialize(f"{name}/{asset}", partition)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+    def array(self, name: str) -> Path:
+        """Where a set's only array stands."""
+        (found,) = (self.folder / "store" / name / RELEASE).glob("*/embeddings")
+        return found
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True)

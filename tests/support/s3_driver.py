@@ -1,0 +1,37 @@
+"""One worker of a shard without a model: ``python -m tests.support.s3_driver FOLDER SET SHARD [all]``.
+
+Where Census and store are, the environment says. Commits what `tests.support.builders.value_of` says of each
+cell, megabatch by megabatch, as a shard does; then reads back.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.committed import missing_megabatches
+from census_tf_dagster.store.verification import prove_shard
+from tests.support.builders import value_of
+from tests.support.project import Project
+
+
+def main() -> None:
+    folder, name, shard, *everything = sys.argv[1:]
+    places = {key: value for key, value in os.environ.items() if key.startswith("CENSUS_TF_")}
+    with Project(Path(folder), places).job(name) as job:
+        plan = read_plan(job.store, job.folder.plan)
+        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        batches = plan.shard(int(shard))
+        todo = batches if everything else missing_megabatches(array, plan, batches, {})
+        with array.writing() as write:
+            for ids in plan.read_ids(job.store, todo):
+                write(ids, value_of(ids, array.n_features))
+                print("committed", ids[0], flush=True)
+        problems = prove_shard(array, plan, job.folder, int(shard))
+        assert not problems, problems
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
