@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?= 3000
 DAGSTER_HOME ?= $(CURDIR)/demo-data/dagster_home
 VENV := .venv
-ORACLE := .venv-oracle
+UPSTREAM := .venv-upstream
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
@@ -15,11 +15,11 @@ demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dags
 ui: $(VENV)/.worker  ## Dagster's web interface, on the demo unless DAGSTER_HOME says otherwise
 	DAGSTER_HOME="$(DAGSTER_HOME)" $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
-test: $(VENV)/.dev $(ORACLE)/.ready lint  ## everything that CI runs
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not soak and not gpu" --oracle=$(ORACLE)/bin/transcriptformer tests
+test: $(VENV)/.dev $(UPSTREAM)/.ready lint  ## everything that CI runs
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not soak and not gpu" --upstream=$(UPSTREAM)/bin/transcriptformer tests
 
-soak: $(VENV)/.dev $(ORACLE)/.ready  ## the long, seeded trials
-	$(BIN)/python -m pytest -m soak --oracle=$(ORACLE)/bin/transcriptformer tests
+soak: $(VENV)/.dev $(UPSTREAM)/.ready  ## the long, seeded trials
+	$(BIN)/python -m pytest -m soak --upstream=$(UPSTREAM)/bin/transcriptformer tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -29,9 +29,9 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.worker  ## docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md
 
-screenshots: $(VENV)/.dev $(ORACLE)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
+screenshots: $(VENV)/.dev $(UPSTREAM)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \
-	    --oracle=$(ORACLE)/bin/transcriptformer tests/repository/test_browser.py
+	    --upstream=$(UPSTREAM)/bin/transcriptformer tests/repository/test_browser.py
 
 wheels:  ## what benchmarks/gpu.sh needs on a machine without a network: .wheels/packages.tar.xz (55 MB, 4 minutes)
 	rm -rf .wheels
@@ -49,7 +49,7 @@ images:  ## census-tf-control and census-tf-worker, with buildah (docs/images.md
 	deploy/images/build.sh
 
 clean:
-	rm -rf $(VENV) $(ORACLE) .wheels demo-data
+	rm -rf $(VENV) $(UPSTREAM) .wheels demo-data
 
 $(VENV)/.worker: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, about 2.5 GB."
@@ -61,8 +61,8 @@ $(VENV)/.dev: $(VENV)/.worker
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[worker,ui,dev]'
 	touch $@
 
-$(ORACLE)/.ready: constraints-oracle.txt
-	@echo "Setting up $(ORACLE), upstream's own package to compare with: a few minutes, about 6.5 GB."
-	$(PYTHON) -m venv $(ORACLE)
-	$(ORACLE)/bin/python $(PIP) -c constraints-oracle.txt transcriptformer==0.6.1
+$(UPSTREAM)/.ready: constraints-upstream.txt
+	@echo "Setting up $(UPSTREAM), upstream's own package to compare with: a few minutes, about 6.5 GB."
+	$(PYTHON) -m venv $(UPSTREAM)
+	$(UPSTREAM)/bin/python $(PIP) -c constraints-upstream.txt transcriptformer==0.6.1
 	touch $@

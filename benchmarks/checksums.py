@@ -33,7 +33,7 @@ from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store import array as array_module
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.verification import prove_shard
+from census_tf_dagster.store.verification import verify_shard
 from census_tf_dagster.store.write_notes import Checksum, NoteBook, Written
 
 FEATURES = 2048
@@ -77,7 +77,7 @@ def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[
                 if way == WITH:
                     notes.note(Written.of(batch, ids, rounded))
                 write(ids, rounded)
-        assert not prove_shard(array, plan, folder, 0)
+        assert not verify_shard(array, plan, folder, 0)
         return {"cpu": time.process_time() - began, "peak": peak_gib()}
 
 

@@ -23,7 +23,7 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 
 VOCABULARIES = {"sapiens": 23_829, "exemplar": 110_290, "metazoa": 247_388}
-ORACLE = ".venv-oracle/bin/transcriptformer"
+UPSTREAM = ".venv-upstream/bin/transcriptformer"
 
 
 @dataclass(frozen=True)
@@ -206,16 +206,16 @@ def arguments_parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
-    parser.add_argument("--oracle", default=ORACLE, help="upstream's command; its python stands beside it")
+    parser.add_argument("--upstream", default=UPSTREAM, help="upstream's command; its python stands beside it")
     return parser
 
 
-def oracle_python(command: str) -> Path | None:
+def upstream_python(command: str) -> Path | None:
     """Return the python of upstream's environment; None, and say so, where there is none."""
     python = Path(command).absolute().with_name("python")
     if python.exists():
         return python
-    print(f"no upstream at {command} (--oracle): only this project is measured")
+    print(f"no upstream at {command} (--upstream): only this project is measured")
     return None
 
 

@@ -21,23 +21,23 @@ from benchmarks.common import arguments_parser, peak_gib, spread, table
 from benchmarks.finalise import build, identity
 from census_tf_dagster.census.plan import Megabatch, Source, plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.io.storage import Storage
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.copy_shard import CopySummary, copy_shard
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.verification import Committed, coverage, prove_shard
+from census_tf_dagster.store.verification import Committed, coverage, verify_shard
 
 FEATURES, MEGABATCH = 2048, 16_384
 ORDERS = {"datasets of 2,048 cells": 2048, "every cell by itself": 1}
 
 
 def build_earlier(place: str, cells: int) -> None:
-    """Write and prove the array that is copied from."""
+    """Write and verify the array that is copied from."""
     build(place, cells, FEATURES, 1, MEGABATCH)
     storage, folder = Storage(), ReleaseFolder.of(place, "s", "r", identity(FEATURES))
     array = EmbeddingsArray.open(folder.array, storage, identity(FEATURES))
     plan = read_plan(storage, folder.plan)
-    assert not prove_shard(array, plan, folder, 0)
+    assert not verify_shard(array, plan, folder, 0)
     covered = coverage(Committed.of(array).between(0, cells))
     array.write_record({"plan": plan.totals.plan, "covered": covered})
 
@@ -59,14 +59,14 @@ def copy(place: str, cells: int, together: int, round_: int) -> dict[str, float]
     totals = plan_totals(batches, 1, 0, source)
     write_plan(storage, folder.plan, joinids, batches, totals, sources)
     EmbeddingsArray.create(folder.array, storage, identity(FEATURES), cells)
-    job = cast("Job", SimpleNamespace(store=storage, folder=folder, identity=identity(FEATURES)))
+    context = cast("ReleaseContext", SimpleNamespace(store=storage, folder=folder, identity=identity(FEATURES)))
     spent: list[float] = []
 
     def note(_: CopySummary) -> None:
         spent.append(time.process_time() - began)
 
     began = time.process_time()
-    summary = copy_shard(job, 0, report=note)
+    summary = copy_shard(context, 0, report=note)
     assert summary.cells_copied == cells
     return {"cpu": spent[-1], "wall": summary.seconds, "peak": peak_gib()}
 

@@ -1,20 +1,20 @@
-"""From a Census to an array: one of our shard runs against the forerunner's loop as its users run it.
+"""From a Census to an array: one of our shard runs against the reference workflow's loop as its users run it.
 
-    python -m benchmarks.end_to_end [--quick] [--json] [--oracle COMMAND] [--device cuda]
+    python -m benchmarks.end_to_end [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
 The same cells of a synthetic Census of 60,000 genes, median 1,800 expressed; the vocabulary of tf_exemplar's shape
 holds the genes that are expressed most. Random weights: exemplar's shape on a GPU, an eighth as wide on a CPU. Each
 way is a process of its own, timed from its start to its end, and all its processes may use all cores.
 
 Stages are reported apart, as a total alone would flatter us on a small model: a new process for each megabatch and
-slow tokens cost the forerunner the same whatever the model. They are busy seconds and may overlap (the forerunner
+slow tokens cost the reference workflow the same whatever the model. They are busy seconds and may overlap (the reference workflow
 reads and writes while it infers), so their sum may exceed the total.
 
 start-up   from starting a process to its first cell: imports, plan, array, vocabulary, weights
-read       counts out of the Census; the forerunner's h5ad file too
+read       counts out of the Census; the reference workflow's h5ad file too
 tokens     tokenizing; upstream's reading of the h5ad file too; with few cells, ours is the loading of compiled code
 compute    the model
-write      into the array; the forerunner's h5ad file of embeddings too
+write      into the array; the reference workflow's h5ad file of embeddings too
 other      reading back all that was written (ours), the trainer around the model (upstream), the ends of processes
 """
 
@@ -31,8 +31,8 @@ import numpy as np
 import tiledbsoma
 import torch
 
-from benchmarks.common import Shape, arguments_parser, oracle_python, ratios, spread, table, thread_environment
-from benchmarks.forerunner import STAGES
+from benchmarks.common import Shape, arguments_parser, ratios, spread, table, thread_environment, upstream_python
+from benchmarks.reference_workflow import STAGES
 from census_tf_dagster.config.settings import DEFAULT_COMPUTE_PRECISION
 from census_tf_dagster.demo.census import build_census
 from census_tf_dagster.demo.synthetic import synthetic_organism
@@ -54,7 +54,7 @@ def build(folder: Path, cells: int, shape: Shape) -> None:
 def ours(request: dict[str, Any]) -> dict[str, Any]:
     """Plan and embed the only shard in this process; return busy seconds of each stage."""
     from census_tf_dagster.embedding_set import EmbeddingSet
-    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.asset_support import release_context
     from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
     from census_tf_dagster.pipeline.embed_shard import embed_shard
     from census_tf_dagster.pipeline.plan_release import make_plan
@@ -71,16 +71,21 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     )
     census = CensusResource(location=str(Path(request["census"]).parent / "{release}"))
     store = StoreResource(location=str(folder / "store"), cache=str(folder / "cache"))
-    with release_job(declared.settings(), RELEASE, census, store) as job:
-        make_plan(job)
+    with release_context(declared.settings(), RELEASE, census, store) as context:
+        make_plan(context)
         seconds = {"start-up": time.monotonic() - request["started"]}
-        summary = embed_shard(job, 0)
+        summary = embed_shard(context, 0)
         seconds["start-up"] += summary.times.load
         seconds |= {stage: spent.busy for stage, spent in summary.times.stages.items()}
-        seconds["other"] = summary.proof_seconds
+        seconds["other"] = summary.verification_seconds
         compute = summary.times.stages["compute"]
         seconds["idle share"] = compute.waiting / (compute.busy + compute.waiting)
-        found = {**seconds, "cells": summary.cells, "token_count": summary.tokens_computed, "array": job.folder.array}
+        found = {
+            **seconds,
+            "cells": summary.cells,
+            "token_count": summary.tokens_computed,
+            "array": context.folder.array,
+        }
     return {**found, "ended": time.monotonic()}
 
 
@@ -121,7 +126,9 @@ def main() -> None:
     parser.add_argument("--megabatches", type=int, default=2)
     parser.add_argument("--layers", type=int, help="default 12")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, help="upstream's; default 48 on a GPU as the forerunner's, else 4")
+    parser.add_argument(
+        "--batch-size", type=int, help="upstream's; default 48 on a GPU as the reference workflow's, else 4"
+    )
     parser.add_argument("--step", help="(internal) request: run ours")
     arguments = parser.parse_args()
     if arguments.step:
@@ -131,8 +138,8 @@ def main() -> None:
     small = arguments.quick and not on_gpu
     cells = arguments.cells or (8 if small else 1024 if on_gpu else 64)
     shape = Shape("exemplar", 1 if on_gpu else 8, arguments.layers or (1 if small else 12))
-    oracle = oracle_python(arguments.oracle)
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "forerunner": []}
+    upstream_path = upstream_python(arguments.upstream)
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "reference workflow": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         build(folder, cells, shape)
@@ -143,12 +150,12 @@ def main() -> None:
         for number in range(arguments.rounds):
             command = [sys.executable, "-m", "benchmarks.end_to_end", "--step"]
             found["ours"].append(timed_run(command, settings, folder / f"ours-{number}"))
-            if oracle:
+            if upstream_path:
                 settings["array"] = str(folder / f"array-{number}")
-                command = [str(oracle), str(Path(__file__).with_name("forerunner.py")), "loop"]
-                found["forerunner"].append(timed_run(command, settings, folder / f"forerunner-{number}"))
+                command = [str(upstream_path), str(Path(__file__).with_name("reference_workflow.py")), "loop"]
+                found["reference workflow"].append(timed_run(command, settings, folder / f"reference-{number}"))
         difference = None
-        if oracle:
+        if upstream_path:
             mine, other = read(found["ours"][-1]["array"], shape.width), read(settings["array"], shape.width)
             difference = float(np.linalg.norm(mine - other) / np.linalg.norm(other))
             assert difference < 0.02, f"the arrays differ by {difference}: not the same cells"
@@ -163,10 +170,10 @@ def main() -> None:
     rows = []
     for stage in (*STAGES, "total"):
         columns = [[one.get(stage, 0.0) for one in rounds] for rounds in ways.values()]
-        if oracle:
+        if upstream_path:
             columns.append(ratios(columns[1], columns[0]))
         rows.append([stage, *(spread(values, 2) for values in columns)])
-    table(["seconds", *ways, *(["ratio"] if oracle else [])], rows)
+    table(["seconds", *ways, *(["ratio"] if upstream_path else [])], rows)
     idle = spread([one["idle share"] for one in found["ours"]], 3)
     print(f"our device's idle share, from its first megabatch to its last: {idle}")
     if difference is not None:
@@ -174,9 +181,9 @@ def main() -> None:
     if arguments.json:
         medians = {way: float(np.median([one["total"] for one in rounds])) for way, rounds in ways.items()}
         answer: dict[str, Any] = {"ours": medians["ours"], "unit": "s", "cells": cells, "rounds": found}
-        if oracle:
-            ratio = ratios(*([one["total"] for one in found[way]] for way in ("forerunner", "ours")))
-            answer |= {"reference": medians["forerunner"], "ratio": float(np.median(ratio))}
+        if upstream_path:
+            ratio = ratios(*([one["total"] for one in found[way]] for way in ("reference workflow", "ours")))
+            answer |= {"reference": medians["reference workflow"], "ratio": float(np.median(ratio))}
         print(json.dumps(answer))
 
 

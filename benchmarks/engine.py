@@ -1,6 +1,6 @@
 """Compute alone: this project's engine against upstream's `run_inference`, on the same cells and checkpoint.
 
-    python -m benchmarks.engine [--quick] [--json] [--oracle COMMAND] [--device cuda]
+    python -m benchmarks.engine [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
 Random weights in the shapes of the three models: as they are on a GPU; on a CPU an eighth as wide. Three length mixes.
 Ours and upstream take turns; cells are tokenized beforehand, upstream's seconds are those of its `predict_step` on its
@@ -35,11 +35,11 @@ from benchmarks.common import (
     Upstream,
     arguments_parser,
     errors,
-    oracle_python,
     ratios,
     sample,
     spread,
     table,
+    upstream_python,
 )
 from benchmarks.upstream import matmul_rate
 from census_tf_dagster.inference.checkpoint import read_checkpoint
@@ -91,7 +91,7 @@ class Way:
 
 
 def upstream_batch(shape: Shape, arguments: Any) -> int:
-    """Return the batch size for upstream: 48 on a GPU, as the forerunner's, where that fits beside us."""
+    """Return the batch size for upstream: 48 on a GPU, as the reference workflow's, where that fits beside us."""
     if arguments.batch_size:
         return int(arguments.batch_size)
     if arguments.device == "cpu":
@@ -228,7 +228,7 @@ def main() -> None:
     models = arguments.models or (["exemplar"] if arguments.quick else list(VOCABULARIES))
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    oracle = oracle_python(arguments.oracle)
+    upstream_path = upstream_python(arguments.upstream)
     print(
         f"{arguments.cells} cells, {arguments.rounds} rounds, interleaved; "
         f"{torch.cuda.get_device_name() if on_gpu else f'CPU, {threads} threads for both'}; torch {torch.__version__}"
@@ -248,7 +248,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             shape.build(folder / "checkpoint")
-            upstream = Upstream(oracle, threads) if oracle else None
+            upstream = Upstream(upstream_path, threads) if upstream_path else None
             try:
                 for median in arguments.medians:
                     more, answer = measure(shape, folder, median, upstream, arguments)

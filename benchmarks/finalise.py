@@ -1,4 +1,4 @@
-"""What the proof of a finished array costs: reading a shard back, the last asset from proofs, and everything again.
+"""What the verification of a finished array costs: reading a shard back, the last asset from verifications, and everything again.
 
     python -m benchmarks.finalise [--quick] [--json]
 
@@ -23,11 +23,11 @@ from census_tf_dagster.identity import Identity
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.verification import prove_release, prove_shard
+from census_tf_dagster.store.verification import verify_release, verify_shard
 
 HUMAN_CELLS = 162_025_130
 """Human cells of the 2025-11-08 release."""
-STEPS = ("shards read back", "last asset, from proofs", "everything again")
+STEPS = ("shards read back", "last asset, from verifications", "everything again")
 
 
 def identity(features: int) -> Identity:
@@ -59,9 +59,9 @@ def step(place: str, features: int, what: str) -> dict[str, float]:
     array = EmbeddingsArray.open(folder.array, storage, identity(features))
     cpu, wall = time.process_time(), time.perf_counter()
     if what == "shards read back":
-        assert not any(prove_shard(array, plan, folder, shard) for shard in range(plan.totals.shards))
+        assert not any(verify_shard(array, plan, folder, shard) for shard in range(plan.totals.shards))
     else:
-        assert not prove_release(array, plan, folder, full=what == "everything again").problems
+        assert not verify_release(array, plan, folder, full=what == "everything again").problems
     return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "peak": peak_gib()}
 
 

@@ -27,8 +27,8 @@ if [ -f .wheels/packages.tar.xz ]; then
 fi
 export PYTHONPATH="$temporary/packages:$PWD" HYDRA_FULL_ERROR=1
 # Upstream's command, run by the same python: its pins do not matter where both use one torch.
-oracle="$temporary/bin/transcriptformer"
-printf '#!/bin/sh\nexec python3 -c "from transcriptformer.cli import main; main()" "$@"\n' >"$oracle"
+upstream_command="$temporary/bin/transcriptformer"
+printf '#!/bin/sh\nexec python3 -c "from transcriptformer.cli import main; main()" "$@"\n' >"$upstream_command"
 printf '#!/bin/sh\nexec python3 "$@"\n' >"$temporary/bin/python"
 chmod +x "$temporary/bin/"*
 
@@ -37,15 +37,15 @@ python3 -c "import sys, torch; print('python', sys.version.split()[0], 'torch', 
 failed=0
 if [ "$model" = exemplar ] && [[ $parts == *tests* ]]; then
     # A red test costs the run its success, not its measurements. Torch warns that TF32 is off: it is meant to be.
-    CENSUS_TF_TEST_DEVICE="$device" python3 -m pytest -q -p no:cacheprovider --oracle="$oracle" \
+    CENSUS_TF_TEST_DEVICE="$device" python3 -m pytest -q -p no:cacheprovider --upstream="$upstream_command" \
         -W "ignore:TensorFloat32" -W ignore::DeprecationWarning \
         tests/inference/test_attention.py tests/inference/test_engine.py tests/inference/test_non_finite.py tests/inference/test_packing.py \
         tests/inference/test_equality_built.py || failed=1
 fi
 if [[ $parts == *engine* ]]; then
-    python3 -m benchmarks.engine --device "$device" --models "$model" --oracle "$oracle" --json "${small[@]}"
+    python3 -m benchmarks.engine --device "$device" --models "$model" --upstream "$upstream_command" --json "${small[@]}"
 fi
 if [ "$model" = exemplar ] && [[ $parts == *end_to_end* ]]; then
-    python3 -m benchmarks.end_to_end --device "$device" --oracle "$oracle" --json "${small[@]}"
+    python3 -m benchmarks.end_to_end --device "$device" --upstream "$upstream_command" --json "${small[@]}"
 fi
 exit "$failed"

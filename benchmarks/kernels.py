@@ -150,12 +150,14 @@ def compile_layer(capability: int, precision: str, *, as_torch: bool) -> list[An
                 return softcap * torch.tanh((score + bias[key]) / softcap)
 
         vector, square = on_gpu(width), on_gpu(width, width)
-        entry = model.Entry(vector, vector, on_gpu(3 * width, width), None)
-        rest = model.Rest(square, vector, vector, vector, square, vector, square, vector)
-        begun = on_gpu(length, width), on_gpu(length, 3 * width)
+        projection = model.QkvProjection(vector, vector, on_gpu(3 * width, width), None)
+        weights = model.BlockWeights(square, vector, vector, vector, square, vector, square, vector)
+        projected = on_gpu(length, width), on_gpu(length, 3 * width)
         attend = attention.packed_attention, (score_mod, mask)
         try:
-            torch.compile(model.block, dynamic=False)(begun, rest, entry, attend, 16, torch.nn.functional.gelu)
+            torch.compile(model.block, dynamic=False)(
+                projected, weights, projection, attend, 16, torch.nn.functional.gelu
+            )
         except Compiled:
             return found
     raise AssertionError("nothing was compiled")

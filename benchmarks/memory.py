@@ -39,7 +39,7 @@ def build(folder: Path, cells: int) -> None:
 def run(folder: Path, cells: int) -> dict[str, float]:
     """Run the only shard of that Census; return seconds and this process's peak memory."""
     from census_tf_dagster.config.settings import SetSettings
-    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.asset_support import release_context
     from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
     from census_tf_dagster.pipeline.embed_shard import embed_shard
     from census_tf_dagster.pipeline.plan_release import make_plan
@@ -61,11 +61,11 @@ def run(folder: Path, cells: int) -> dict[str, float]:
     )
     census = CensusResource(location=str(folder / str(cells) / "{release}"))
     store = StoreResource(location=str(folder / "store"))
-    with release_job(settings, RELEASE, census, store) as job:
-        make_plan(job)
+    with release_context(settings, RELEASE, census, store) as context:
+        make_plan(context)
         started = time.monotonic()
         device: list[float] = []
-        summary = embed_shard(job, 0, report=lambda _: device.append(children_peak_gib()))
+        summary = embed_shard(context, 0, report=lambda _: device.append(children_peak_gib()))
     return {
         "cells": summary.cells,
         "seconds": time.monotonic() - started,

@@ -6,7 +6,7 @@ Three plans, each in a process of its own: 2 million cells against an earlier 1.
 as many as the largest release (162 million) with nothing to reuse, once without `reuse` and once with (its keys are
 written then). A synthetic Census has obs with the columns that planning reads, in 1,000 datasets over 60,000 genes,
 half of which each dataset has; a tenth of the earlier datasets is withdrawn, a tenth revised, the rest stays, all in
-another order. X/raw holds just those cells that planning looks at. The earlier array is empty, and recorded as proved:
+another order. X/raw holds just those cells that planning looks at. The earlier array is empty, and recorded as verified:
 planning reads nothing but its metadata. How many cells are reused is asserted.
 """
 
@@ -155,11 +155,11 @@ def _obs(obs_schema: pa.Schema, names: list[str], part: list[tuple[int, int]], f
     )
 
 
-def plan(folder: Path, release: int, *, reuse: bool, proved: bool) -> dict[str, Any]:
-    """Plan a release in this process; return what it took. `proved`: record its array as proved."""
+def plan(folder: Path, release: int, *, reuse: bool, verified: bool) -> dict[str, Any]:
+    """Plan a release in this process; return what it took. `verified`: record its array as verified."""
     from census_tf_dagster.census.plan import read_plan
     from census_tf_dagster.config.settings import SetSettings
-    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.asset_support import release_context
     from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
     from census_tf_dagster.pipeline.plan_release import make_plan
     from census_tf_dagster.store.array import EmbeddingsArray
@@ -184,14 +184,16 @@ def plan(folder: Path, release: int, *, reuse: bool, proved: bool) -> dict[str, 
     )
     census = CensusResource(location=str(folder / "census" / "{release}"))
     store = StoreResource(location=str(folder / "store"), cache=str(folder / "cache"))
-    with release_job(settings, RELEASES[release], census, store) as job:
+    with release_context(settings, RELEASES[release], census, store) as context:
         before, cpu, wall = peak_gib(), time.process_time(), time.monotonic()
-        totals = make_plan(job).totals
+        totals = make_plan(context).totals
         cpu, wall = time.process_time() - cpu, time.monotonic() - wall
-        if proved:
-            array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-            array.write_record({"plan": read_plan(job.store, job.folder.plan).totals.plan, "covered": coverage([])})
-        size = sum(path.stat().st_size for path in Path(job.folder.plan).iterdir())
+        if verified:
+            array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+            array.write_record(
+                {"plan": read_plan(context.store, context.folder.plan).totals.plan, "covered": coverage([])}
+            )
+        size = sum(path.stat().st_size for path in Path(context.folder.plan).iterdir())
     return {
         "cells": totals.cells,
         "reused": totals.cells_reused,
@@ -215,7 +217,7 @@ def step(*arguments: object) -> dict[str, Any]:
 
 def _step(folder: Path, what: str, release: int, each: int, kind: str) -> dict[str, Any]:
     if what == "plan":
-        return plan(folder, release, reuse=kind != "without", proved=release == 0)
+        return plan(folder, release, reuse=kind != "without", verified=release == 0)
     if not (folder / "checkpoint").exists():
         from census_tf_dagster.demo.checkpoint import build_checkpoint
 

@@ -1,6 +1,6 @@
 """Error of each compute precision, and of upstream's default, against upstream in float32.
 
-    python -m benchmarks.precision [--quick] [--json] [--oracle COMMAND] [--device cuda]
+    python -m benchmarks.precision [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
 Random weights in tf_exemplar's shape: as it is on a GPU, an eighth as wide on a CPU. Upstream's default is fp16
 autocast (``16-mixed``). Relative RMS is that of the difference over that of the reference; the centred cosine is each
@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Shape, Upstream, arguments_parser, errors, oracle_python, sample, table
+from benchmarks.common import Shape, Upstream, arguments_parser, errors, sample, table, upstream_python
 from benchmarks.engine import load_engine
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
-def measure(shape: Shape, median: int, arguments: Any, oracle: Path, threads: int) -> dict[str, dict[str, float]]:
+def measure(
+    shape: Shape, median: int, arguments: Any, upstream_path: Path, threads: int
+) -> dict[str, dict[str, float]]:
     """Embed the same cells in every way."""
     cells = sample(arguments.cells, shape.vocabulary, median)
     with tempfile.TemporaryDirectory() as place:
@@ -31,7 +33,7 @@ def measure(shape: Shape, median: int, arguments: Any, oracle: Path, threads: in
         cells.adata.write_h5ad(folder / "cells.h5ad")
         request: dict[str, Any] = {"checkpoint": str(folder / "checkpoint"), "cells": str(folder / "cells.h5ad")}
         request |= {"save": str(folder / "upstream.npy"), "device": arguments.device, "batch_size": 4}
-        upstream = Upstream(oracle, threads)
+        upstream = Upstream(upstream_path, threads)
         try:
             upstream.ask("embed", **request, precision="32", exact=True)
             reference = np.load(request["save"])
@@ -53,8 +55,8 @@ def main() -> None:
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     arguments.cells = arguments.cells or (4 if arguments.quick else 64 if on_gpu else 8)
-    oracle = oracle_python(arguments.oracle)
-    if oracle is None:
+    upstream_path = upstream_python(arguments.upstream)
+    if upstream_path is None:
         raise SystemExit("errors are against upstream: it is needed")
     shape = Shape("exemplar", 1 if on_gpu else 8, layers=2 if arguments.quick and not on_gpu else 12)
     threads = len(os.sched_getaffinity(0))
@@ -62,7 +64,7 @@ def main() -> None:
         f"{arguments.cells} cells, width {shape.width}, {shape.layers} layers, random weights, {arguments.device}, "
         f"torch {torch.__version__}"
     )
-    answers = {median: measure(shape, median, arguments, oracle, threads) for median in (90, 1800)}
+    answers = {median: measure(shape, median, arguments, upstream_path, threads) for median in (90, 1800)}
     rows = [
         [f"median {median:,}: {way}", f"{e['relative_rms']:.1e}", f"{e['cosine']:.6f}", f"{e['least_cosine']:.6f}"]
         for median, ways in answers.items()

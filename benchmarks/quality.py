@@ -25,19 +25,19 @@ from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
-from census_tf_dagster.orchestration.asset_support import release_job
+from census_tf_dagster.orchestration.asset_support import release_context
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.pipeline.assess_quality import assess
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
-from census_tf_dagster.store.verification import prove_shard
+from census_tf_dagster.store.verification import verify_shard
 
 RELEASE = "2025-11-08"
 FEATURES, GENES, EXPRESSED, TYPES, DATASETS, TISSUES = 2048, 20_000, 100, 100, 50, 20
 
 
-def job(place: Path) -> Any:
+def context(place: Path) -> Any:
     """Open the only set below a folder."""
     settings = SetSettings(
         name="synthetic",
@@ -55,7 +55,7 @@ def job(place: Path) -> Any:
         publication=None,
     )
     census = CensusResource(location=str(place / "census" / "{release}"))
-    return release_job(settings, RELEASE, census, StoreResource(location=str(place / "store")))
+    return release_context(settings, RELEASE, census, StoreResource(location=str(place / "store")))
 
 
 def build(place: Path, cells: int) -> None:
@@ -90,7 +90,7 @@ def build(place: Path, cells: int) -> None:
     sizes = {"embed_dim": FEATURES, "num_heads": 16, "num_layers": 1, "model_dim": 16, "esm_dim": 16}
     build_checkpoint(place / "checkpoint", {"homo_sapiens": ids[: GENES // 2]}, KNOWN_ASSAYS, **sizes)
     centres = rng.normal(size=(TYPES, FEATURES)).astype(np.float32) / 4 + rng.normal(size=FEATURES).astype(np.float32)
-    with job(place) as opened:
+    with context(place) as opened:
         make_plan(opened)
         plan = read_plan(opened.store, opened.folder.plan)
         array = EmbeddingsArray.open(opened.folder.array, opened.store, opened.identity)
@@ -98,13 +98,13 @@ def build(place: Path, cells: int) -> None:
             noise = rng.normal(size=(batch.cells, FEATURES)).astype(np.float32) / 4
             array.write(joinids, round_to_bfloat16(centres[kind[joinids]] + noise))
         for shard in range(plan.totals.shards):
-            assert not prove_shard(array, plan, opened.folder, shard)
+            assert not verify_shard(array, plan, opened.folder, shard)
         finish_array(opened)
 
 
 def run(place: Path) -> dict[str, Any]:
     """Make the report; return seconds of each part and this process's peak memory."""
-    with job(place) as opened:
+    with context(place) as opened:
         before = peak_gib()
         cpu, wall = time.process_time(), time.monotonic()
         report = assess(opened)

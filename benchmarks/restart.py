@@ -22,7 +22,7 @@ from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.verification import is_proved, prove_shard
+from census_tf_dagster.store.verification import is_verified, verify_shard
 from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
 
 FEATURES = 8
@@ -73,9 +73,9 @@ def main() -> None:
         assert ask() == 0
         rows["finished: what is missing"] = timed(ask)
         plan = read_plan(storage, folder.plan)
-        prove_shard(array, plan, folder, 0)
-        assert is_proved(array, plan, folder, 0)
-        rows["finished: is it proved"] = timed(lambda: is_proved(array, plan, folder, 0))
+        verify_shard(array, plan, folder, 0)
+        assert is_verified(array, plan, folder, 0)
+        rows["finished: is it verified"] = timed(lambda: is_verified(array, plan, folder, 0))
         size = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
     print(f"{cells:,} cells, {len(batches)} fragments, {size / 2**20:.0f} MiB")
     print(f"{'':<30} median s      min      max")

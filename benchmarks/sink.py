@@ -1,8 +1,8 @@
-"""Committing embeddings: this project's write against the forerunner's, on the same values.
+"""Committing embeddings: this project's write against the reference workflow's, on the same values.
 
     python -m benchmarks.sink [--quick] [--json]
 
-The forerunner (tools/models/transcriptformer in chanzuckerberg/cellxgene-census) writes a COO tensor of a scipy matrix
+The reference workflow (tools/models/transcriptformer in chanzuckerberg/cellxgene-census) writes a COO tensor of a scipy matrix
 into an array with tiledbsoma's default filters. Interleaved, one thread each; values are normal around a mean that all
 cells share, as embeddings are. CPU seconds of the process, so other work on the machine counts little.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.forerunner import create_array, write_coo
+from benchmarks.reference_workflow import create_array, write_coo
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
@@ -24,8 +24,8 @@ from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 FEATURES = 2048
 
 
-def forerunner(uri: str, joinids: np.ndarray, values: np.ndarray) -> None:
-    """Create and write an array as the forerunner does."""
+def reference_workflow(uri: str, joinids: np.ndarray, values: np.ndarray) -> None:
+    """Create and write an array as the reference workflow does."""
     create_array(uri, FEATURES)
     write_coo(uri, joinids, values)
 
@@ -61,7 +61,7 @@ def main() -> None:
         ways: dict[str, Callable[[str], None]] = {
             "ours, bfloat16": ours("bfloat16"),
             "ours, float32": ours("float32"),
-            "forerunner, float32": lambda uri: forerunner(uri, joinids, values),
+            "reference workflow, float32": lambda uri: reference_workflow(uri, joinids, values),
         }
         for number in range(rounds):
             for name, write in ways.items():
@@ -80,7 +80,8 @@ def main() -> None:
         print(f"{name:<22} {figures} {size:>27.0f} {size / FEATURES:>15.2f}")
     if arguments.json:
         ours_rate, reference = (
-            float(np.median(rows[name]["cells_per_cpu_second"])) for name in ("ours, bfloat16", "forerunner, float32")
+            float(np.median(rows[name]["cells_per_cpu_second"]))
+            for name in ("ours, bfloat16", "reference workflow, float32")
         )
         answer = {"ours": ours_rate, "reference": reference, "ratio": ours_rate / reference, "unit": "cells/CPU s"}
         print(json.dumps({**answer, "rows": rows}))

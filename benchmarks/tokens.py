@@ -1,6 +1,6 @@
 """Tokens: this project's tokenizer against upstream's dataset, on the same counts.
 
-    python -m benchmarks.tokens [--quick] [--json] [--oracle COMMAND]
+    python -m benchmarks.tokens [--quick] [--json] [--upstream COMMAND]
 
 Cells of median 1,800 expressed genes on axes of 20,000 and 60,000 genes, nine tenths of which are in the vocabulary.
 One thread and one process each; CPU seconds, so other work on the machine counts little. Upstream gets the counts in
@@ -23,13 +23,13 @@ from benchmarks.common import (
     Upstream,
     arguments_parser,
     gene_ids,
-    oracle_python,
     peak_gib,
     ratios,
     sample,
     spread,
     table,
     thread_environment,
+    upstream_python,
 )
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.demo.checkpoint import build_checkpoint
@@ -94,15 +94,15 @@ def assert_identical(folder: Path) -> None:
         np.testing.assert_array_equal(mine["assays"], other["assays"])
 
 
-def measure(folder: Path, genes: int, rounds: int, oracle: Path | None) -> dict[str, list[dict[str, Any]]]:
+def measure(folder: Path, genes: int, rounds: int, upstream_path: Path | None) -> dict[str, list[dict[str, Any]]]:
     """Measure both in turn, each round in fresh processes; assert that their arrays are identical."""
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "upstream": []}
     for _ in range(rounds):
         command = [sys.executable, "-m", "benchmarks.tokens", "--step", str(folder), str(genes)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=thread_environment(1))
         found["ours"].append(json.loads(done.stdout.splitlines()[-1]))
-        if oracle:
-            with Upstream(oracle, threads=1) as upstream:
+        if upstream_path:
+            with Upstream(upstream_path, threads=1) as upstream:
                 places = {"checkpoint": str(folder / "checkpoint"), "cells": str(folder / "cells.h5ad")}
                 found["upstream"].append(upstream.ask("tokens", **places, save=str(folder / "upstream.npz")))
             assert_identical(folder)
@@ -118,25 +118,25 @@ def main() -> None:
         print(json.dumps(ours(Path(arguments.step[0]), int(arguments.step[1]))))
         return
     cells, rounds = (512, 1) if arguments.quick else (4096, 3)
-    oracle = oracle_python(arguments.oracle)
+    upstream_path = upstream_python(arguments.upstream)
     rows, answer = [], {}
     for genes in AXES:
         with tempfile.TemporaryDirectory() as place:
             build(Path(place), genes, cells)
-            found = measure(Path(place), genes, rounds, oracle)
+            found = measure(Path(place), genes, rounds, upstream_path)
         rates = {who: [cells / one["cpu_seconds"] for one in each] for who, each in found.items() if each}
         for who, rate in rates.items():
             before, peak = (max(one[key] for one in found[who]) for key in ("peak_gib_before", "peak_gib"))
             rows.append([f"{genes:,} genes, {who}", spread(rate, 0), f"{before:.2f}", f"{peak:.2f}"])
         figures: dict[str, Any] = {"ours": float(np.median(rates["ours"])), "unit": "cells/CPU s", "rounds": found}
-        if oracle:
+        if upstream_path:
             ratio = ratios(rates["ours"], rates["upstream"])
             rows.append([f"{genes:,} genes, ratio", spread(ratio, 0), "", ""])
             figures |= {"reference": float(np.median(rates["upstream"])), "ratio": float(np.median(ratio))}
         answer[str(genes)] = figures
     print(f"{cells} cells, median {MEDIAN} expressed genes, {rounds} rounds, interleaved, one thread each")
     table(["", "cells per CPU second", "GiB before", "GiB at peak"], rows)
-    if oracle:
+    if upstream_path:
         print("tokens, counts and assays of all cells: identical")
     if arguments.json:
         largest = answer[str(AXES[-1])]

@@ -41,7 +41,7 @@ def build(folder: Path, model: str, cells: int, layers: int) -> None:
 def run(folder: Path, started: float, megabatch: int, device: str) -> dict[str, float]:
     """Plan and embed the only shard; return seconds since the process was started, and peaks."""
     from census_tf_dagster.embedding_set import EmbeddingSet
-    from census_tf_dagster.orchestration.asset_support import release_job
+    from census_tf_dagster.orchestration.asset_support import release_context
     from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
     from census_tf_dagster.pipeline import plan_release as planning
     from census_tf_dagster.pipeline.embed_shard import ShardSummary, embed_shard
@@ -65,10 +65,10 @@ def run(folder: Path, started: float, megabatch: int, device: str) -> dict[str, 
         found.setdefault("computing_after", time.monotonic() - summary.times.stages["write"].busy - counters["elapsed"])
         found["device_gib"] = children_peak_gib()
 
-    with release_job(declared.settings(), RELEASE, census, store) as job:
-        planning.make_plan(job)
+    with release_context(declared.settings(), RELEASE, census, store) as context:
+        planning.make_plan(context)
         planned = time.monotonic()
-        summary = embed_shard(job, 0, report=first)
+        summary = embed_shard(context, 0, report=first)
     return {
         "planned_after": planned - started,
         "load": summary.times.load,

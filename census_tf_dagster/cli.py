@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser(
         "check",
-        help="judge the YAML of sets: every mistake with its file, line, value and remedy",
+        help="check the YAML of sets: every mistake with its file, line, value and remedy",
         epilog="example: python -m census_tf_dagster check census_tf_dagster/defs",
     )
     check.add_argument("sets", nargs="?", type=Path, help="folder of sets; without: this deployment's")
@@ -125,10 +125,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     canary = commands.add_parser(
         "canary",
-        help="embed a few hundred cells of a release on this machine, judge and time them, keep only their rate",
+        help="embed a few hundred cells of a release on this machine, compare and time them, keep only their rate",
         description=(
             "Take a few hundred cells, spread over assays and lengths, through the very path of the set on this "
-            "machine; compare them with upstream's own command (--oracle) or with fp32 of ours; say what the release "
+            "machine; compare them with upstream's own command (--upstream) or with fp32 of ours; say what the release "
             "would take. Run it on the node type that will do the work."
         ),
         epilog="example: python -m census_tf_dagster canary demo_human 2025-11-08 --cells 100",
@@ -136,7 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     canary.add_argument("set", help="name of the set")
     canary.add_argument("release", help="name of the release")
     canary.add_argument("--cells", type=int, default=256, help="about how many, as many of each assay (default: 256)")
-    canary.add_argument("--oracle", type=Path, help="upstream's transcriptformer command, in an environment of its own")
+    canary.add_argument(
+        "--upstream", type=Path, help="upstream's transcriptformer command, in an environment of its own"
+    )
     canary.set_defaults(run=_canary)
 
     verify = commands.add_parser(
@@ -264,15 +266,15 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
-        from census_tf_dagster.definitions import deployed_job
+        from census_tf_dagster.definitions import deployed_context
         from census_tf_dagster.operate.dry_run import describe, dry_run, measured_shards
         from census_tf_dagster.operate.shard_ranges import parse_shards
 
         shards = parse_shards(arguments.shards) if arguments.shards else None
-        with deployed_job(arguments.set, arguments.release) as job:
-            _say(f"reading obs of {job.release.uri}; minutes for a whole Census")
+        with deployed_context(arguments.set, arguments.release) as context:
+            _say(f"reading obs of {context.release.uri}; minutes for a whole Census")
             measured = measured_shards(arguments.url, arguments.set)
-            result = dry_run(job, shards, recompute=arguments.recompute, measured=measured)
+            result = dry_run(context, shards, recompute=arguments.recompute, measured=measured)
         print(json.dumps(asdict(result)) if arguments.json else describe(result))
         return 0
     if arguments.json and arguments.wait:
@@ -308,15 +310,15 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _canary(arguments: argparse.Namespace) -> None:
-    from census_tf_dagster.definitions import deployed_job
+    from census_tf_dagster.definitions import deployed_context
     from census_tf_dagster.pipeline.canary import run_canary
 
-    with deployed_job(arguments.set, arguments.release) as job:
-        result = run_canary(job, arguments.cells, arguments.oracle, _say)
+    with deployed_context(arguments.set, arguments.release) as context:
+        result = run_canary(context, arguments.cells, arguments.upstream, _say)
     if arguments.json:
         print(json.dumps(asdict(result)))
         return
-    print(f"{result.cells} cells of {result.assays} assays; judge: {result.judge}")
+    print(f"{result.cells} cells of {result.assays} assays; compared with {result.reference}")
     print(f"relative RMS {result.relative_rms:.2e}, worst cell {result.worst_cell:.2e}")
     print(f"centred cosine {result.centred_cosine:.6f}")
     print(f"{result.cells_per_second:.1f} cells/s, {result.tokens_per_second:,.0f} tokens/s on this machine")
@@ -324,21 +326,21 @@ def _canary(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from census_tf_dagster.definitions import deployed_job
+    from census_tf_dagster.definitions import deployed_context
     from census_tf_dagster.pipeline.finish_array import RuleError, verify_array
 
     def show(done: int, of: int) -> None:
         _say(f"read {done} of {of} shards again")
 
-    with deployed_job(arguments.set, arguments.release) as job:
+    with deployed_context(arguments.set, arguments.release) as context:
         try:
-            findings = verify_array(job, full=arguments.full, report=show)
+            findings = verify_array(context, full=arguments.full, report=show)
         except RuleError as error:
             findings = error.findings
     if arguments.json:
-        print(json.dumps({"array": job.folder.array, "rules": {one.rule: one.wrong for one in findings}}))
+        print(json.dumps({"array": context.folder.array, "rules": {one.rule: one.wrong for one in findings}}))
     else:
-        print(job.folder.array)
+        print(context.folder.array)
         for one in findings:
             print(f"  {one.rule:<16} {'; '.join(one.wrong) or 'kept'}")
     return int(any(one.wrong for one in findings))

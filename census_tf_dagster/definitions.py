@@ -39,7 +39,7 @@ from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import is_local
-from census_tf_dagster.orchestration.asset_support import release_job
+from census_tf_dagster.orchestration.asset_support import release_context
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.orchestration.retention_job import build_retention
 from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_work, marking_executor
@@ -47,7 +47,7 @@ from census_tf_dagster.orchestration.sensors.release_watch import Kinds, build_r
 from census_tf_dagster.set_files import require_right_files
 
 if TYPE_CHECKING:
-    from census_tf_dagster.pipeline.context import Job
+    from census_tf_dagster.pipeline.context import ReleaseContext
 
 
 def load_sets(folder: Path) -> dg.Definitions:
@@ -152,19 +152,19 @@ def store_resource(environment: Mapping[str, str] = os.environ) -> StoreResource
 
 
 @contextmanager
-def deployed_job(set_name: str, release: str) -> Iterator["Job"]:
-    """Open the job of one of this deployment's sets.
+def deployed_context(set_name: str, release: str) -> Iterator["ReleaseContext"]:
+    """Open the context of one of this deployment's sets.
 
     Raises
     ------
     UserError
-        When there is no such set, or as `open_job` does.
+        When there is no such set, or as `open_context` does.
     """
     sets = load_settings(sets_folder())
     if set_name not in sets:
         raise UserError(f"there is no set {set_name!r}; this deployment has {', '.join(sorted(sets))}.")
-    with release_job(sets[set_name], release, census_resource(), store_resource()) as job:
-        yield job
+    with release_context(sets[set_name], release, census_resource(), store_resource()) as opened:
+        yield opened
 
 
 @dg.definitions

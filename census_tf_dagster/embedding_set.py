@@ -21,7 +21,7 @@ from census_tf_dagster.orchestration.assets.reused_embeddings import build_reuse
 from census_tf_dagster.orchestration.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.orchestration.automation import automation_sensor
 from census_tf_dagster.orchestration.checks.quality import build_quality_checks
-from census_tf_dagster.orchestration.checks.rules import build_proved_check, build_rule_checks
+from census_tf_dagster.orchestration.checks.rules import build_rule_checks, build_verified_check
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
 """What Dagster allows in a group's name, and a folder's."""
@@ -200,5 +200,5 @@ class EmbeddingSet(dg.Component, dg.Model):
                 build_embeddings_array(settings),
             ],
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
-            asset_checks=[build_proved_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
+            asset_checks=[build_verified_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
         )

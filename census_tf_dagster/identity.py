@@ -10,7 +10,7 @@ from census_tf_dagster.errors import UserError
 NUMERIC_VERSION = 2
 """Raised by hand when the code of this project may produce other values than before."""
 
-OF_THE_RELEASE = {"census_uri", "census_build_date", "value_filter", "mod", "gene_fingerprint"}
+RELEASE_FIELDS = {"census_uri", "census_build_date", "value_filter", "mod", "gene_fingerprint"}
 """Fields that may differ between two arrays of which one has values that the other can take."""
 
 
@@ -46,7 +46,7 @@ class Identity:
         The others say which release and which of its cells; of the genes' order, which is a matter of each dataset,
         `census.cell_keys` takes care.
         """
-        names = (field.name for field in fields(self) if field.name not in OF_THE_RELEASE)
+        names = (field.name for field in fields(self) if field.name not in RELEASE_FIELDS)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     @property

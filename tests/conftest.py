@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 from tests.support.moto_servers import moto_server
-from tests.support.project import SHARED_DATA, Oracle, Project
+from tests.support.project import SHARED_DATA, Project, UpstreamCommand
 
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--oracle", type=Path, help="upstream's `transcriptformer` command, in its own environment")
+    parser.addoption("--upstream", type=Path, help="upstream's `transcriptformer` command, in its own environment")
 
 
 @pytest.fixture(scope="session")
-def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    command = request.config.getoption("--oracle")
+def upstream_command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UpstreamCommand:
+    command = request.config.getoption("--upstream")
     if command is None:
-        pytest.skip("no --oracle given")
-    assert command.exists(), f"--oracle {command} does not exist"
-    return Oracle(command.absolute(), tmp_path_factory.mktemp("oracle"))
+        pytest.skip("no --upstream given")
+    assert command.exists(), f"--upstream {command} does not exist"
+    return UpstreamCommand(command.absolute(), tmp_path_factory.mktemp("upstream"))
 
 
 @pytest.fixture

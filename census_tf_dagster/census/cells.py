@@ -115,7 +115,7 @@ def read_cells(
     for row, (_, genes, values) in zip(rows, tables, strict=True):
         _scatter(row, genes, values, filled, columns, counts)
     set_aside(_sort_rows(indptr, columns, counts), lambda _: f"X/{LAYER} holds a gene twice")
-    impossible, fractional = _judge_counts(indptr, counts)
+    impossible, fractional = _check_counts(indptr, counts)
     set_aside(impossible >= 0, lambda row: f"X/{LAYER} holds {counts[impossible[row]]!s}, which is no count")
     if whole_counts:
         set_aside(fractional >= 0, lambda row: f"X/{LAYER} holds {counts[fractional[row]]!s}, which is no whole number")
@@ -177,7 +177,7 @@ def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _judge_counts(indptr, counts):  # type: ignore[no-untyped-def]
+def _check_counts(indptr, counts):  # type: ignore[no-untyped-def]
     """Return where each row's first impossible count is, and its first that is no whole number; -1: nowhere."""
     impossible = np.full(len(indptr) - 1, -1, np.int64)
     fractional = np.full(len(indptr) - 1, -1, np.int64)

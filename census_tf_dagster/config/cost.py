@@ -79,7 +79,7 @@ class Throughput:
         """Make one of the figures that a shard's materialization shows; None when it computed nothing."""
         try:
             devices = str(figures["devices"]).split(", ")
-            seconds = sum(float(figures[f"seconds_{name}"]) for name in ("load", "work", "proof"))
+            seconds = sum(float(figures[f"seconds_{name}"]) for name in ("load", "work", "verification"))
             return cls(float(figures["tokens_computed"]), seconds, len(devices), devices[0])
         except KeyError:
             return None

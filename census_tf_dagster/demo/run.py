@@ -183,7 +183,7 @@ def _report(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         print(f"{row['set']:<15} {row['cells']:>6} {row['features']:>9} {row['seconds']:>8.0f}  {row['array']}")
     print(
-        "\nEvery planned cell is in its array exactly once, with all its values, all finite (read back and proved).\n"
+        "\nEvery planned cell is in its array exactly once, with all its values, all finite (read back and verified).\n"
         "The checkpoint's weights are RANDOM: these embeddings mean nothing biologically.\n\n"
         f"Look around:  DAGSTER_HOME={os.environ['DAGSTER_HOME']} {Path(sys.executable).parent}/dagster dev\n"
         "Read them:    import tiledbsoma\n"

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.engine import Engine, Work
+from census_tf_dagster.inference.engine import Engine, PendingCells
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
@@ -92,7 +92,7 @@ def _serve(
 ) -> None:
     uncommitted = 0
     started = 0.0
-    keys: dict[Work, tuple[int, int]] = {}
+    keys: dict[PendingCells, tuple[int, int]] = {}
     while True:
         if engine.hungry:
             try:
@@ -123,7 +123,7 @@ def _serve(
             "peak_bytes": engine.peak_bytes(),
         }
         if done.failure:
-            outbox.put(({**answer, "poison": f"{type(done.failure).__name__}: {done.failure}"}, []))
+            outbox.put(({**answer, "failure": f"{type(done.failure).__name__}: {done.failure}"}, []))
         else:
             outbox.put(({**answer, "set_aside": done.set_aside, "widened": done.widened}, [done.embeddings]))
 

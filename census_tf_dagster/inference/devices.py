@@ -69,7 +69,7 @@ class Embedded:
         As it was sent.
     embeddings
         float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside; None when none could be embedded.
-    poison
+    failure
         Why not.
     set_aside
         Why a cell has no embedding, by its position in the megabatch, ascending.
@@ -84,7 +84,7 @@ class Embedded:
 
     key: int
     embeddings: npt.NDArray[np.float32] | None
-    poison: str
+    failure: str
     set_aside: dict[int, str]
     widened: list[int]
     tokens: int
@@ -126,7 +126,7 @@ class Device:
         return Embedded(
             key=header["key"],
             embeddings=arrays[0] if arrays else None,
-            poison=header.get("poison", ""),
+            failure=header.get("failure", ""),
             # JSON's keys are strings.
             set_aside={int(cell): reason for cell, reason in header.get("set_aside", {}).items()},
             widened=header.get("widened", []),
@@ -146,7 +146,7 @@ class Device:
         answer = self.receive()
         self.commit()
         if answer.embeddings is None:
-            raise ArithmeticError(answer.poison)
+            raise ArithmeticError(answer.failure)
         if answer.set_aside:
             raise NonFiniteError(answer.set_aside)
         return answer.embeddings

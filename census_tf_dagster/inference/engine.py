@@ -20,7 +20,7 @@ from census_tf_dagster.inference.attention import MASK_BLOCK
 from census_tf_dagster.inference.cell_errors import NonFiniteError
 from census_tf_dagster.inference.gpu import choose_device, is_lost, require_compiler, too_small
 from census_tf_dagster.inference.model import Model
-from census_tf_dagster.inference.non_finite import Judged, SecondLook
+from census_tf_dagster.inference.non_finite import RowResult, SecondLook
 from census_tf_dagster.inference.packing import PackedCells, Row, assemble, choose_cells
 from census_tf_dagster.inference.prepared_checkpoint import load_model
 
@@ -59,7 +59,7 @@ class Counters:
 
 
 @dataclass(eq=False)
-class Work:
+class PendingCells:
     """Cells on their way through an engine.
 
     Attributes
@@ -90,7 +90,7 @@ class Work:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    work: Work
+    work: PendingCells
     row: Row
     length: int | None
     result: Tensor
@@ -128,7 +128,7 @@ class Engine:
         self._shortest_row = -(-longest_cell // MASK_BLOCK) * MASK_BLOCK
         self.row_length = self._choose_row_length()
         self._look_again = SecondLook(model, precision, load_wider, self._shortest_row)
-        self._works: deque[Work] = deque()
+        self._works: deque[PendingCells] = deque()
         self._under_way: deque[_UnderWay] = deque()
 
     @classmethod
@@ -175,7 +175,7 @@ class Engine:
             raise NonFiniteError(done.set_aside)
         return done.embeddings
 
-    def _finish(self, cells: PackedCells) -> Work:
+    def _finish(self, cells: PackedCells) -> PendingCells:
         self.add(cells)
         while (done := self.step()) is None:
             pass
@@ -183,10 +183,10 @@ class Engine:
             raise done.failure
         return done
 
-    def add(self, cells: PackedCells) -> Work:
+    def add(self, cells: PackedCells) -> PendingCells:
         """Take some cells on; `step` embeds them."""
         n = len(cells.lengths())
-        work = Work(cells, np.empty((n, self.model.shape.embed_dim), np.float32), n)
+        work = PendingCells(cells, np.empty((n, self.model.shape.embed_dim), np.float32), n)
         began = time.monotonic()
         work.waiting.extend(choose_cells(cells.lengths(), self.row_length, self.batch_size))
         self.counters.packing += time.monotonic() - began
@@ -209,7 +209,7 @@ class Engine:
         """Whether everything that was added has been handed out."""
         return not self._works
 
-    def step(self) -> Work | None:
+    def step(self) -> PendingCells | None:
         """Go one row further; return cells that are all embedded, or have failed.
 
         Raises
@@ -226,7 +226,7 @@ class Engine:
             return self._works.popleft()
         return None
 
-    def _launch(self, work: Work) -> None:
+    def _launch(self, work: PendingCells) -> None:
         began_packing = time.monotonic()
         row = assemble(work.packed, work.waiting.popleft())
         self.counters.packing += time.monotonic() - began_packing
@@ -254,7 +254,7 @@ class Engine:
         if work.failure:
             return
         if np.isfinite(embeddings).all():
-            self._take(work, done.row, Judged(embeddings))
+            self._take(work, done.row, RowResult(embeddings))
             return
 
         def judge() -> None:
@@ -265,14 +265,14 @@ class Engine:
 
         self._attempt(work, done.row, judge)
 
-    def _take(self, work: Work, row: Row, judged: Judged) -> None:
+    def _take(self, work: PendingCells, row: Row, judged: RowResult) -> None:
         work.embeddings[row.cells] = judged.embeddings
         work.left -= len(row.cells)
         if judged.set_aside or judged.widened:
             work.set_aside = dict(sorted({**work.set_aside, **judged.set_aside}.items()))
             work.widened = sorted([*work.widened, *judged.widened])
 
-    def _attempt(self, work: Work, row: Row, compute: Callable[[], None]) -> None:
+    def _attempt(self, work: PendingCells, row: Row, compute: Callable[[], None]) -> None:
         """Do something for a row; shorten rows when memory runs out, and give the cells up on any other error."""
         try:
             compute()
@@ -283,13 +283,13 @@ class Engine:
                 raise
             self._fail(work, error)
 
-    def _fail(self, work: Work, error: Exception) -> None:
+    def _fail(self, work: PendingCells, error: Exception) -> None:
         # Its traceback would keep the row's activations alive.
         work.failure = error.with_traceback(None)
         work.waiting.clear()
         work.left = 0
 
-    def _halve(self, work: Work, row: Row, error: Exception) -> None:
+    def _halve(self, work: PendingCells, row: Row, error: Exception) -> None:
         """Pack all that waits, this row first, into rows half as long."""
         # The traceback would keep the row's activations alive.
         error = error.with_traceback(None)

@@ -30,7 +30,7 @@ from census_tf_dagster.inference.shape import ModelShape
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
-class Entry(NamedTuple):
+class QkvProjection(NamedTuple):
     """Where a layer begins: its first norm, and query, key and value projections as one matrix."""
 
     norm_weight: Tensor
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     qkv_bias: Tensor | None
 
 
-class Rest(NamedTuple):
+class BlockWeights(NamedTuple):
     """The remainder of a layer."""
 
     out: Tensor
@@ -54,33 +54,40 @@ class Rest(NamedTuple):
 
 Attention = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function of query, key, value and further arguments, and these."""
-Begun = tuple[Tensor, Tensor]
+Projected = tuple[Tensor, Tensor]
 """Normalised input and projections of a layer: ``(n, embed_dim)``, ``(n, 3 * embed_dim)``."""
 
 
-def enter(x: Tensor, entry: Entry) -> Begun:
+def project(x: Tensor, projection: QkvProjection) -> Projected:
     """Begin a layer."""
-    h = F.layer_norm(x, x.shape[-1:], entry.norm_weight, entry.norm_bias)
-    return h, F.linear(h, entry.qkv, entry.qkv_bias)
+    h = F.layer_norm(x, x.shape[-1:], projection.norm_weight, projection.norm_bias)
+    return h, F.linear(h, projection.qkv, projection.qkv_bias)
 
 
-def hidden_of(begun: Begun, rest: Rest, attend: Attention, heads: int, activation: Callable[[Tensor], Tensor]) -> Begun:
+def to_hidden(
+    projected: Projected, weights: BlockWeights, attend: Attention, heads: int, activation: Callable[[Tensor], Tensor]
+) -> Projected:
     """Go on to the MLP's hidden layer; return the skip connection and it."""
-    h, qkv = begun
+    h, qkv = projected
     q, k, v = qkv.view(len(h), 3, heads, -1).unbind(1)
     attention, terms = attend
     attended = attention(q, k, v, *terms).reshape(h.shape)
-    h = F.linear(attended, rest.out, rest.out_bias) + h
-    h = F.layer_norm(h, h.shape[-1:], rest.norm_weight, rest.norm_bias)
-    return h, activation(F.linear(h, rest.linear1, rest.linear1_bias))
+    h = F.linear(attended, weights.out, weights.out_bias) + h
+    h = F.layer_norm(h, h.shape[-1:], weights.norm_weight, weights.norm_bias)
+    return h, activation(F.linear(h, weights.linear1, weights.linear1_bias))
 
 
 def block(
-    begun: Begun, rest: Rest, following: Entry, attend: Attention, heads: int, activation: Callable[[Tensor], Tensor]
-) -> Begun:
+    projected: Projected,
+    weights: BlockWeights,
+    following: QkvProjection,
+    attend: Attention,
+    heads: int,
+    activation: Callable[[Tensor], Tensor],
+) -> Projected:
     """Finish a layer and begin the next."""
-    h, hidden = hidden_of(begun, rest, attend, heads, activation)
-    return enter(F.linear(hidden, rest.linear2, rest.linear2_bias) + h, following)
+    h, hidden = to_hidden(projected, weights, attend, heads, activation)
+    return project(F.linear(hidden, weights.linear2, weights.linear2_bias) + h, following)
 
 
 @dataclass(frozen=True)
@@ -96,19 +103,19 @@ class Model:
         3 * embed_dim)``.
     pooled_from
         First table row that is pooled: assays stand before it.
-    entries
+    projections
         Beginnings of all layers but the first.
-    rests
+    blocks
         Remainders of all layers.
     last_linear2
         The last layer's last projection again, in float32.
     """
 
     shape: ModelShape
-    table: Begun
+    table: Projected
     pooled_from: int
-    entries: tuple[Entry, ...]
-    rests: tuple[Rest, ...]
+    projections: tuple[QkvProjection, ...]
+    blocks: tuple[BlockWeights, ...]
     last_linear2: Tensor
 
     @property
@@ -141,16 +148,16 @@ class Model:
             attend = plain_attention, (bias, tuple(row.offsets.tolist()), self.shape.softcap)
         else:
             attend = packed_attention, packed_terms(bias, row.offsets, self.shape.softcap)
-        functions: tuple[Callable[..., Begun], Callable[..., Begun]] = block, hidden_of
+        functions: tuple[Callable[..., Projected], Callable[..., Projected]] = block, to_hidden
         if row_length is not None and self.device.type == "cuda":
-            functions = _compiled(block), _compiled(hidden_of)
+            functions = _compiled(block), _compiled(to_hidden)
         go_on, go_to_hidden = functions
         heads, activation = self.shape.num_heads, ACTIVATIONS[self.shape.activation]
-        begun = F.embedding(tokens, self.table[0]), F.embedding(tokens, self.table[1])
-        for rest, following in zip(self.rests[:-1], self.entries, strict=True):
-            begun = go_on(begun, rest, following, attend, heads, activation)
-        last = self.rests[-1]
-        h, hidden = go_to_hidden(begun, last, attend, heads, activation)
+        projected = F.embedding(tokens, self.table[0]), F.embedding(tokens, self.table[1])
+        for weights, following in zip(self.blocks[:-1], self.projections, strict=True):
+            projected = go_on(projected, weights, following, attend, heads, activation)
+        last = self.blocks[-1]
+        h, hidden = go_to_hidden(projected, last, attend, heads, activation)
 
         cells = len(row.cells)
         cell_of_token = np.repeat(np.arange(cells), np.diff(row.offsets))
@@ -169,13 +176,13 @@ class Model:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Begun]) -> Callable[..., Begun]:
+def _compiled(function: Callable[..., Projected]) -> Callable[..., Projected]:
     # Shapes are fixed, so each row length is compiled once, and all layers share one compilation.
     return torch.compile(function, dynamic=False)
 
 
-def first_table(embeddings: Tensor, entry: Entry, rows_at_once: int = 4096) -> Begun:
+def first_table(embeddings: Tensor, projection: QkvProjection, rows_at_once: int = 4096) -> Projected:
     """Begin the first layer for every row of the embedding table."""
     starts = range(0, len(embeddings), rows_at_once)
-    parts = [enter(embeddings[start : start + rows_at_once], entry) for start in starts]
+    parts = [project(embeddings[start : start + rows_at_once], projection) for start in starts]
     return torch.cat([h for h, _ in parts]), torch.cat([qkv for _, qkv in parts])

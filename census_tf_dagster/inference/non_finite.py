@@ -20,7 +20,7 @@ Embeddings = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Judged:
+class RowResult:
     """What became of the cells of a row.
 
     Attributes
@@ -58,7 +58,7 @@ class SecondLook:
     most_tokens: int
     _wider: Model | None = None
 
-    def __call__(self, row: Row, embeddings: Embeddings, row_length: int | None) -> Judged:
+    def __call__(self, row: Row, embeddings: Embeddings, row_length: int | None) -> RowResult:
         """Judge the cells of a row.
 
         Parameters
@@ -75,7 +75,7 @@ class SecondLook:
         torch.OutOfMemoryError
             When memory does not suffice in the row's own precision.
         """
-        found = Judged(embeddings.copy())
+        found = RowResult(embeddings.copy())
         culprits = _not_finite(embeddings)
         if row_length is not None:
             culprits = self._without_neighbours(row, found.embeddings, culprits, row_length)
@@ -97,7 +97,7 @@ class SecondLook:
             embeddings[sound] = again[sound]
         return culprits
 
-    def _widen(self, row: Row, found: Judged, culprits: Positions) -> None:
+    def _widen(self, row: Row, found: RowResult, culprits: Positions) -> None:
         reason = f"Its embedding is not finite in {self.precision}"
         found.embeddings[culprits] = np.nan
         given_up = culprits

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.model import Entry, Model, Rest, first_table
+from census_tf_dagster.inference.model import BlockWeights, Model, QkvProjection, first_table
 from census_tf_dagster.inference.sealed_file import is_sealed
 from census_tf_dagster.inference.shape import ModelShape
 
@@ -56,12 +56,12 @@ def load_model(
             return get(name) if name in names else None
 
         names = set(file.keys())
-        entries = [
-            Entry(get(f"{i}.norm1.weight"), get(f"{i}.norm1.bias"), get(f"{i}.qkv"), maybe(f"{i}.qkv_bias"))
+        projections = [
+            QkvProjection(get(f"{i}.norm1.weight"), get(f"{i}.norm1.bias"), get(f"{i}.qkv"), maybe(f"{i}.qkv_bias"))
             for i in range(shape.num_layers)
         ]
-        rests = [
-            Rest(
+        blocks = [
+            BlockWeights(
                 out=get(f"{i}.out"),
                 out_bias=maybe(f"{i}.out_bias"),
                 norm_weight=get(f"{i}.norm2.weight"),
@@ -78,11 +78,11 @@ def load_model(
         table = file.get_tensor("table")[rows]
         return Model(
             shape=shape,
-            table=first_table(table.to(device, dtype or table.dtype), entries[0]),
+            table=first_table(table.to(device, dtype or table.dtype), projections[0]),
             pooled_from=specials - 1,
-            entries=tuple(entries[1:]),
-            rests=tuple(rests),
-            last_linear2=rests[-1].linear2.float(),
+            projections=tuple(projections[1:]),
+            blocks=tuple(blocks),
+            last_linear2=blocks[-1].linear2.float(),
         ), metadata["precision"]
 
 

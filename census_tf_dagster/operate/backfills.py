@@ -54,7 +54,7 @@ CANCEL = """mutation Cancel($id: String!) {
 
 
 @dataclass(frozen=True)
-class Work:
+class LaunchScope:
     """What a backfill does for a release."""
 
     plan: bool
@@ -65,7 +65,7 @@ class Work:
     reused: bool = False
     """Whether the shards' reused cells are copied, too."""
 
-    def covers(self, other: "Work") -> bool:
+    def covers(self, other: "LaunchScope") -> bool:
         """Tell whether who waits for this has what `other` asks for."""
         return (
             (self.plan or not other.plan)
@@ -91,7 +91,7 @@ class Backfill:
     created: float
     """Seconds since 1970."""
     error: str | None
-    work: Work
+    work: LaunchScope
 
     @property
     def going_on(self) -> bool:
@@ -99,7 +99,7 @@ class Backfill:
         return self.status in GOING_ON
 
 
-def start(deployment: Deployment, of: RemoteSet, release: str, work: Work) -> str:
+def start(deployment: Deployment, of: RemoteSet, release: str, work: LaunchScope) -> str:
     """Start a backfill; return its id. Dagster runs plan, approval, shards and array in this order, once each.
 
     Raises
@@ -135,7 +135,7 @@ def cancel(deployment: Deployment, backfill_id: str) -> None:
     expect(answer, "CancelBackfillSuccess", f"cancelling backfill {backfill_id}")
 
 
-def find_going(deployment: Deployment, of: RemoteSet, release: str) -> Backfill | None:
+def find_running(deployment: Deployment, of: RemoteSet, release: str) -> Backfill | None:
     """Return the first backfill that was launched for a release and has not ended.
 
     One that is being cancelled or fails is returned only when no other goes on.
@@ -175,7 +175,7 @@ def _backfill(one: Mapping[str, Any], release: str) -> Backfill:
         status=one["status"],
         created=one["timestamp"],
         error=one["error"] and one["error"]["message"].strip(),
-        work=Work(
+        work=LaunchScope(
             plan=PLAN in assets,
             shards=tuple(sorted(shards)),
             array=ARRAY in assets,

@@ -9,7 +9,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.remote_set import SHARDS, find_set
 from census_tf_dagster.operate.runs import materializations
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.cost_estimate import estimate
 from census_tf_dagster.pipeline.plan_release import PlanSummary, survey
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -52,13 +52,13 @@ class DryRun:
 
 
 def dry_run(
-    job: Job, shards: tuple[int, ...] | None, *, recompute: bool, measured: Iterable[Throughput] = ()
+    context: ReleaseContext, shards: tuple[int, ...] | None, *, recompute: bool, measured: Iterable[Throughput] = ()
 ) -> DryRun:
-    """Work out what a launch of some shards (None: all) would do.
+    """LaunchScope out what a launch of some shards (None: all) would do.
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     shards
         Their numbers.
@@ -72,22 +72,22 @@ def dry_run(
     UserError
         As planning would, or when a shard does not exist.
     """
-    found = survey(job)
-    plan = Plan(found.summary.totals, found.megabatches, job.folder.plan)
+    found = survey(context)
+    plan = Plan(found.summary.totals, found.megabatches, context.folder.plan)
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]
     todo = batches
-    if job.store.holds_files(job.folder.array):
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    if context.store.holds_files(context.folder.array):
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
         if not recompute:
-            notes = read_notes(job.store, job.folder, plan, chosen)
+            notes = read_notes(context.store, context.folder, plan, chosen)
             todo = missing_megabatches(array, plan, batches, notes)
     copy = [batch for batch in todo if batch.reused]
     compute = to_compute(todo)
     cells_to_copy, cells_to_compute = (sum(batch.cells for batch in some) for some in (copy, compute))
     return DryRun(
         plan=found.summary,
-        checkpoint_fingerprint=job.identity.checkpoint_fingerprint,
+        checkpoint_fingerprint=context.identity.checkpoint_fingerprint,
         shards=chosen,
         cells=sum(batch.cells for batch in batches),
         cells_to_compute=cells_to_compute,
@@ -95,7 +95,7 @@ def dry_run(
         megabatches_to_compute=len(compute),
         megabatches_to_copy=len(copy),
         bytes_to_write=found.summary.estimated_bytes * (cells_to_compute + cells_to_copy) // plan.totals.cells,
-        cost=estimate(job, sum(batch.tokens for batch in compute), measured),
+        cost=estimate(context, sum(batch.tokens for batch in compute), measured),
     )
 
 

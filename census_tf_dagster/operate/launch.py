@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.operate.backfills import Backfill, Work, cancel, fetch, find_going, start
+from census_tf_dagster.operate.backfills import Backfill, LaunchScope, cancel, fetch, find_running, start
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.remote_set import PLAN, REUSED, SHARDS, RemoteSet, find_set
@@ -75,10 +75,10 @@ def launch(url: str, request: LaunchRequest) -> int:
         return INTERRUPTED
 
 
-def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> Work:
+def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> LaunchScope:
     everything = tuple(range(len(found.shard_keys)))
     if request.shards is None:
-        return Work(plan=True, shards=everything, array=True, recompute=request.recompute, reused=found.reuses)
+        return LaunchScope(plan=True, shards=everything, array=True, recompute=request.recompute, reused=found.reuses)
     shards = parse_shards(request.shards)
     found.check_shards(shards)
     if not materializations(deployment, found, PLAN, [request.release]):
@@ -91,21 +91,23 @@ def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> W
     for asset in (SHARDS, *([REUSED] if found.reuses else [])):
         stored = materializations(deployment, found, asset, list(partitions.values()))
         unfinished |= any(partition not in stored for partition in partitions.values())
-    return Work(plan=False, shards=shards, array=not unfinished, recompute=request.recompute, reused=found.reuses)
+    return LaunchScope(
+        plan=False, shards=shards, array=not unfinished, recompute=request.recompute, reused=found.reuses
+    )
 
 
-def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work) -> Backfill:
+def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: LaunchScope) -> Backfill:
     """Find the backfill that goes on, or start one."""
     if not deployment.ask(DAEMON)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]:
         raise UserError(
             f"the deployment at {deployment.url} has no dagster-daemon: nothing would start. Run `dagster-daemon run "
             "-w workspace.yaml` with the same DAGSTER_HOME, then launch again."
         )
-    if going := find_going(deployment, found, release):
-        return _attach(deployment, found, release, going, work)
+    if unfinished := find_running(deployment, found, release):
+        return _attach(deployment, found, release, unfinished, work)
     backfill = fetch(deployment, found, release, start(deployment, found, release, work))
     # Another launch may have looked before this one had started; all but the first give way.
-    first = find_going(deployment, found, release)
+    first = find_running(deployment, found, release)
     if first and first.id != backfill.id:
         cancel(deployment, backfill.id)
         return _attach(deployment, found, release, first, work)
@@ -121,11 +123,11 @@ def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: Work
     return backfill
 
 
-def _attach(deployment: Deployment, found: RemoteSet, release: str, going: Backfill, work: Work) -> Backfill:
-    if not going.work.covers(work):
+def _attach(deployment: Deployment, found: RemoteSet, release: str, backfill: Backfill, work: LaunchScope) -> Backfill:
+    if not backfill.work.covers(work):
         raise UserError(
-            f"backfill {going.id} of {found.name} {release} goes on with {going.work}; asked for: {work}. Follow "
-            f"it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{going.id}"
+            f"backfill {backfill.id} of {found.name} {release} goes on with {backfill.work}; asked for: {work}. Follow "
+            f"it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{backfill.id}"
         )
     running = [
         run
@@ -135,14 +137,14 @@ def _attach(deployment: Deployment, found: RemoteSet, release: str, going: Backf
     stuck = find_stuck(deployment, found, release, running)
     if to_switch_on := nobody_mends(deployment, found, stuck):
         raise UserError(
-            f"backfill {going.id} of {found.name} {release} waits for what nothing mends: {stuck[0]}. To have it "
+            f"backfill {backfill.id} of {found.name} {release} waits for what nothing mends: {stuck[0]}. To have it "
             f"mended, {to_switch_on}; then launch again."
         )
-    print(f"attached to backfill {going.id} of {found.name} {release}, which goes on: {going.work}", flush=True)
+    print(f"attached to backfill {backfill.id} of {found.name} {release}, which goes on: {backfill.work}", flush=True)
     for one in stuck:
         mends = f" (the sensor {LOST_WORK} mends this within minutes)" if one.mends_itself else ""
         print(f"stuck: {one}{mends}", flush=True)
-    return going
+    return backfill
 
 
 def _how_to_follow(deployment: Deployment, name: str, release: str) -> str:

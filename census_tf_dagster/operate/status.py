@@ -10,7 +10,7 @@ from typing import Any
 
 from census_tf_dagster.durations import duration
 from census_tf_dagster.operate.approve import approval_text
-from census_tf_dagster.operate.backfills import find_going
+from census_tf_dagster.operate.backfills import find_running
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.observations import progress_of
 from census_tf_dagster.operate.remote_set import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet, find_set
@@ -49,9 +49,9 @@ PARTITIONS = """query Partitions($keys: [AssetKeyInput!]!) {
 fragment Keys on DefaultPartitionStatuses { materializedPartitions failedPartitions materializingPartitions }"""
 
 CHECK = """query Check($asset: AssetKeyInput!, $release: String!) {
-  assetCheckExecutions(assetKey: $asset, checkName: "proved", partition: $release, limit: 1) { status }
+  assetCheckExecutions(assetKey: $asset, checkName: "verified", partition: $release, limit: 1) { status }
 }"""
-PROVED = {"SUCCEEDED": True, "FAILED": False, "EXECUTION_FAILED": False}
+VERIFIED = {"SUCCEEDED": True, "FAILED": False, "EXECUTION_FAILED": False}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ReleaseStatus:
     """Of the cells that each shard reuses; None for a set that reuses none."""
     array: str
     array_path: str | None
-    proved: bool | None
+    verified: bool | None
     """What the asset check of that name said last; None when it never did."""
     cells_planned: int | None
     cells_done: int
@@ -208,7 +208,7 @@ def _release_status(
     plan = materializations(deployment, found, PLAN, [release]).get(release)
     array = materializations(deployment, found, ARRAY, [release]).get(release)
     checks = deployment.ask(CHECK, asset=found.key(ARRAY), release=release)["assetCheckExecutions"]
-    going = find_going(deployment, found, release)
+    backfill = find_running(deployment, found, release)
     copied = materializations(deployment, found, REUSED, partitions) if found.reuses else {}
     mine = [run for run in active if run.asset == SHARDS and run.partition in partitions]
     shards = ShardStates.of(SHARDS, release, found, states)
@@ -224,14 +224,14 @@ def _release_status(
         copies=ShardStates.of(REUSED, release, found, states) if found.reuses else None,
         array=states.get((ARRAY, release), "missing"),
         array_path=array.paths.get("array") if array else None,
-        proved=PROVED.get(checks[0]["status"]) if checks else None,
+        verified=VERIFIED.get(checks[0]["status"]) if checks else None,
         cells_planned=plan.numbers.get("cells") if plan else None,
         cells_done=sum(one.numbers.get("cells", 0) for one in (*stored.values(), *copied.values()))
         + sum(one.cells_done for partition, one in told.items() if partition not in stored),
         cells_set_aside=sum(one.numbers.get("cells_set_aside", 0) for one in stored.values()),
         cells_per_second=sum(one.cells_per_second for one in told.values()),
         limited_by=dict(Counter(one.limited_by for one in told.values())),
-        backfill=going.id if going else None,
+        backfill=backfill.id if backfill else None,
         seconds_left=_shards_left(deployment, found, stored, mine) if mine else 0.0,
         failures=dict(_failures(deployment, found, release, shards.failed[:REASONS])),
         stuck=tuple(stuck),
@@ -262,7 +262,7 @@ def _shards_left(
 
 def describe(found: RemoteSet, status: ReleaseStatus) -> str:
     """Return the lines that an operator reads."""
-    proved = {True: "yes", False: "no: materialize it again", None: "unknown"}[status.proved]
+    verified = {True: "yes", False: "no: materialize it again", None: "unknown"}[status.verified]
     lines = [
         f"{found.name} {status.release}",
         f"  plan    {status.plan}",
@@ -271,7 +271,7 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
         f"  cells   {status.cells_done:,} of "
         + ("an unknown number" if status.cells_planned is None else f"{status.cells_planned:,}")
         + (f"; {status.cells_set_aside:,} of them set aside" if status.cells_set_aside else ""),
-        f"  array   {status.array}; proved: {proved}" + (f"; {status.array_path}" if status.array_path else ""),
+        f"  array   {status.array}; verified: {verified}" + (f"; {status.array_path}" if status.array_path else ""),
     ]
     if status.approved:
         lines.append(f"  gate    {'approved' if status.approval == 'done' else status.approval}: {status.approved}")

@@ -1,4 +1,4 @@
-"""What the assets share: keys, and opening the job of a partition."""
+"""What the assets share: keys, and opening the context of a release."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from census_tf_dagster.identity import NUMERIC_VERSION
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
-    from census_tf_dagster.pipeline.context import Job
+    from census_tf_dagster.pipeline.context import ReleaseContext
 
 MODEL_PAGE = "https://github.com/czi-ai/transcriptformer"
 
@@ -85,12 +85,14 @@ NO_RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
 
 
 @contextmanager
-def release_job(settings: SetSettings, release: str, census: CensusResource, store: StoreResource) -> Iterator["Job"]:
-    """Open the job of a set and release, wherever the resources say."""
-    from census_tf_dagster.pipeline.context import open_job
+def release_context(
+    settings: SetSettings, release: str, census: CensusResource, store: StoreResource
+) -> Iterator["ReleaseContext"]:
+    """Open the context of a set and release, wherever the resources say."""
+    from census_tf_dagster.pipeline.context import open_context
 
     census_uri, storage = census.place(release)
-    with open_job(
+    with open_context(
         settings,
         release=release,
         census_uri=census_uri,
@@ -98,20 +100,20 @@ def release_job(settings: SetSettings, release: str, census: CensusResource, sto
         store_uri=store.uri(),
         store=store.storage(),
         cache=store.cache_folder(),
-    ) as job:
-        yield job
+    ) as opened:
+        yield opened
 
 
 @contextmanager
-def partition_job(
+def partition_context(
     settings: SetSettings,
     release: str,
     census: CensusResource,
     store: StoreResource,
     *,
     require_device: bool = False,
-) -> Iterator["Job"]:
-    """Open the job of a partition; what a user can mend fails the run at once, without retries."""
+) -> Iterator["ReleaseContext"]:
+    """Open the context of a partition; what a user can mend fails the run at once, without retries."""
     from census_tf_dagster.store.removal import noticing_removal
 
     try:
@@ -119,8 +121,8 @@ def partition_job(
             from census_tf_dagster.inference.devices import require_gpu
 
             require_gpu(settings.name, release)
-        with release_job(settings, release, census, store) as job, noticing_removal(job.store, job.folder):
-            yield job
+        with release_context(settings, release, census, store) as opened, noticing_removal(opened.store, opened.folder):
+            yield opened
     except UserError as error:
         raise final_failure(str(error)) from error
 

@@ -1,4 +1,4 @@
-"""What a proved array is worth: measures, pictures and coverage, made of a sample and one pass over obs."""
+"""What a verified array is worth: measures, pictures and coverage, made of a sample and one pass over obs."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,17 +13,17 @@ import numpy.typing as npt
 from census_tf_dagster.census.gene_check import look_at_genes
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.quality import measures, pictures, verdicts
 from census_tf_dagster.quality.coverage import MOST_GENES, JoinidSet, read_obs
 from census_tf_dagster.quality.measures import Distribution
 from census_tf_dagster.quality.projection import project
 from census_tf_dagster.quality.report import Report, read_about, read_distribution
 from census_tf_dagster.quality.sample import SEED, digest, iter_planned, read_embeddings, sampled_positions
-from census_tf_dagster.quality.upstream_comparison import Judgement
+from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 from census_tf_dagster.quality.vocabulary import COUNTED_CELLS, Outside, count_outside
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.verification import all_set_aside, proved_shards, release_state
+from census_tf_dagster.store.verification import all_set_aside, release_state, verified_shards
 
 COLUMNS = ("cell_type", "tissue_general", "dataset_id", "assay")
 TITLES = {"cell_type": "cell type", "tissue_general": "tissue", "dataset_id": "dataset", "assay": "assay"}
@@ -44,14 +44,14 @@ class _Clock:
         self.say(f"quality: {name} in {self.seconds[name]:.1f} s")
 
 
-def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
-    """Measure and draw a proved array, and store the report beside it.
+def assess(context: ReleaseContext, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Measure and draw a verified array, and store the report beside it.
 
     Time and memory hardly grow with the release: a fixed sample of the cells, and one pass over obs.
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     say
         Called after each part.
@@ -59,24 +59,24 @@ def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
     Raises
     ------
     UserError
-        When the array is not proved.
+        When the array is not verified.
     """
-    plan = read_plan(job.store, job.folder.plan)
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    if (state := release_state(array, plan)) != "proved":
+    plan = read_plan(context.store, context.folder.plan)
+    array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+    if (state := release_state(array, plan)) != "verified":
         raise UserError(f"the array is {state}: materialize embeddings_array first.")
     clock = _Clock(say)
     with clock.part("the plan's cells"):
-        sample, planned, embedded = _listed(job, plan, array)
+        sample, planned, embedded = _listed(context, plan, array)
     with clock.part("obs"):
-        columns = [name for name in COLUMNS if name in job.release.obs.keys()]  # noqa: SIM118
-        obs = read_obs(job.release, columns, planned, embedded, sample)
+        columns = [name for name in COLUMNS if name in context.release.obs.keys()]  # noqa: SIM118
+        obs = read_obs(context.release, columns, planned, embedded, sample)
         labels = {name: obs.labels.get(name, np.full(len(sample), "(none)")) for name in COLUMNS}
     with clock.part("counts outside the vocabulary"):
-        known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
+        known = np.array([context.checkpoint.knows(gene) for gene in context.genes.ids])
         # Where obs does not say which cells have counts, all of the sample are counted.
         most = len(sample) if obs.sampled_genes is None else COUNTED_CELLS
-        outside = count_outside(job.release, sample, known, job.checkpoint.aux_column, most)
+        outside = count_outside(context.release, sample, known, context.checkpoint.aux_column, most)
     sampled_genes = outside.genes if obs.sampled_genes is None else obs.sampled_genes
     genes = (
         np.bincount(np.minimum(outside.genes, MOST_GENES), minlength=MOST_GENES + 1) if obs.genes is None else obs.genes
@@ -99,20 +99,20 @@ def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
                 measures.label_agreement(neighbours, shown["cell_type"], shown["dataset_id"]) if neighbours else None
             ),
             "no_collapsed_dimensions": verdicts.of_dimensions(measures.look_at_dimensions(embeddings)),
-            "drift_from_previous_release": _drift(job, distribution),
+            "drift_from_previous_release": _drift(context, distribution),
             "gene_ids_fit_counts": verdicts.of_genes(
-                look_at_genes(job.genes, job.settings.organism, outside.expressing, len(outside.rows))
+                look_at_genes(context.genes, context.settings.organism, outside.expressing, len(outside.rows))
             ),
-            "same_as_upstream": verdicts.of_judgements(_judgements(job, plan)),
+            "same_as_upstream": verdicts.of_comparisons(_comparisons(context, plan)),
         }
-    window = job.checkpoint.shape.seq_len
+    window = context.checkpoint.shape.seq_len
     with clock.part("pictures"):
-        drawn = _draw(job, points, shown, genes) | _draw_counts(job, labels, genes, outside, window)
+        drawn = _draw(context, points, shown, genes) | _draw_counts(context, labels, genes, outside, window)
     report = Report(
         about={
-            "set": job.settings.name,
-            "release": job.release_name,
-            "identity": vars(job.identity),
+            "set": context.settings.name,
+            "release": context.release_name,
+            "identity": vars(context.identity),
             "plan": plan.totals.plan,
             "covered": array.read_record()["covered"],
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,59 +136,67 @@ def assess(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         distribution=distribution,
         seconds=clock.seconds,
     )
-    report.write(job.store, job.folder.qc)
+    report.write(context.store, context.folder.qc)
     return report
 
 
-def _listed(job: Job, plan: Plan, array: EmbeddingsArray) -> tuple[npt.NDArray[np.int64], JoinidSet, JoinidSet]:
-    """Return the sample, all planned cells, and those that a proof shows to be in the array."""
-    proved = proved_shards(array, plan, job.folder)
-    without = np.array(sorted(all_set_aside(array, plan, job.folder)), np.int64)
+def _listed(
+    context: ReleaseContext, plan: Plan, array: EmbeddingsArray
+) -> tuple[npt.NDArray[np.int64], JoinidSet, JoinidSet]:
+    """Return the sample, all planned cells, and those that a verification shows to be in the array."""
+    verified = verified_shards(array, plan, context.folder)
+    without = np.array(sorted(all_set_aside(array, plan, context.folder)), np.int64)
     positions = sampled_positions(np.array([batch.cells for batch in plan.megabatches], np.int64))
     planned, embedded = JoinidSet(), JoinidSet()
     sample = []
     for index, ids in iter_planned(plan, array):
         planned.add(ids)
         chosen = ids[positions[index]]
-        if plan.megabatches[index].shard in proved:
+        if plan.megabatches[index].shard in verified:
             embedded.add(np.setdiff1d(ids, without, assume_unique=True))
         sample.append(np.setdiff1d(chosen, without, assume_unique=True))
     return np.sort(np.concatenate(sample)), planned, embedded
 
 
-def _drift(job: Job, distribution: Distribution) -> verdicts.Verdict:
-    previous = _previous(job)
+def _drift(context: ReleaseContext, distribution: Distribution) -> verdicts.Verdict:
+    previous = _previous(context)
     if previous is None:
         return verdicts.of_drift(None, None)
     release, before = previous
     return verdicts.of_drift(measures.drift(distribution, before), release)
 
 
-def _previous(job: Job) -> tuple[str, Distribution] | None:
+def _previous(context: ReleaseContext) -> tuple[str, Distribution] | None:
     """Find the latest earlier release of this set whose report is of the same model."""
-    mine = vars(job.identity)
+    mine = vars(context.identity)
     # {store}/{set}/{release}/{identity}
-    of_set = job.folder.root.rsplit("/", 2)[0]
+    of_set = context.folder.root.rsplit("/", 2)[0]
     earlier: list[tuple[str, str, str, str]] = []
-    for release in job.store.list(of_set):
-        for folder in job.store.list(release):
+    for release in context.store.list(of_set):
+        for folder in context.store.list(release):
             qc = f"{folder.rstrip('/')}/qc"
-            about = read_about(job.store, qc)
+            about = read_about(context.store, qc)
             if about is None:
                 continue
             theirs: Mapping[str, Any] = about["identity"]
             built = str(theirs.get("census_build_date"))
-            if built < job.identity.census_build_date and all(theirs.get(name) == mine[name] for name in SAME_MODEL):
+            if built < context.identity.census_build_date and all(
+                theirs.get(name) == mine[name] for name in SAME_MODEL
+            ):
                 earlier.append((built, str(about.get("made_at")), str(about.get("release")), qc))
     for _, _, name, qc in sorted(earlier, reverse=True):
-        if (found := read_distribution(job.store, qc)) and found.means.shape[1:] == (job.identity.embedding_dim,):
+        if (found := read_distribution(context.store, qc)) and found.means.shape[1:] == (
+            context.identity.embedding_dim,
+        ):
             return name, found
     return None
 
 
-def _judgements(job: Job, plan: Plan) -> list[Judgement | None]:
+def _comparisons(context: ReleaseContext, plan: Plan) -> list[UpstreamComparison | None]:
     shards = [shard for shard in range(plan.totals.shards) if plan.shard(shard)]
-    return [Judgement.read(job.store, job.folder.judgement(plan.totals.plan, shard)) for shard in shards]
+    return [
+        UpstreamComparison.read(context.store, context.folder.comparison(plan.totals.plan, shard)) for shard in shards
+    ]
 
 
 def _genes_per_cell(genes: npt.NDArray[np.int64], window: int) -> dict[str, float | int]:
@@ -203,18 +211,18 @@ def _genes_per_cell(genes: npt.NDArray[np.int64], window: int) -> dict[str, floa
     }
 
 
-def _named(job: Job, labels: Mapping[str, npt.NDArray[np.str_]]) -> dict[str, npt.NDArray[np.str_]]:
+def _named(context: ReleaseContext, labels: Mapping[str, npt.NDArray[np.str_]]) -> dict[str, npt.NDArray[np.str_]]:
     """Return labels with the titles of datasets instead of their ids."""
-    titles = job.release.dataset_titles()
+    titles = context.release.dataset_titles()
     return {**labels, "dataset_id": np.array([titles.get(one, one) for one in labels["dataset_id"]], np.str_)}
 
 
-def _head(job: Job) -> str:
-    return f"{job.settings.name} · {job.release_name}"
+def _head(context: ReleaseContext) -> str:
+    return f"{context.settings.name} · {context.release_name}"
 
 
 def _draw(
-    job: Job,
+    context: ReleaseContext,
     points: npt.NDArray[np.float32],
     labels: Mapping[str, npt.NDArray[np.str_]],
     genes: npt.NDArray[np.int64],
@@ -224,38 +232,40 @@ def _draw(
         f"UMAP of {len(points):,} of {int(genes.sum()):,} cells, always the same ones. "
         "Distances between groups mean little."
     )
-    named = _named(job, labels)
+    named = _named(context, labels)
     return {
         f"umap_{name.removesuffix('_id').removesuffix('_general')}": pictures.scatter(
-            points, named[name], title, f"{_head(job)} · by {title}", about
+            points, named[name], title, f"{_head(context)} · by {title}", about
         )
         for name, title in TITLES.items()
     }
 
 
 def _draw_counts(
-    job: Job,
+    context: ReleaseContext,
     labels: Mapping[str, npt.NDArray[np.str_]],
     genes: npt.NDArray[np.int64],
     outside: Outside,
     window: int,
 ) -> dict[str, bytes]:
     """Draw how much of a cell the model sees, with the labels of all of the sample."""
-    named = _named(job, labels)
+    named = _named(context, labels)
     which = (
-        "All {:,} planned cells, by nnz of obs" if job.release.has_nnz else "{:,} cells of the sample, by their counts"
+        "All {:,} planned cells, by nnz of obs"
+        if context.release.has_nnz
+        else "{:,} cells of the sample, by their counts"
     )
     return {
         "genes_per_cell": pictures.genes_histogram(
             genes,
             window,
-            f"{_head(job)} · genes per cell and the model's window",
+            f"{_head(context)} · genes per cell and the model's window",
             which.format(int(genes.sum())) + ": genes outside the vocabulary, which take no room, count here.",
         ),
         "outside_vocabulary": pictures.share_bars(
             [(f"by {TITLES[name]}", outside.shares_by(named[name])) for name in ("assay", "dataset_id")],
             outside.share,
-            f"{_head(job)} · counts of genes that the model does not know",
+            f"{_head(context)} · counts of genes that the model does not know",
             f"Share of all counts (cells counted), over {len(outside.rows):,} cells of the sample. Red: all of them, "
             f"{outside.share:.1%}.",
         ),

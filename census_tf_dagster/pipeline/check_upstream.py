@@ -11,11 +11,11 @@ import numpy.typing as npt
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.plan import Plan, to_compute
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.upstream import upstream_running
 from census_tf_dagster.quality.sample import SEED, read_embeddings
 from census_tf_dagster.quality.thresholds import upstream_bound
-from census_tf_dagster.quality.upstream_comparison import Judgement
+from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.write_notes import read_notes
 
@@ -26,16 +26,16 @@ NOT_INSTALLED = "transcriptformer is not installed on the worker; docs/quality.m
 
 
 @contextmanager
-def judging(
-    job: Job, plan: Plan, array: EmbeddingsArray, shard: int, command: Path | None, *, anew: bool
-) -> Iterator[Callable[[], Judgement | None]]:
+def checking_upstream(
+    context: ReleaseContext, plan: Plan, array: EmbeddingsArray, shard: int, command: Path | None, *, anew: bool
+) -> Iterator[Callable[[], UpstreamComparison | None]]:
     """Start upstream on a few cells of a shard that is committed.
 
-    Whatever keeps it from being done is told, and never raised: the shard's own work is done and proved without it.
+    Whatever keeps it from being done is told, and never raised: the shard's own work is done and verified without it.
 
     Parameters
     ----------
-    job, plan, array, shard
+    context, plan, array, shard
         Of which cells.
     command
         Upstream's ``transcriptformer``; None: there is none.
@@ -47,59 +47,65 @@ def judging(
     Callable
         Waits for upstream, compares and stores; returns what was found, None for a shard that computes none.
     """
-    uri = job.folder.judgement(plan.totals.plan, shard)
-    stored = None if anew else Judgement.read(job.store, uri)
+    uri = context.folder.comparison(plan.totals.plan, shard)
+    stored = None if anew else UpstreamComparison.read(context.store, uri)
     if not to_compute(plan.shard(shard)) or (stored is not None and (command is None or not stored.not_done)):
         yield lambda: stored
         return
-    bound = upstream_bound(job.settings.compute_precision, job.settings.storage_precision)
+    bound = upstream_bound(context.settings.compute_precision, context.settings.storage_precision)
     with ExitStack() as stack:
         try:
-            compare = _start(job, plan, array, shard, command, bound, stack)
+            compare = _start(context, plan, array, shard, command, bound, stack)
         except Exception as error:
             compare = _not_done(shard, bound, error)
 
-        def finish() -> Judgement:
+        def finish() -> UpstreamComparison:
             try:
                 found = compare()
             except Exception as error:
                 found = _not_done(shard, bound, error)()
-            found.write(job.store, uri)
+            found.write(context.store, uri)
             return found
 
         yield finish
 
 
 def _start(
-    job: Job, plan: Plan, array: EmbeddingsArray, shard: int, command: Path | None, bound: float, stack: ExitStack
-) -> Callable[[], Judgement]:
+    context: ReleaseContext,
+    plan: Plan,
+    array: EmbeddingsArray,
+    shard: int,
+    command: Path | None,
+    bound: float,
+    stack: ExitStack,
+) -> Callable[[], UpstreamComparison]:
     if command is None:
         raise UserError(NOT_INSTALLED)
     began = time.monotonic()
-    joinids = _choose(job, plan, shard)
-    cells = read_cells(job.release, joinids, job.checkpoint.aux_column)
+    joinids = _choose(context, plan, shard)
+    cells = read_cells(context.release, joinids, context.checkpoint.aux_column)
     # The heads that upstream computes for each cell take a GB of memory at the true size.
-    answer = stack.enter_context(upstream_running(job, cells, command, batch_size=1))
+    answer = stack.enter_context(upstream_running(context, cells, command, batch_size=1))
 
-    def compare() -> Judgement:
+    def compare() -> UpstreamComparison:
         upstreams = answer(PATIENCE_SECONDS)
         seconds = time.monotonic() - began
-        return Judgement.compare(shard, joinids, read_embeddings(array, joinids), upstreams, bound, seconds)
+        return UpstreamComparison.compare(shard, joinids, read_embeddings(array, joinids), upstreams, bound, seconds)
 
     return compare
 
 
-def _not_done(shard: int, bound: float, error: Exception) -> Callable[[], Judgement]:
+def _not_done(shard: int, bound: float, error: Exception) -> Callable[[], UpstreamComparison]:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return lambda: Judgement(shard, (), bound, not_done=reason)
+    return lambda: UpstreamComparison(shard, (), bound, not_done=reason)
 
 
-def _choose(job: Job, plan: Plan, shard: int) -> npt.NDArray[np.int64]:
+def _choose(context: ReleaseContext, plan: Plan, shard: int) -> npt.NDArray[np.int64]:
     """Choose some cells out of megabatches that are spread over the shard, the same ones every time."""
     batches = to_compute(plan.shard(shard))
     spread = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, CELLS).astype(int))]
-    ids = np.concatenate(plan.read_ids(job.store, spread))
-    noted = read_notes(job.store, job.folder, plan, [shard])
+    ids = np.concatenate(plan.read_ids(context.store, spread))
+    noted = read_notes(context.store, context.folder, plan, [shard])
     without = [joinid for some in noted.values() for one in some for joinid in one.set_aside]
     ids = np.setdiff1d(ids, np.array(without, np.int64))
     rng = np.random.default_rng([SEED, shard])

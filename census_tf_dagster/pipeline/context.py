@@ -19,7 +19,7 @@ from census_tf_dagster.store.layout import ReleaseFolder
 
 
 @dataclass(frozen=True)
-class Job:
+class ReleaseContext:
     """One set and release, opened: everything that the steps need, and nothing written yet."""
 
     settings: SetSettings
@@ -34,7 +34,7 @@ class Job:
 
 
 @contextmanager
-def open_job(
+def open_context(
     settings: SetSettings,
     *,
     release: str,
@@ -43,7 +43,7 @@ def open_job(
     store_uri: str,
     store: Storage,
     cache: Path,
-) -> Iterator[Job]:
+) -> Iterator[ReleaseContext]:
     """Open Census and checkpoint, check them, and work out the identity.
 
     Parameters
@@ -99,7 +99,7 @@ def open_job(
             fractional_counts=settings.fractional_counts,
         )
         folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
-        yield Job(settings, release, opened, genes, checkpoint, identity, store, folder, cache)
+        yield ReleaseContext(settings, release, opened, genes, checkpoint, identity, store, folder, cache)
 
 
 def _require_unique(release: OrganismRelease, genes: Genes, checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.plan import Megabatch, Source, read_plan
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.reuse_source import open_source, source_error
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
@@ -31,7 +31,7 @@ class CopySummary:
         Hash of the plan it works on, and the array it copies from; None when nothing is reused.
     cells, cells_copied, cells_before
         Cells of the shard that are reused, those that this run copied, and those that were there before it.
-    proved
+    verified
         Whether the shard was read back: it is by whoever completes it, this or `embed_shard`.
     """
 
@@ -43,8 +43,8 @@ class CopySummary:
     megabatches_copied: int = 0
     cells_copied: int = 0
     seconds: float = 0.0
-    proof_seconds: float = 0.0
-    proved: bool = False
+    verification_seconds: float = 0.0
+    verified: bool = False
 
     def cells_per_second(self) -> float:
         """Return the rate of this run; 0 before anything was copied."""
@@ -52,13 +52,17 @@ class CopySummary:
 
 
 def copy_shard(
-    job: Job, shard: int, *, recompute: bool = False, report: Callable[[CopySummary], None] = lambda _: None
+    context: ReleaseContext,
+    shard: int,
+    *,
+    recompute: bool = False,
+    report: Callable[[CopySummary], None] = lambda _: None,
 ) -> CopySummary:
     """Copy what a shard of the current plan reuses; run again, it does what is missing or was damaged since.
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     shard
         Which shard.
@@ -70,30 +74,30 @@ def copy_shard(
     Raises
     ------
     UserError
-        When the earlier array is not the proved one any more that the plan names.
-    ProofError
+        When the earlier array is not the verified one any more that the plan names.
+    VerificationError
         When what was read back is not what was planned.
     """
-    plan = read_plan(job.store, job.folder.plan)
+    plan = read_plan(context.store, context.folder.plan)
     batches = [batch for batch in plan.shard(shard) if batch.reused]
-    array = EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
-    notes = read_notes(job.store, job.folder, plan, [shard])
+    array = EmbeddingsArray.repair(context.folder.array, context.store, context.identity)
+    notes = read_notes(context.store, context.folder, plan, [shard])
     todo = list(batches) if recompute else missing_megabatches(array, plan, batches, notes)
     cells = sum(batch.cells for batch in batches)
     summary = CopySummary(
         plan.totals.plan, plan.totals.source, cells, cells - sum(batch.cells for batch in todo), len(batches)
     )
-    notebook = NoteBook(job.store, job.folder, plan, shard)
+    notebook = NoteBook(context.store, context.folder, plan, shard)
 
     def copy(some: Sequence[Megabatch]) -> None:
         source = plan.totals.source
         if not some or source is None:
             return
-        earlier = open_source(job, source)
+        earlier = open_source(context, source)
         began = time.monotonic() - summary.seconds
         with earlier.reading() as values_of, array.writing() as write:
             for batch in some:
-                ids, sources = plan.read_copies(job.store, batch)
+                ids, sources = plan.read_copies(context.store, batch)
                 values = _gather(values_of, array.n_features, source, sources)
                 notebook.note(Written.of(batch, ids, values))
                 write(ids, values)
@@ -105,11 +109,11 @@ def copy_shard(
 
     copy(todo)
     started = time.monotonic()
-    found = require_shard(array, plan, job.folder, shard)
+    found = require_shard(array, plan, context.folder, shard)
     if found is not None and found.problems:
-        mend_shard(array, plan, job.folder, shard, found, batches, copy)
-    summary.proved = found is not None
-    summary.proof_seconds = time.monotonic() - started
+        mend_shard(array, plan, context.folder, shard, found, batches, copy)
+    summary.verified = found is not None
+    summary.verification_seconds = time.monotonic() - started
     return summary
 
 

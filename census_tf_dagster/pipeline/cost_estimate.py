@@ -7,45 +7,45 @@ from dataclasses import asdict
 from census_tf_dagster.census.plan import Plan, to_compute
 from census_tf_dagster.config.cost import Cost, Throughput, choose_rate, cost_of
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.write_notes import read_notes
 
 
-def tokens_left(job: Job, plan: Plan) -> int:
+def tokens_left(context: ReleaseContext, plan: Plan) -> int:
     """Return the tokens that a release still needs: those of megabatches that are not committed. Reads metadata."""
     batches = to_compute(plan.megabatches)
-    if job.store.holds_files(job.folder.array):
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-        notes = read_notes(job.store, job.folder, plan, range(plan.totals.shards))
+    if context.store.holds_files(context.folder.array):
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+        notes = read_notes(context.store, context.folder, plan, range(plan.totals.shards))
         batches = missing_megabatches(array, plan, batches, notes)
     return sum(batch.tokens for batch in batches)
 
 
-def estimate(job: Job, tokens: int, shards: Iterable[Throughput]) -> Cost:
+def estimate(context: ReleaseContext, tokens: int, shards: Iterable[Throughput]) -> Cost:
     """Work out what some tokens take.
 
     Parameters
     ----------
-    job
+    context
         The set, with its prices and its canary.
     tokens
         How many.
     shards
         What the last shards of this set have done.
     """
-    spending = job.settings.spending
-    return cost_of(tokens, choose_rate(shards, read_canary(job), spending.gpu_type), spending)
+    spending = context.settings.spending
+    return cost_of(tokens, choose_rate(shards, read_canary(context), spending.gpu_type), spending)
 
 
-def write_canary(job: Job, throughput: Throughput) -> None:
+def write_canary(context: ReleaseContext, throughput: Throughput) -> None:
     """Keep what a canary found of the set's speed, for the plans that come."""
-    job.store.make_place(job.folder.store)
-    job.store.write(job.folder.canary, json.dumps(asdict(throughput)).encode())
+    context.store.make_place(context.folder.store)
+    context.store.write(context.folder.canary, json.dumps(asdict(throughput)).encode())
 
 
-def read_canary(job: Job) -> Throughput | None:
+def read_canary(context: ReleaseContext) -> Throughput | None:
     """Return what the set's last canary found; None when there was none.
 
     Raises
@@ -53,13 +53,13 @@ def read_canary(job: Job) -> Throughput | None:
     UserError
         When the file is damaged.
     """
-    uri = job.folder.canary
-    if not job.store.exists(uri):
+    uri = context.folder.canary
+    if not context.store.exists(uri):
         return None
     try:
-        found = Throughput(**json.loads(job.store.read(uri)))
+        found = Throughput(**json.loads(context.store.read(uri)))
         if not (found.tokens > 0 and found.seconds > 0 and found.devices > 0):
             raise ValueError(f"expected numbers above 0, found {found}")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{uri} is damaged ({error}): run the canary of {job.settings.name} again.") from error
+        raise UserError(f"{uri} is damaged ({error}): run the canary of {context.settings.name} again.") from error
     return found

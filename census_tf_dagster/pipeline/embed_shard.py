@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from census_tf_dagster.census.plan import Megabatch, Plan, read_plan, to_compute
-from census_tf_dagster.pipeline.check_upstream import judging
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.check_upstream import checking_upstream
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.stages import TRIES, Outcome, Times, outcomes
-from census_tf_dagster.quality.upstream_comparison import Judgement
+from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.mending import mend_shard
-from census_tf_dagster.store.verification import is_proved, require_shard, set_aside_of
+from census_tf_dagster.store.verification import is_verified, require_shard, set_aside_of
 from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
 
 MOST_FAILED = 8
@@ -41,17 +41,17 @@ class ShardSummary:
         From when all devices had loaded the model to the last commit.
     times
         What each stage has done.
-    proof_seconds
+    verification_seconds
         Time of reading back, and of waiting for upstream's own code beside it.
-    proved
+    verified
         Whether the shard was read back; while cells that it reuses are not copied, it is left to whoever copies them.
     set_aside
-        Why cells of the shard have no embedding, by joinid; known once it is proved.
+        Why cells of the shard have no embedding, by joinid; known once it is verified.
     cells_widened, cells_fractional
         Cells that this run computed in a wider precision, and those with counts that are no whole numbers.
     megabatches_mended
         Those that were damaged when they were read back, and were computed again.
-    judgement
+    comparison
         What that made of a few cells; None for a shard without cells.
     """
 
@@ -64,9 +64,9 @@ class ShardSummary:
     tokens_computed: int = 0
     seconds: float = 0.0
     times: Times = field(default_factory=Times)
-    proof_seconds: float = 0.0
-    proved: bool = False
-    judgement: Judgement | None = None
+    verification_seconds: float = 0.0
+    verified: bool = False
+    comparison: UpstreamComparison | None = None
     set_aside: dict[int, str] = field(default_factory=dict)
     cells_widened: int = 0
     cells_fractional: int = 0
@@ -101,7 +101,7 @@ class SetAsideError(Exception):
 
 
 def embed_shard(
-    job: Job,
+    context: ReleaseContext,
     shard: int,
     *,
     recompute: bool = False,
@@ -118,7 +118,7 @@ def embed_shard(
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     shard
         Which shard.
@@ -135,34 +135,34 @@ def embed_shard(
         Before the model is loaded, when something is missing or does not fit.
     SetAsideError
         At the end, when megabatches failed; at once, when more cells were set aside than can be an accident.
-    ProofError
+    VerificationError
         When what was read back is not what was planned, and could not be mended.
     """
-    plan = read_plan(job.store, job.folder.plan)
+    plan = read_plan(context.store, context.folder.plan)
     batches = to_compute(plan.shard(shard))
-    array = EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
-    notes = read_notes(job.store, job.folder, plan, [shard])
+    array = EmbeddingsArray.repair(context.folder.array, context.store, context.identity)
+    notes = read_notes(context.store, context.folder, plan, [shard])
     todo = list(batches) if recompute else missing_megabatches(array, plan, batches, notes)
     cells = sum(batch.cells for batch in batches)
     summary = ShardSummary(plan.totals.plan, cells, cells - sum(batch.cells for batch in todo), len(batches))
-    proved_before = is_proved(array, plan, job.folder, shard)
-    write = _Writing(job, plan, array, shard, summary, report, recompute=recompute)
+    verified_before = is_verified(array, plan, context.folder, shard)
+    write = _Writing(context, plan, array, shard, summary, report, recompute=recompute)
     if todo:
         write(todo)
         array.gather_metadata()
     started = time.monotonic()
     # The devices are free now, and reading back does not need them.
-    anew = bool(todo) or not proved_before
-    with judging(job, plan, array, shard, upstream, anew=anew) as judge:
-        found = require_shard(array, plan, job.folder, shard)
-        summary.judgement = judge()
+    anew = bool(todo) or not verified_before
+    with checking_upstream(context, plan, array, shard, upstream, anew=anew) as compare:
+        found = require_shard(array, plan, context.folder, shard)
+        summary.comparison = compare()
     if found is not None and found.problems:
-        summary.megabatches_mended = mend_shard(array, plan, job.folder, shard, found, batches, write)
-        with judging(job, plan, array, shard, upstream, anew=True) as judge:
-            summary.judgement = judge()
-    summary.proved = found is not None
-    summary.set_aside = set_aside_of(array, plan, job.folder, shard)
-    summary.proof_seconds = time.monotonic() - started
+        summary.megabatches_mended = mend_shard(array, plan, context.folder, shard, found, batches, write)
+        with checking_upstream(context, plan, array, shard, upstream, anew=True) as compare:
+            summary.comparison = compare()
+    summary.verified = found is not None
+    summary.set_aside = set_aside_of(array, plan, context.folder, shard)
+    summary.verification_seconds = time.monotonic() - started
     return summary
 
 
@@ -171,7 +171,7 @@ class _Writing:
 
     def __init__(
         self,
-        job: Job,
+        context: ReleaseContext,
         plan: Plan,
         array: EmbeddingsArray,
         shard: int,
@@ -180,19 +180,19 @@ class _Writing:
         *,
         recompute: bool,
     ) -> None:
-        self._job, self._plan, self._array = job, plan, array
+        self._context, self._plan, self._array = context, plan, array
         # Values that were there before a recomputation still stand: without the flag nothing is missing.
         self._recompute = recompute
         self._summary, self._report = summary, report
-        self._notes = NoteBook(job.store, job.folder, plan, shard)
+        self._notes = NoteBook(context.store, context.folder, plan, shard)
         # An accident of a few cells, or 1 %; with more, the fault is hardly in the cells.
         self._most_set_aside = max(MOST_SET_ASIDE, summary.cells // 100)
 
     def __call__(self, todo: Sequence[Megabatch]) -> None:
         summary = self._summary
-        ids = self._plan.read_ids(self._job.store, todo)
+        ids = self._plan.read_ids(self._context.store, todo)
         failed: list[Outcome] = []
-        with self._array.writing() as write, outcomes(self._job, todo, ids, summary.times) as leaving:
+        with self._array.writing() as write, outcomes(self._context, todo, ids, summary.times) as leaving:
             began = time.monotonic() - summary.seconds
             for outcome in leaving:
                 if outcome.failure:
@@ -202,7 +202,7 @@ class _Writing:
                     continue
                 started = time.monotonic()
                 values = outcome.embeddings
-                if self._job.settings.storage_precision == "bfloat16":
+                if self._context.settings.storage_precision == "bfloat16":
                     values = round_to_bfloat16(values)
                 self._require_few_set_aside(outcome.set_aside)
                 self._notes.note(Written.of(outcome.batch, outcome.joinids, values, outcome.set_aside, outcome.widened))

@@ -1,4 +1,4 @@
-"""Step 3: prove that the array is exactly the plan and keeps every rule, then publish and record it."""
+"""Step 3: verify that the array is exactly the plan and keeps every rule, then publish and record it."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ import yaml
 from census_tf_dagster.census.plan import Plan, PlanTotals, read_plan
 from census_tf_dagster.census.release import MEASUREMENT
 from census_tf_dagster.config.publication import Publication
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import obs_ids_faults, write_obs_ids
 from census_tf_dagster.store.rules import (
@@ -27,11 +27,11 @@ from census_tf_dagster.store.rules import (
     storage_version_faults,
 )
 from census_tf_dagster.store.verification import (
-    ProofError,
-    ReleaseProof,
-    prove_release,
+    ReleaseVerification,
+    VerificationError,
     release_state,
     require_openable,
+    verify_release,
 )
 
 REASONS = 10
@@ -39,7 +39,7 @@ REASONS = 10
 RECORDED_PACKAGES = ("census-tf-dagster", "tiledbsoma", "tiledb", "cellxgene-census", "dagster")
 
 
-class RuleError(ProofError):
+class RuleError(VerificationError):
     """The array breaks rules.
 
     Attributes
@@ -59,7 +59,7 @@ class RuleError(ProofError):
 
 @dataclass(frozen=True)
 class ArraySummary:
-    """A proved array.
+    """A verified array.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class ArraySummary:
         Committed writes, and how many more there are than megabatches planned: recomputed shards, or two workers
         on one shard. Harmless (the later value of a cell counts), but paid twice.
     read_again
-        Shards that were read again: their fragments had changed since their proof, or everything was asked for.
+        Shards that were read again: their fragments had changed since their verification, or everything was asked for.
     published
         What `CxG_embedding_info` says; None for a set without publication.
     uri
@@ -101,16 +101,16 @@ def _reasons(set_aside: dict[int, str]) -> list[tuple[str, int]]:
 
 
 def finish_array(
-    job: Job, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
+    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
 ) -> ArraySummary:
-    """Prove the array of the current plan, publish it, and record how it was made.
+    """Verify the array of the current plan, publish it, and record how it was made.
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     full
-        Read every value again, not only what came after the shards' proofs.
+        Read every value again, not only what came after the shards' verifications.
     report
         Called with how many shards were read again, of how many.
 
@@ -121,26 +121,28 @@ def finish_array(
     RuleError
         When the array breaks a rule. Nothing has been published or recorded then.
     """
-    plan = read_plan(job.store, job.folder.plan)
-    proof, findings = _look(job, plan, full=full, report=report)
+    plan = read_plan(context.store, context.folder.plan)
+    verification, findings = _look(context, plan, full=full, report=report)
     # What the Census's readers expect of the storage matters to a set that publishes, and only warns the others.
-    if any(finding.wrong and (job.settings.publication or finding.rule != "storage_version") for finding in findings):
+    if any(
+        finding.wrong and (context.settings.publication or finding.rule != "storage_version") for finding in findings
+    ):
         raise RuleError(findings)
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    info = _embedding_info(job, proof, array, datetime.now(UTC).date())
-    obs_ids = write_obs_ids(job.store, job.folder, plan, proof.set_aside)
+    array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+    info = _embedding_info(context, verification, array, datetime.now(UTC).date())
+    obs_ids = write_obs_ids(context.store, context.folder, plan, verification.set_aside)
     array.write_info(info)
     if info:
-        job.store.write(job.folder.meta, _as_yaml(info))
+        context.store.write(context.folder.meta, _as_yaml(info))
     array.write_record(
         {
             "plan": plan.totals.plan,
-            "covered": proof.covered,
-            "cells": proof.cells,
-            "cells_set_aside": len(proof.set_aside),
-            "set_aside": _reasons(proof.set_aside),
+            "covered": verification.covered,
+            "cells": verification.cells,
+            "cells_set_aside": len(verification.set_aside),
+            "set_aside": _reasons(verification.set_aside),
             "obs_ids": obs_ids,
-            "proved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "verified_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in RECORDED_PACKAGES},
         }
@@ -149,22 +151,22 @@ def finish_array(
     fragments = len(array.fragments())
     return ArraySummary(
         totals=plan.totals,
-        cells=proof.cells,
-        set_aside=proof.set_aside,
+        cells=verification.cells,
+        set_aside=verification.set_aside,
         shape=array.shape,
         fragments=fragments,
         excess_fragments=max(fragments - plan.totals.megabatches, 0),
-        read_again=proof.read_again,
+        read_again=verification.read_again,
         published=info,
         uri=array.uri,
-        identity=job.identity.digest,
+        identity=context.identity.digest,
     )
 
 
 def verify_array(
-    job: Job, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
+    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
 ) -> list[Finding]:
-    """Check every rule of a finished array; write nothing but proofs.
+    """Check every rule of a finished array; write nothing but verifications.
 
     Parameters are those of `finish_array`.
 
@@ -173,60 +175,62 @@ def verify_array(
     UserError
         When shards have not finished.
     """
-    plan = read_plan(job.store, job.folder.plan)
-    proof, findings = _look(job, plan, full=full, report=report)
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    plan = read_plan(context.store, context.folder.plan)
+    verification, findings = _look(context, plan, full=full, report=report)
+    array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
     stored = array.read_info()
     # The day on which it was finished is the one thing that need not be the same.
     submitted = _submission_date(stored) or datetime.now(UTC).date()
-    info = _embedding_info(job, proof, array, submitted)
+    info = _embedding_info(context, verification, array, submitted)
     if info is None:
         faults = [] if stored is None else ["CxG_embedding_info is there, but the set's YAML has no `publication`"]
     else:
         faults = publication_faults(stored, info)
-    listed = obs_ids_faults(job.store, job.folder, array.read_record().get("obs_ids"))
+    listed = obs_ids_faults(context.store, context.folder, array.read_record().get("obs_ids"))
     return [*findings, Finding("publication", tuple(faults)), Finding("obs_ids", tuple(listed))]
 
 
-def array_state(job: Job) -> str:
-    """Tell whether the array is ``unproved``, ``stale`` (plan or commits have changed) or ``proved``."""
-    plan = read_plan(job.store, job.folder.plan)
-    return release_state(EmbeddingsArray.open(job.folder.array, job.store, job.identity), plan)
+def array_state(context: ReleaseContext) -> str:
+    """Tell whether the array is ``unverified``, ``stale`` (plan or commits have changed) or ``verified``."""
+    plan = read_plan(context.store, context.folder.plan)
+    return release_state(EmbeddingsArray.open(context.folder.array, context.store, context.identity), plan)
 
 
 def _look(
-    job: Job, plan: Plan, *, full: bool, report: Callable[[int, int], None]
-) -> tuple[ReleaseProof, list[Finding]]:
+    context: ReleaseContext, plan: Plan, *, full: bool, report: Callable[[int, int], None]
+) -> tuple[ReleaseVerification, list[Finding]]:
     """Check all rules but that of publication."""
-    uri = job.folder.array
-    require_openable(uri, job.store, plan, job.folder)
-    if wrong := column_faults(uri, job.store):
+    uri = context.folder.array
+    require_openable(uri, context.store, plan, context.folder)
+    if wrong := column_faults(uri, context.store):
         # Of such an array nothing else can be read as an embedding.
         raise RuleError([Finding("schema", tuple(wrong))])
-    array = EmbeddingsArray.open(uri, job.store, job.identity)
-    faults: dict[Rule, list[str]] = {"schema": duplicates_faults(uri, job.store)}
-    faults["shape"] = shape_faults(array.shape, (job.release.obs_rows(), job.identity.embedding_dim))
+    array = EmbeddingsArray.open(uri, context.store, context.identity)
+    faults: dict[Rule, list[str]] = {"schema": duplicates_faults(uri, context.store)}
+    faults["shape"] = shape_faults(array.shape, (context.release.obs_rows(), context.identity.embedding_dim))
     faults["storage_version"] = storage_version_faults(
-        job.store.storage_version(array.uri), job.release.storage_version()
+        context.store.storage_version(array.uri), context.release.storage_version()
     )
-    proof = prove_release(array, plan, job.folder, full=full, report=report)
+    verification = verify_release(array, plan, context.folder, full=full, report=report)
     rules: tuple[Rule, ...] = ("cells", "features", "values")
-    faults |= {rule: proof.problems.of_rule(rule) for rule in rules}
-    if not proof.cells:
+    faults |= {rule: verification.problems.of_rule(rule) for rule in rules}
+    if not verification.cells:
         faults["cells"].append("there is no cell with an embedding")
     faults["cells"] += [f"fragment {name}: {reason}" for name, reason in array.damaged().items()]
-    return proof, [Finding(rule, tuple(faults[rule])) for rule in get_args(Rule) if rule in faults]
+    return verification, [Finding(rule, tuple(faults[rule])) for rule in get_args(Rule) if rule in faults]
 
 
-def _embedding_info(job: Job, proof: ReleaseProof, array: EmbeddingsArray, finished: date) -> dict[str, Any] | None:
-    publication: Publication | None = job.settings.publication
+def _embedding_info(
+    context: ReleaseContext, verification: ReleaseVerification, array: EmbeddingsArray, finished: date
+) -> dict[str, Any] | None:
+    publication: Publication | None = context.settings.publication
     if publication is None:
         return None
     return publication.embedding_info(
-        release=job.release_name,
-        organism=job.settings.organism,
+        release=context.release_name,
+        organism=context.settings.organism,
         measurement=MEASUREMENT,
-        n_embeddings=proof.cells,
+        n_embeddings=verification.cells,
         n_features=array.n_features,
         finished=finished,
     )

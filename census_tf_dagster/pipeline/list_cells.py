@@ -12,7 +12,7 @@ from census_tf_dagster.census.labels import find_comparisons, joined_labels, rea
 from census_tf_dagster.census.release import NNZ, shortened
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.tokens import genes_in_order
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ListedCells:
     primary: int
 
 
-def list_cells(job: Job) -> ListedCells:
+def list_cells(context: ReleaseContext) -> ListedCells:
     """List the cells that match the set's filter and `mod`.
 
     Raises
@@ -48,19 +48,19 @@ def list_cells(job: Job) -> ListedCells:
     UserError
         When no cell matches, or the filter is not understood.
     """
-    settings, window = job.settings, job.checkpoint.shape.seq_len - 1
+    settings, window = context.settings, context.checkpoint.shape.seq_len - 1
     make_keys, columns = None, []
     if settings.reuse:
-        make_keys = _key_maker(job)
-        columns = [*KEY_COLUMNS, job.checkpoint.aux_column] if make_keys else []
-        columns += [name for name in OPTIONAL_COLUMNS if make_keys and name in job.release.obs.keys()]  # noqa: SIM118
+        make_keys = _key_maker(context)
+        columns = [*KEY_COLUMNS, context.checkpoint.aux_column] if make_keys else []
+        columns += [name for name in OPTIONAL_COLUMNS if make_keys and name in context.release.obs.keys()]  # noqa: SIM118
     # As many as there can be: the system gives memory to what is filled alone.
-    most = job.release.cells()
+    most = context.release.cells()
     joinids = np.empty(most, np.int64)
-    tokens = np.empty(most, np.min_scalar_type(window + 2)) if job.release.has_nnz else None
+    tokens = np.empty(most, np.min_scalar_type(window + 2)) if context.release.has_nnz else None
     keys = np.zeros((most, 2), np.uint64) if settings.reuse else None
     n = primary = 0
-    for table in job.release.iter_obs(settings.value_filter, columns):
+    for table in context.release.iter_obs(settings.value_filter, columns):
         ids = table["soma_joinid"].to_numpy()
         if settings.mod > 1:
             table = table.filter(pa.array(ids % settings.mod == 0))
@@ -75,7 +75,7 @@ def list_cells(job: Job) -> ListedCells:
             keys[part] = make_keys(table)
         n += len(ids)
     if not n:
-        raise UserError(_nothing_matches(job))
+        raise UserError(_nothing_matches(context))
     joinids, tokens, keys = joinids[:n], None if tokens is None else tokens[:n], None if keys is None else keys[:n]
     if (joinids[1:] <= joinids[:-1]).any():
         order = np.argsort(joinids, kind="stable")
@@ -84,16 +84,16 @@ def list_cells(job: Job) -> ListedCells:
     return ListedCells(joinids, tokens, None if tokens is None else tokens == 2, keys, primary)
 
 
-def _key_maker(job: Job) -> KeyMaker | None:
+def _key_maker(context: ReleaseContext) -> KeyMaker | None:
     """Return what makes keys; None when obs lacks what they are made of: then every cell is computed."""
-    if not set(KEY_COLUMNS) <= set(job.release.obs.keys()):
+    if not set(KEY_COLUMNS) <= set(context.release.obs.keys()):
         return None
-    seen = genes_in_order(job.genes.ids, job.checkpoint, job.settings.gene_order)
-    return KeyMaker(dataset_digests(job.release, job.genes.ids, seen), job.checkpoint.aux_column)
+    seen = genes_in_order(context.genes.ids, context.checkpoint, context.settings.gene_order)
+    return KeyMaker(dataset_digests(context.release, context.genes.ids, seen), context.checkpoint.aux_column)
 
 
-def _nothing_matches(job: Job) -> str:
-    settings, release = job.settings, job.release
+def _nothing_matches(context: ReleaseContext) -> str:
+    settings, release = context.settings, context.release
     asked = shortened(settings.value_filter) if settings.value_filter else "None"
     comparisons = find_comparisons(settings.value_filter) if settings.value_filter else []
     unknown = unknown_labels(comparisons, read_labels(release, {one.column for one in comparisons}))
@@ -104,24 +104,24 @@ def _nothing_matches(job: Job) -> str:
     )
 
 
-def filter_warnings(job: Job, cells: int) -> list[str]:
+def filter_warnings(context: ReleaseContext, cells: int) -> list[str]:
     """Say which labels of the set's filter obs does not have, and which cells with joined labels escape the filter.
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     cells
         How many cells the filter takes, with the set's `mod`.
     """
-    settings = job.settings
+    settings = context.settings
     if not settings.value_filter:
         return []
     comparisons = find_comparisons(settings.value_filter)
-    labels = read_labels(job.release, {one.column for one in comparisons})
+    labels = read_labels(context.release, {one.column for one in comparisons})
 
     def count(value_filter: str) -> int:
-        tables = job.release.obs.read(value_filter=value_filter, column_names=["soma_joinid"])
+        tables = context.release.obs.read(value_filter=value_filter, column_names=["soma_joinid"])
         return sum(int((table["soma_joinid"].to_numpy() % settings.mod == 0).sum()) for table in tables)
 
     unknown = [f"value_filter: {one}" for one in unknown_labels(comparisons, labels)]

@@ -13,7 +13,7 @@ from census_tf_dagster.census.gene_check import expressing_cells, look_at_genes,
 from census_tf_dagster.census.key_file import find_cells, write_keys
 from census_tf_dagster.census.plan import Megabatch, Plan, PlanTotals, plan_totals, with_checksums, write_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.list_cells import filter_warnings, list_cells
 from census_tf_dagster.pipeline.reuse_source import NO_SOURCE, FoundSource, find_source
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -116,7 +116,7 @@ class Survey:
     sources: npt.NDArray[np.int64] | None
 
 
-def survey(job: Job) -> Survey:
+def survey(context: ReleaseContext) -> Survey:
     """List and divide the cells; write nothing.
 
     Raises
@@ -124,27 +124,27 @@ def survey(job: Job) -> Survey:
     UserError
         When no cell matches, the checkpoint hardly knows the organism, or counts are none.
     """
-    settings, release = job.settings, job.release
-    require_organism(job.genes.ids, settings.organism)
-    known = np.array([job.checkpoint.knows(gene) for gene in job.genes.ids])
-    expressing = job.genes.cells_expressing
+    settings, release = context.settings, context.release
+    require_organism(context.genes.ids, settings.organism)
+    known = np.array([context.checkpoint.knows(gene) for gene in context.genes.ids])
+    expressing = context.genes.cells_expressing
     if expressing is not None:
-        _require_known(job, known, expressing)
-    cells = list_cells(job)
+        _require_known(context, known, expressing)
+    cells = list_cells(context)
     joinids = cells.joinids
     # A Census of normalised values should not cost a shard's start on a GPU node first.
-    sample = _look_at_counts(job, joinids[:: -(-len(joinids) // SAMPLED_CELLS)])
+    sample = _look_at_counts(context, joinids[:: -(-len(joinids) // SAMPLED_CELLS)])
     sampled = expressing_cells(sample, len(known))
     tokens = cells.tokens
     if expressing is None:
         expressing = sampled
-        _require_known(job, known, expressing)
+        _require_known(context, known, expressing)
     if tokens is None:
-        window = job.checkpoint.shape.seq_len - 1
+        window = context.checkpoint.shape.seq_len - 1
         mean = np.minimum(np.diff(sample.indptr), window).mean() + 2
         tokens = np.full(len(joinids), round(mean), np.int32)
-    genes = look_at_genes(job.genes, settings.organism, sampled, len(sample.joinids))
-    warnings = [*filter_warnings(job, len(joinids)), *genes.doubts]
+    genes = look_at_genes(context.genes, settings.organism, sampled, len(sample.joinids))
+    warnings = [*filter_warnings(context, len(joinids)), *genes.doubts]
     if not release.has_nnz:
         warnings.append(
             f"obs of this release does not say how many genes cells express (schema 1.0): tokens are those of "
@@ -156,7 +156,7 @@ def survey(job: Job) -> Survey:
             "are embedded as they are, as upstream does; to leave such cells out, set `fractional_counts: set_aside`."
         )
 
-    found, sources = _find_copies(job, cells.keys)
+    found, sources = _find_copies(context, cells.keys)
     reused = None if sources is None else sources >= 0
     division = divide(joinids, tokens, settings.shards, settings.megabatch_size, reused)
     ids, copied = _in_order(division.order, joinids, sources)
@@ -166,13 +166,15 @@ def survey(job: Job) -> Survey:
             plan_totals(megabatches, settings.shards, cells.primary, found.source),
             cells_without_counts=None if cells.zero_counts is None else int(cells.zero_counts.sum()),
         ),
-        estimated_bytes=int(len(joinids) * job.identity.embedding_dim * BYTES_PER_VALUE[settings.storage_precision]),
+        estimated_bytes=int(
+            len(joinids) * context.identity.embedding_dim * BYTES_PER_VALUE[settings.storage_precision]
+        ),
         expressed_genes=int(np.count_nonzero(expressing)),
         known_genes=int(np.count_nonzero(expressing[known])),
         known_share=_share(expressing, known),
-        storage_versions=(_storage_version(job), job.release.storage_version()),
-        root=job.folder.root,
-        identity=job.identity.digest,
+        storage_versions=(_storage_version(context), context.release.storage_version()),
+        root=context.folder.root,
+        identity=context.identity.digest,
         passed_over=found.passed_over,
         warnings=tuple(warnings),
         gene_check=str(genes),
@@ -180,14 +182,14 @@ def survey(job: Job) -> Survey:
     return Survey(joinids, cells.zero_counts, megabatches, division.order, summary, cells.keys, sources)
 
 
-def _look_at_counts(job: Job, sample: npt.NDArray[np.int64]) -> Cells:
+def _look_at_counts(context: ReleaseContext, sample: npt.NDArray[np.int64]) -> Cells:
     """Read some cells; refuse a Census that would have most of them set aside."""
-    whole = job.settings.fractional_counts == "set_aside"
-    cells = read_cells(job.release, sample, job.checkpoint.aux_column, whole_counts=whole)
+    whole = context.settings.fractional_counts == "set_aside"
+    cells = read_cells(context.release, sample, context.checkpoint.aux_column, whole_counts=whole)
     if len(cells.set_aside) > len(sample) / 2:
         joinid, reason = next(iter(cells.set_aside.items()))
         raise UserError(
-            f"{len(cells.set_aside)} of {len(sample)} sampled cells of {job.release.organism} in {job.release.uri} "
+            f"{len(cells.set_aside)} of {len(sample)} sampled cells of {context.release.organism} in {context.release.uri} "
             f"cannot be embedded, e.g. joinid {joinid}: {reason}. Expected raw counts: use a Census that has them."
         )
     return cells
@@ -206,27 +208,27 @@ def _share(expressing: npt.NDArray[np.int64], known: npt.NDArray[np.bool_]) -> f
     return float(expressing[known].sum() / max(expressing.sum(), 1))
 
 
-def _require_known(job: Job, known: npt.NDArray[np.bool_], expressing: npt.NDArray[np.int64]) -> None:
+def _require_known(context: ReleaseContext, known: npt.NDArray[np.bool_], expressing: npt.NDArray[np.int64]) -> None:
     """Refuse a checkpoint that hardly knows the organism's genes."""
-    settings, share = job.settings, _share(expressing, known)
+    settings, share = context.settings, _share(expressing, known)
     if share < LEAST_KNOWN_SHARE:
         raise UserError(
             f"{settings.checkpoint} knows {share:.1%} of what cells of {settings.organism} express "
-            f"({np.count_nonzero(known)} of {len(known)} genes; the Census has {', '.join(job.genes.ids[:3])}, ...); "
+            f"({np.count_nonzero(known)} of {len(known)} genes; the Census has {', '.join(context.genes.ids[:3])}, ...); "
             f"at least {LEAST_KNOWN_SHARE:.0%} is expected. For a species outside its vocabulary set "
             "`pretrained_embeddings`, or choose another checkpoint."
         )
 
 
-def _find_copies(job: Job, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[np.int64] | None]:
+def _find_copies(context: ReleaseContext, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[np.int64] | None]:
     """Find the earlier array to copy from, and where each cell stands in it; -1: it is computed, None: all are."""
     if keys is None:
         return NO_SOURCE, None
-    found = find_source(job)
+    found = find_source(context)
     if found.source is None:
         return found, None
     try:
-        sources = find_cells(job.store, found.keys, keys)
+        sources = find_cells(context.store, found.keys, keys)
     except UserError as error:
         return FoundSource(None, "", (*found.passed_over, str(error))), None
     sources[np.isin(sources, np.array(found.set_aside, np.int64))] = -1
@@ -236,17 +238,17 @@ def _find_copies(job: Job, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[
     return found, sources
 
 
-def _storage_version(job: Job) -> int:
+def _storage_version(context: ReleaseContext) -> int:
     """Return the storage version of the array that is there, else the one that TileDB here would create."""
-    if job.store.holds_files(job.folder.array):
-        found, _ = EmbeddingsArray.look(job.folder.array, job.store)
-        return job.store.storage_version(found.uri)
+    if context.store.holds_files(context.folder.array):
+        found, _ = EmbeddingsArray.look(context.folder.array, context.store)
+        return context.store.storage_version(found.uri)
     # A schema that was not stored has the version of the library; tiledbsoma carries the same core.
     domain = tiledb.Domain(tiledb.Dim("soma_dim_0", domain=(0, 1), dtype="int64"))
     return int(tiledb.ArraySchema(domain, [tiledb.Attr("soma_data", dtype="float32")], sparse=True).version)
 
 
-def make_plan(job: Job) -> PlanSummary:
+def make_plan(context: ReleaseContext) -> PlanSummary:
     """Plan a release. Equal inputs give an equal plan; nothing of an earlier one changes.
 
     Raises
@@ -255,16 +257,16 @@ def make_plan(job: Job) -> PlanSummary:
         As `survey` does, or when an array of another identity, an unfinished removal or something else is in the
         way.
     """
-    require_not_begun(job.store, job.folder)
-    found = survey(job)
+    require_not_begun(context.store, context.folder)
+    found = survey(context)
     # First, so that nothing is written when an array of another identity is there.
-    job.store.make_place(job.folder.root)
-    EmbeddingsArray.create(job.folder.array, job.store, job.identity, job.release.obs_rows())
-    listed = write_planned(job.store, job.folder, found.joinids, found.zero_counts)
+    context.store.make_place(context.folder.root)
+    EmbeddingsArray.create(context.folder.array, context.store, context.identity, context.release.obs_rows())
+    listed = write_planned(context.store, context.folder, found.joinids, found.zero_counts)
     totals = replace(found.summary.totals, obs_ids=listed)
     if found.keys is not None:
-        write_keys(job.store, Plan(totals, (), job.folder.plan).keys, found.joinids, found.keys)
+        write_keys(context.store, Plan(totals, (), context.folder.plan).keys, found.joinids, found.keys)
     joinids, sources = _in_order(found.order, found.joinids, found.sources)
     # Last: a current plan is a complete one.
-    write_plan(job.store, job.folder.plan, joinids, found.megabatches, totals, sources)
+    write_plan(context.store, context.folder.plan, joinids, found.megabatches, totals, sources)
     return replace(found.summary, totals=totals)

@@ -1,4 +1,4 @@
-"""Which earlier array cells can be copied from: the newest earlier release of the set whose array is proved."""
+"""Which earlier array cells can be copied from: the newest earlier release of the set whose array is verified."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from census_tf_dagster.census.plan import Source, read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.verification import all_set_aside, release_state
@@ -35,38 +35,38 @@ class FoundSource:
 NO_SOURCE = FoundSource(None, "", ())
 
 
-def find_source(job: Job) -> FoundSource:
+def find_source(context: ReleaseContext) -> FoundSource:
     """Look through the arrays of the set's earlier releases, newest first; reads metadata only."""
-    set_folder = job.folder.root.rsplit("/", 2)[0]
+    set_folder = context.folder.root.rsplit("/", 2)[0]
     candidates: list[tuple[str, str, Identity]] = []
     passed_over: list[str] = []
-    for release_folder in job.store.list(set_folder):
-        for entry in job.store.list(release_folder.rstrip("/")):
+    for release_folder in context.store.list(set_folder):
+        for entry in context.store.list(release_folder.rstrip("/")):
             name = "/".join(entry.rstrip("/").rsplit("/", 2)[1:])
             root = f"{set_folder}/{name}"
             try:
-                identity = _stored_identity(job, root)
+                identity = _stored_identity(context, root)
             except UserError as error:
                 passed_over.append(f"{name}: {error}")
                 continue
-            if identity is not None and identity.census_build_date < job.identity.census_build_date:
+            if identity is not None and identity.census_build_date < context.identity.census_build_date:
                 candidates.append((identity.census_build_date, root, identity))
     for _, root, identity in sorted(candidates, key=lambda one: one[:2], reverse=True):
         name = "/".join(root.rsplit("/", 2)[1:])
         folder = ReleaseFolder(root)
         try:
-            if differing := job.identity.values_differ(identity):
+            if differing := context.identity.values_differ(identity):
                 passed_over.append(f"{name}: other {', '.join(differing)}")
                 continue
-            plan = read_plan(job.store, folder.plan)
-            array = EmbeddingsArray.open(folder.array, job.store, identity)
+            plan = read_plan(context.store, folder.plan)
+            array = EmbeddingsArray.open(folder.array, context.store, identity)
             state = release_state(array, plan)
         except UserError as error:
             passed_over.append(f"{name}: {error}")
             continue
-        if state != "proved":
+        if state != "verified":
             passed_over.append(f"{name}: its array is {state}")
-        elif not job.store.exists(plan.keys):
+        elif not context.store.exists(plan.keys):
             passed_over.append(f"{name}: planned without `reuse`, so without keys; materialize its obs_id_plan again")
         else:
             source = Source(release=root.rsplit("/", 2)[1], root=root, identity=identity.digest)
@@ -74,26 +74,26 @@ def find_source(job: Job) -> FoundSource:
     return FoundSource(None, "", tuple(passed_over))
 
 
-def open_source(job: Job, source: Source) -> EmbeddingsArray:
-    """Open the array that a plan copies from, if it is still the proved one that the plan names.
+def open_source(context: ReleaseContext, source: Source) -> EmbeddingsArray:
+    """Open the array that a plan copies from, if it is still the verified one that the plan names.
 
     Raises
     ------
     UserError
-        When it is gone, of another identity, or no longer proved.
+        When it is gone, of another identity, or no longer verified.
     """
     folder = ReleaseFolder(source.root)
     try:
-        identity = _stored_identity(job, source.root)
+        identity = _stored_identity(context, source.root)
         if identity is None:
             raise UserError("it is gone")
         if identity.digest != source.identity:
             raise UserError(f"its identity is {identity.digest[:12]}, the plan names {source.identity[:12]}")
-        if differing := job.identity.values_differ(identity):
+        if differing := context.identity.values_differ(identity):
             raise UserError(f"it has other {', '.join(differing)}")
-        array = EmbeddingsArray.open(folder.array, job.store, identity)
-        if (state := release_state(array, read_plan(job.store, folder.plan))) != "proved":
-            raise UserError(f"it is {state}, expected proved")
+        array = EmbeddingsArray.open(folder.array, context.store, identity)
+        if (state := release_state(array, read_plan(context.store, folder.plan))) != "verified":
+            raise UserError(f"it is {state}, expected verified")
     except UserError as error:
         raise source_error(source, str(error)) from error
     return array
@@ -107,12 +107,12 @@ def source_error(source: Source, problem: str) -> UserError:
     )
 
 
-def _stored_identity(job: Job, root: str) -> Identity | None:
+def _stored_identity(context: ReleaseContext, root: str) -> Identity | None:
     """Read the identity of the array below a folder; None when no array of ours is there."""
     array = ReleaseFolder(root).array
-    if not job.store.holds_files(array):
+    if not context.store.holds_files(array):
         return None
-    _, stored = EmbeddingsArray.look(array, job.store)
+    _, stored = EmbeddingsArray.look(array, context.store)
     try:
         return Identity(**json.loads(stored)) if stored else None
     except (ValueError, TypeError) as error:

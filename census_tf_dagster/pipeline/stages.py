@@ -23,7 +23,7 @@ from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import Device, Embedded, open_devices
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.tokens import Tokenizer
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 
 TRIES = 2
 POLL_SECONDS = 0.1
@@ -172,13 +172,13 @@ class _Line:
 
 @contextmanager
 def outcomes(
-    job: Job, todo: Sequence[Megabatch], ids: Sequence[Ids], times: Times, processes: int | None = None
+    context: ReleaseContext, todo: Sequence[Megabatch], ids: Sequence[Ids], times: Times, processes: int | None = None
 ) -> Iterator[Iterator[Outcome]]:
     """Run all stages for some megabatches; give what leaves them, in any order, each megabatch once.
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     todo, ids
         Megabatches, and the joinids of each.
@@ -198,7 +198,7 @@ def outcomes(
     read: queue.Queue[tuple[int, Cells]] = queue.Queue(maxsize=1)
     tokenized: queue.Queue[tuple[int, PackedCells]] = queue.Queue(maxsize=1)
     results: queue.Queue[tuple[Outcome, Device | None]] = queue.Queue(maxsize=1)
-    tokenizer = Tokenizer.build(job.genes.ids, job.checkpoint, job.settings.gene_order)
+    tokenizer = Tokenizer.build(context.genes.ids, context.checkpoint, context.settings.gene_order)
 
     def put(target: "queue.Queue[Any]", item: object, time_of: StageTime | None = None) -> None:
         line.wait(lambda: target.put(item, timeout=POLL_SECONDS), time_of)
@@ -206,7 +206,7 @@ def outcomes(
     sent: dict[int, _Sent] = {}
 
     def fail(key: int, error: Exception | str) -> None:
-        put(results, (Outcome(todo[key], NO_IDS, _no_embeddings(job), failure=str(error)), None))
+        put(results, (Outcome(todo[key], NO_IDS, _no_embeddings(context), failure=str(error)), None))
 
     def read_all() -> None:
         for key, joinids in enumerate(ids):
@@ -215,10 +215,10 @@ def outcomes(
                 try:
                     # Anything but a UserError here comes from the storage, not from these cells.
                     cells = read_cells(
-                        job.release,
+                        context.release,
                         joinids,
-                        job.checkpoint.aux_column,
-                        whole_counts=job.settings.fractional_counts == "set_aside",
+                        context.checkpoint.aux_column,
+                        whole_counts=context.settings.fractional_counts == "set_aside",
                     )
                 except UserError as error:
                     if attempt == TRIES:
@@ -229,7 +229,7 @@ def outcomes(
                 if len(cells.joinids):
                     put(read, (key, cells), times.stages["read"])
                 else:
-                    nothing = Outcome(todo[key], NO_IDS, _no_embeddings(job), set_aside=cells.set_aside)
+                    nothing = Outcome(todo[key], NO_IDS, _no_embeddings(context), set_aside=cells.set_aside)
                     put(results, (nothing, None))
                 break
 
@@ -256,7 +256,7 @@ def outcomes(
         while True:
             answer = device.receive()
             times.count(number, answer.counters)
-            put(results, (_outcome(todo[answer.key], sent.pop(answer.key), answer, _no_embeddings(job)), device))
+            put(results, (_outcome(todo[answer.key], sent.pop(answer.key), answer, _no_embeddings(context)), device))
 
     def leave() -> Iterator[Outcome]:
         for _ in todo:
@@ -266,14 +266,14 @@ def outcomes(
             if device is not None:
                 device.commit()
 
-    settings = job.settings
+    settings = context.settings
     with ExitStack() as stack:
         # Threads end last: those that talk to a device do when its process is gone.
         stack.callback(line.stop)
         line.start(read_all)
         line.start(tokenize_all)
         began = time.monotonic()
-        prepared = prepare(job.checkpoint, settings.compute_precision, job.cache)
+        prepared = prepare(context.checkpoint, settings.compute_precision, context.cache)
         devices = stack.enter_context(
             open_devices(prepared, tokenizer.known_genes, settings.device, settings.batch_size, processes)
         )
@@ -297,7 +297,7 @@ class _Sent:
 
 def _outcome(batch: Megabatch, sent: _Sent, answer: Embedded, nothing: npt.NDArray[np.float32]) -> Outcome:
     if answer.embeddings is None:
-        return Outcome(batch, NO_IDS, nothing, failure=answer.poison)
+        return Outcome(batch, NO_IDS, nothing, failure=answer.failure)
     kept = np.ones(len(sent.joinids), np.bool_)
     kept[list(answer.set_aside)] = False
     whole = kept.all()
@@ -312,8 +312,8 @@ def _outcome(batch: Megabatch, sent: _Sent, answer: Embedded, nothing: npt.NDArr
     )
 
 
-def _no_embeddings(job: Job) -> npt.NDArray[np.float32]:
-    return np.empty((0, job.identity.embedding_dim), np.float32)
+def _no_embeddings(context: ReleaseContext) -> npt.NDArray[np.float32]:
+    return np.empty((0, context.identity.embedding_dim), np.float32)
 
 
 def _acquire(slots: threading.Semaphore) -> None:

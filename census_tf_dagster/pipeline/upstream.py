@@ -22,7 +22,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.child_processes import end_with_parent
 from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.io.files import temporary_folder
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -96,13 +96,13 @@ def _python(command: Path) -> Path:
 
 @contextmanager
 def upstream_running(
-    job: Job, cells: Cells, command: Path, batch_size: int | None = None
+    context: ReleaseContext, cells: Cells, command: Path, batch_size: int | None = None
 ) -> Iterator[Callable[[float], Embeddings]]:
     """Let upstream embed some cells, on the set's device, while something else is done.
 
     Parameters
     ----------
-    job
+    context
         The opened set and release.
     cells
         As read from the Census.
@@ -123,23 +123,23 @@ def upstream_running(
         When `command` is another program, or upstream cannot be run on such a set.
     """
     require_upstream(command)
-    if len(job.checkpoint.pretrained) > 1:
+    if len(context.checkpoint.pretrained) > 1:
         raise UserError("upstream's command takes one pretrained embedding file; this set has more.")
-    genes = list(job.genes.ids)
+    genes = list(context.genes.ids)
     counts = scipy.sparse.csr_matrix(
         (cells.values, cells.columns, cells.indptr), shape=(len(cells.joinids), len(genes))
     )
-    obs = pd.DataFrame({job.checkpoint.aux_column: list(cells.assays)}, index=cells.joinids.astype(str))
+    obs = pd.DataFrame({context.checkpoint.aux_column: list(cells.assays)}, index=cells.joinids.astype(str))
     var = pd.DataFrame({"ensembl_id": genes}, index=genes)
     adata = anndata.AnnData(X=counts, obs=obs, var=var)
-    if job.settings.gene_order == "vocabulary":
+    if context.settings.gene_order == "vocabulary":
         # Upstream knows no other order than that of `var`.
-        adata = adata[:, list(genes_in_order(job.genes.ids, job.checkpoint, "vocabulary"))].copy()
+        adata = adata[:, list(genes_in_order(context.genes.ids, context.checkpoint, "vocabulary"))].copy()
     # It writes a folder of logs where it runs.
     with temporary_folder() as place, tempfile.TemporaryFile() as said:
         folder = Path(place)
         adata.write_h5ad(folder / "cells.h5ad")
-        line = [str(_python(command)), "-c", run_upstream(), *_arguments(job, folder, batch_size)]
+        line = [str(_python(command)), "-c", run_upstream(), *_arguments(context, folder, batch_size)]
         try:
             process = subprocess.Popen(line, cwd=folder, stdin=subprocess.PIPE, stdout=said, stderr=said)  # noqa: S603
         except OSError as error:
@@ -167,14 +167,14 @@ def upstream_running(
                 process.stdin.close()
 
 
-def _arguments(job: Job, folder: Path, batch_size: int | None) -> list[str]:
-    arguments = ["inference", "--checkpoint-path", str(job.checkpoint.folder.absolute())]
+def _arguments(context: ReleaseContext, folder: Path, batch_size: int | None) -> list[str]:
+    arguments = ["inference", "--checkpoint-path", str(context.checkpoint.folder.absolute())]
     arguments += ["--data-file", str(folder / "cells.h5ad"), "--output-path", str(folder), "--precision", "32"]
-    arguments += ["--device", job.settings.device]
+    arguments += ["--device", context.settings.device]
     if batch_size is not None:
         arguments += ["--batch-size", str(batch_size)]
-    if job.settings.device == "cpu":
+    if context.settings.device == "cpu":
         arguments.append("--disable-compile-block-mask")
-    for path in job.checkpoint.pretrained:
+    for path in context.checkpoint.pretrained:
         arguments += ["--pretrained-embedding", str(path.absolute())]
     return arguments

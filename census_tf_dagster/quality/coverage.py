@@ -57,7 +57,7 @@ class Covered:
     planned
         Of those, how many match the set.
     embedded
-        Of those, how many a proof shows to be in the array.
+        Of those, how many a verification shows to be in the array.
     """
 
     name: str
@@ -106,7 +106,7 @@ def read_obs(
     columns
         The columns of labels that are counted.
     planned, embedded
-        The cells of the plan, and those of them that are proved to be in the array.
+        The cells of the plan, and those of them that are verified to be in the array.
     sample
         Ascending joinids whose labels are wanted.
     """

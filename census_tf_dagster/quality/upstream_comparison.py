@@ -10,7 +10,7 @@ from census_tf_dagster.io.storage import Storage
 
 
 @dataclass(frozen=True)
-class Judgement:
+class UpstreamComparison:
     """One shard's comparison.
 
     Attributes
@@ -51,7 +51,7 @@ class Judgement:
         upstreams: npt.NDArray[np.float32],
         bound: float,
         seconds: float,
-    ) -> "Judgement":
+    ) -> "UpstreamComparison":
         """Compare embeddings, ``(n_cells, n_features)`` both."""
         norms = np.linalg.norm(upstreams, axis=1)
         centre = upstreams.mean(axis=0)
@@ -72,7 +72,7 @@ class Judgement:
         storage.write(uri, json.dumps(asdict(self)).encode())
 
     @classmethod
-    def read(cls, storage: Storage, uri: str) -> "Judgement | None":
+    def read(cls, storage: Storage, uri: str) -> "UpstreamComparison | None":
         """Return what is stored; None when there is nothing, or something else."""
         if not storage.exists(uri):
             return None

@@ -12,7 +12,7 @@ from census_tf_dagster.quality.thresholds import (
     MOST_SHIFT,
     MOST_SPREAD,
 )
-from census_tf_dagster.quality.upstream_comparison import Judgement
+from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 
 NAMED = 10
 
@@ -115,7 +115,7 @@ def of_genes(found: GeneEvidence) -> Verdict:
     return Verdict(not found.doubts, str(found), figures=figures)
 
 
-def of_judgement(found: Judgement) -> Verdict:
+def of_comparison(found: UpstreamComparison) -> Verdict:
     """Judge a shard by what upstream's own code made of a few of its cells."""
     if found.not_done:
         return Verdict(False, f"Not done: {found.not_done}")
@@ -134,7 +134,7 @@ def of_judgement(found: Judgement) -> Verdict:
     return Verdict(found.worst_cell <= found.bound, text, grave=True, figures=figures)
 
 
-def of_judgements(found: Sequence[Judgement | None]) -> Verdict:
+def of_comparisons(found: Sequence[UpstreamComparison | None]) -> Verdict:
     """Judge all shards of a release together."""
     done = {one.shard: one for one in found if one is not None and not one.not_done}
     wrong = sorted(shard for shard, one in done.items() if one.worst_cell > one.bound)

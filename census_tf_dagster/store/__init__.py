@@ -1,1 +1,1 @@
-"""The store: where plans and arrays stand, how embeddings are committed, what is proved about them."""
+"""The store: where plans and arrays stand, how embeddings are committed, what is verified about them."""

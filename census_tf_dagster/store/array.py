@@ -37,7 +37,7 @@ from census_tf_dagster.store.fragments import (
 IDENTITY_KEY = "census_tf_identity"
 """Array metadata key of the identity's JSON."""
 RECORD_KEY = "census_tf_record"
-"""Array metadata key of the record's JSON: written once the array is proved."""
+"""Array metadata key of the record's JSON: written once the array is verified."""
 
 # Sorted coordinates are almost free with double-delta; zstd 1 takes a seventh of the time of the consumers'
 # levels 9 and 19 for a few percent of size (docs/performance.md).
@@ -373,7 +373,7 @@ class EmbeddingsArray:
                 del array.metadata[INFO_KEY]
 
     def read_record(self) -> dict[str, Any]:
-        """Return what `write_record` stored; empty when the array was never proved."""
+        """Return what `write_record` stored; empty when the array was never verified."""
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             record: dict[str, Any] = json.loads(array.metadata.get(RECORD_KEY, "{}"))
         return record

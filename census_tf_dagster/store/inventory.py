@@ -13,7 +13,7 @@ from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.removal import begin, begun, finish, how_to_finish, require_quiet
-from census_tf_dagster.store.verification import proved_shards, release_state
+from census_tf_dagster.store.verification import release_state, verified_shards
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Holding:
     set, release, identity
         Its names; the identity's first 12 hexadecimal digits.
     shards, shards_done
-        Shards of its plan, and those whose proof covers what is committed.
+        Shards of its plan, and those whose verification covers what is committed.
     cells_planned, cells_stored
         Cells of its plan, and those in committed fragments (a cell written twice counts twice).
     bytes
         Size of everything below its folder.
     state
-        ``unproved``, ``stale`` or ``proved``; ``removing`` when its removal was begun and not finished; ``damaged``
+        ``unverified``, ``stale`` or ``verified``; ``removing`` when its removal was begun and not finished; ``damaged``
         when it cannot be read, with the reason in `problem`.
     """
 
@@ -64,7 +64,7 @@ def inspect_store(store: str, storage: Storage) -> Iterator[Holding]:
 
 
 def remove_release(store: str, storage: Storage, name: str, release: str, identity: str, confirm: str | None) -> str:
-    """Remove one identity's plan, array and proofs, or what an earlier removal left of them, if asked for twice.
+    """Remove one identity's plan, array and verifications, or what an earlier removal left of them, if asked for twice.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def _look(storage: Storage, root: str) -> Holding:
             release=release,
             identity=identity,
             shards=plan.totals.shards,
-            shards_done=len(proved_shards(array, plan, folder)),
+            shards_done=len(verified_shards(array, plan, folder)),
             cells_planned=plan.totals.cells,
             cells_stored=sum(fragment.values for fragment in array.fragments()) // array.n_features,
             bytes=storage.size(root),

@@ -49,8 +49,8 @@ class ReleaseFolder:
         """What a published array says of itself, as the Census's tool for contributed embeddings takes it."""
         return f"{self.root}/meta.yml"
 
-    def proof(self, plan: str, shard: int) -> str:
-        """Return where the proof of a shard stands."""
+    def verification(self, plan: str, shard: int) -> str:
+        """Return where the verification of a shard stands."""
         return f"{self.root}/proofs/{plan}/{shard:05d}.json"
 
     def notes(self, plan: str, shard: int) -> str:
@@ -62,6 +62,6 @@ class ReleaseFolder:
         """Folder of the quality report: `report.json`, pictures, the distribution that the next release is held to."""
         return f"{self.root}/qc"
 
-    def judgement(self, plan: str, shard: int) -> str:
+    def comparison(self, plan: str, shard: int) -> str:
         """Return where stands what upstream's own code made of some cells of a shard."""
         return f"{self.qc}/upstream/{plan}/{shard:05d}.json"

@@ -9,7 +9,7 @@ from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.fragments import Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.readback import ReadBack
-from census_tf_dagster.store.verification import ProofError, mend_advice, prove_shard
+from census_tf_dagster.store.verification import VerificationError, mend_advice, verify_shard
 from census_tf_dagster.store.write_notes import Notes, read_notes
 
 
@@ -22,7 +22,7 @@ def mend_shard(
     mine: Sequence[Megabatch],
     write: Callable[[Sequence[Megabatch]], None],
 ) -> int:
-    """Mend what `prove_shard` found, and prove the shard; return how many megabatches were written again.
+    """Mend what `verify_shard` found, and verify the shard; return how many megabatches were written again.
 
     Fragments that are no megabatch's own, and without which each megabatch still has its own, are removed first.
     Megabatches that are wrong even then are written again, and the fragments that held them are removed after that, so
@@ -41,14 +41,14 @@ def mend_shard(
 
     Raises
     ------
-    ProofError
+    VerificationError
         When the shard is still not what was planned.
     """
     holders = _Holders(array, plan, read_notes(array.storage, folder, plan, range(plan.totals.shards)))
     strays = [one.name for one in holders.suspects(found) if holders.is_stray(one)]
     if strays:
         array.remove_fragments(strays)
-        found = prove_shard(array, plan, folder, shard)
+        found = verify_shard(array, plan, folder, shard)
         if not found.problems:
             return 0
     suspects = [one for one in holders.suspects(found) if one.name not in strays]
@@ -58,9 +58,9 @@ def mend_shard(
     written = {batch.index for batch in again}
     array.remove_fragments(one.name for one in suspects if holders.of(one) <= written)
     array.gather_metadata()
-    found = prove_shard(array, plan, folder, shard)
+    found = verify_shard(array, plan, folder, shard)
     if found.problems:
-        raise ProofError(f"shard {shard} was read back: {found.problems}. {mend_advice(plan)}.")
+        raise VerificationError(f"shard {shard} was read back: {found.problems}. {mend_advice(plan)}.")
     return len(again)
 
 

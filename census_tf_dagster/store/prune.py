@@ -1,7 +1,7 @@
 """`prune`: what a deployment's policy does with old plans and arrays (`census_tf_dagster.config.retention`).
 
 A policy touches finished and left work of older releases only: never the newest
-proved array of a set, never a release that was written to lately, never what another plan names as its source, never
+verified array of a set, never a release that was written to lately, never what another plan names as its source, never
 what cannot be read. A removal that was cut short is finished first of all.
 """
 
@@ -69,13 +69,13 @@ def candidates(store: str, storage: Storage, retention: Retention) -> list[Candi
     chosen: list[Candidate] = []
     for holdings in by_set.values():
         old = sorted({one.release for one in holdings}, reverse=True)[retention.releases :]
-        proved = [one for one in holdings if one.state == "proved"]
-        newest = max((one.release for one in proved), default=None)
+        verified = [one for one in holdings if one.state == "verified"]
+        newest = max((one.release for one in verified), default=None)
         for one in holdings:
             kept = (
                 one.release not in old
                 or one.state in ("damaged", "removing")
-                or (one.state == "proved" and one.release == newest)
+                or (one.state == "verified" and one.release == newest)
             )
             root = f"{store}/{one.set}/{one.release}/{one.identity}"
             idle = int((time.time() - storage.last_written(root)) / DAY)

@@ -1,8 +1,8 @@
-"""Proof that exactly the planned cells are in the array, each with the values that were written.
+"""Verification that exactly the planned cells are in the array, each with the values that were written.
 
 A shard reads back the range of joinids that it answers for. Each megabatch must hold what one of the shard's runs noted
 (`store.written`): its cells less those that were set aside, under the same checksum. The shard then writes down what it
-found, and which fragments it saw, with the sizes of their files. The release is proved when every shard has a proof
+found, and which fragments it saw, with the sizes of their files. The release is verified when every shard has a verification
 and no fragment came, went or changed its size later; shards of which that is not true are read again. So the last asset
 costs O(fragments), not O(cells).
 """
@@ -34,12 +34,12 @@ Files = Mapping[str, Mapping[str, int]]
 """The files of fragments and their sizes in bytes, by the fragments' names."""
 
 
-class ProofError(Exception):
+class VerificationError(Exception):
     """The array does not hold what was planned."""
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """What was read back of one shard, and the fragments that were there.
 
     Attributes
@@ -72,7 +72,7 @@ class Proof:
         return sum(one.values for one in fragments) >= self.cells() * array.n_features
 
 
-_PROOF = TypeAdapter(Proof)
+_VERIFICATION = TypeAdapter(Verification)
 
 
 def answered_ranges(plan: Plan, rows: int) -> dict[int, tuple[int, int]]:
@@ -89,16 +89,16 @@ def answered_ranges(plan: Plan, rows: int) -> dict[int, tuple[int, int]]:
     }
 
 
-def is_proved(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> bool:
-    """Tell whether a shard's proof exists and no fragment has come, gone or changed since; reads metadata only."""
-    proof = _read_proof(array, plan, folder, shard)
-    return proof is not None and bool(_still_covered(array, plan, {shard: proof}))
+def is_verified(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> bool:
+    """Tell whether a shard's verification exists and no fragment has come, gone or changed since; reads metadata only."""
+    verification = _read_verification(array, plan, folder, shard)
+    return verification is not None and bool(_still_covered(array, plan, {shard: verification}))
 
 
-def prove_shard(
+def verify_shard(
     array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int, committed: "Committed | None" = None
 ) -> ReadBack:
-    """Read one shard's range back, and write down what that proves.
+    """Read one shard's range back, and write down what that verifies.
 
     Parameters
     ----------
@@ -126,34 +126,38 @@ def prove_shard(
     megabatches = {one.megabatch: (one,) for one in found.found}
     held = [one for batch in batches for one in megabatches.get(batch.index, known.get(batch.index, ())[:1])]
     # With something wrong it covers no fragment: whoever looks next reads the shard again.
-    proof = Proof(plan.totals.plan, shard, {} if found.problems else fragments, tuple(held))
-    array.storage.write(folder.proof(proof.plan, shard), _PROOF.dump_json(proof))
+    verification = Verification(plan.totals.plan, shard, {} if found.problems else fragments, tuple(held))
+    array.storage.write(folder.verification(verification.plan, shard), _VERIFICATION.dump_json(verification))
     return found
 
 
 def set_aside_of(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> dict[int, str]:
-    """Return why cells of a shard have no embedding, by joinid; none, while it is not proved."""
-    proof = _read_proof(array, plan, folder, shard)
-    return {joinid: why for one in proof.megabatches for joinid, why in one.set_aside.items()} if proof else {}
+    """Return why cells of a shard have no embedding, by joinid; none, while it is not verified."""
+    verification = _read_verification(array, plan, folder, shard)
+    return (
+        {joinid: why for one in verification.megabatches for joinid, why in one.set_aside.items()}
+        if verification
+        else {}
+    )
 
 
 def all_set_aside(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, str]:
-    """Return why cells of a release have no embedding, by joinid, as far as its shards are proved."""
+    """Return why cells of a release have no embedding, by joinid, as far as its shards are verified."""
     shards = range(plan.totals.shards)
     return {joinid: why for shard in shards for joinid, why in set_aside_of(array, plan, folder, shard).items()}
 
 
 def _known(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Notes:
-    """Return what runs noted of a shard's megabatches, and what its last proof says of them."""
+    """Return what runs noted of a shard's megabatches, and what its last verification says of them."""
     noted = read_notes(array.storage, folder, plan, [shard])
-    earlier = _read_proof(array, plan, folder, shard, accounts=False)
+    earlier = _read_verification(array, plan, folder, shard, accounts=False)
     for one in earlier.megabatches if earlier else ():
         noted = {**noted, one.megabatch: (one, *noted.get(one.megabatch, ()))}
     return noted
 
 
 def require_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> ReadBack | None:
-    """Prove a shard if all of it is committed; return what was found, None when it is not.
+    """Verify a shard if all of it is committed; return what was found, None when it is not.
 
     Copied and computed cells of a shard are committed by two runs: the one that ends last finds all committed, and
     reads the shard back.
@@ -161,7 +165,7 @@ def require_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, sha
     notes = read_notes(array.storage, folder, plan, [shard])
     if missing_megabatches(array, plan, plan.shard(shard), notes):
         return None
-    return prove_shard(array, plan, folder, shard)
+    return verify_shard(array, plan, folder, shard)
 
 
 def mend_advice(plan: Plan) -> str:
@@ -170,9 +174,9 @@ def mend_advice(plan: Plan) -> str:
     return f"Run {runs} with `recompute: true`"
 
 
-def proved_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> set[int]:
-    """Return the shards whose proof covers all that is committed in their range; reads metadata only."""
-    return _still_covered(array, plan, _read_proofs(array, plan, folder))
+def verified_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> set[int]:
+    """Return the shards whose verification covers all that is committed in their range; reads metadata only."""
+    return _still_covered(array, plan, _read_verifications(array, plan, folder))
 
 
 def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFolder) -> None:
@@ -181,13 +185,17 @@ def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFold
     Raises
     ------
     UserError
-        Naming the shards whose proofs saw these fragments.
+        Naming the shards whose verifications saw these fragments.
     """
     try:
         EmbeddingsArray.look(uri, storage)[0].fragments()
     except DamagedFragmentsError as error:
-        proofs = _read_proofs(error.array, plan, folder)
-        shards = sorted(shard for shard, proof in proofs.items() if error.reasons.keys() & proof.fragments.keys())
+        verifications = _read_verifications(error.array, plan, folder)
+        shards = sorted(
+            shard
+            for shard, verification in verifications.items()
+            if error.reasons.keys() & verification.fragments.keys()
+        )
         raise UserError(f"{error} {f'They are of shards {shards[:10]}.' if shards else ''}".strip()) from error
     except UserError:
         # Something else than an array of ours: the rules say what.
@@ -231,49 +239,49 @@ class Committed:
         return [one for one in self.fragments if one.first <= last and one.last >= first]
 
 
-def _read_proofs(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, Proof]:
-    found = {shard: _read_proof(array, plan, folder, shard) for shard in range(plan.totals.shards)}
-    return {shard: proof for shard, proof in found.items() if proof is not None}
+def _read_verifications(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, Verification]:
+    found = {shard: _read_verification(array, plan, folder, shard) for shard in range(plan.totals.shards)}
+    return {shard: verification for shard, verification in found.items() if verification is not None}
 
 
-def _still_covered(array: EmbeddingsArray, plan: Plan, proofs: Mapping[int, Proof]) -> set[int]:
+def _still_covered(array: EmbeddingsArray, plan: Plan, verifications: Mapping[int, Verification]) -> set[int]:
     committed, ranges = Committed.of(array), answered_ranges(plan, array.rows)
     return {
         shard
-        for shard, proof in proofs.items()
+        for shard, verification in verifications.items()
         if shard not in ranges
         or (
-            proof.fragments == committed.between(*ranges[shard])
-            and proof.holds(array, committed.within(*ranges[shard]))
+            verification.fragments == committed.between(*ranges[shard])
+            and verification.holds(array, committed.within(*ranges[shard]))
         )
     }
 
 
-def _read_proof(
+def _read_verification(
     array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int, *, accounts: bool = True
-) -> Proof | None:
-    """Read a shard's proof; None when there is none, or (`accounts`) one that does not account for each cell.
+) -> Verification | None:
+    """Read a shard's verification; None when there is none, or (`accounts`) one that does not account for each cell.
 
-    A damaged proof proves nothing: the shard is read again.
+    A damaged verification verifies nothing: the shard is read again.
     """
-    uri = folder.proof(plan.totals.plan, shard)
+    uri = folder.verification(plan.totals.plan, shard)
     if not array.storage.exists(uri):
         return None
     try:
-        proof = _PROOF.validate_json(array.storage.read(uri))
+        verification = _VERIFICATION.validate_json(array.storage.read(uri))
     except ValidationError:
         return None
-    return proof if proof.is_of(plan, shard) or not accounts else None
+    return verification if verification.is_of(plan, shard) or not accounts else None
 
 
 @dataclass(frozen=True)
-class ReleaseProof:
+class ReleaseVerification:
     """What reading back has shown of a whole release.
 
     Attributes
     ----------
     covered
-        Digest of the fragments that the proof covers.
+        Digest of the fragments that the verification covers.
     read_again
         Shards that had to be read again.
     problems
@@ -296,57 +304,59 @@ def coverage(files: Files) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def release_state(array: EmbeddingsArray, plan: Plan) -> Literal["unproved", "stale", "proved"]:
-    """Tell whether the last proof of the release still covers plan and commits. Reads metadata only."""
+def release_state(array: EmbeddingsArray, plan: Plan) -> Literal["unverified", "stale", "verified"]:
+    """Tell whether the last verification of the release still covers plan and commits. Reads metadata only."""
     record = array.read_record()
     if not record:
-        return "unproved"
+        return "unverified"
     now = (plan.totals.plan, coverage(Committed.of(array).between(0, array.rows)))
-    return "proved" if (record.get("plan"), record.get("covered")) == now else "stale"
+    return "verified" if (record.get("plan"), record.get("covered")) == now else "stale"
 
 
-def prove_release(
+def verify_release(
     array: EmbeddingsArray,
     plan: Plan,
     folder: ReleaseFolder,
     *,
     full: bool = False,
     report: Callable[[int, int], None] = lambda _done, _of: None,
-) -> ReleaseProof:
-    """Prove that the whole array is exactly the plan: from the shards' proofs, reading only what came after them.
+) -> ReleaseVerification:
+    """Verify that the whole array is exactly the plan: from the shards' verifications, reading only what came after them.
 
     Parameters
     ----------
     array, plan, folder
-        What is proved.
+        What is verified.
     full
-        Read everything again, whatever was proved.
+        Read everything again, whatever was verified.
     report
         Called with how many shards were read again, of how many.
 
     Raises
     ------
     UserError
-        When shards have not finished, naming them. One without a proof whose cells are all there is read.
+        When shards have not finished, naming them. One without a verification whose cells are all there is read.
     """
-    proofs = _read_proofs(array, plan, folder)
-    unproved = [shard for shard in range(plan.totals.shards) if shard not in proofs]
-    if unproved:
-        _require_committed(array, plan, folder, unproved)
-    covered_still = set() if full else _still_covered(array, plan, proofs)
+    verifications = _read_verifications(array, plan, folder)
+    unverified = [shard for shard in range(plan.totals.shards) if shard not in verifications]
+    if unverified:
+        _require_committed(array, plan, folder, unverified)
+    covered_still = set() if full else _still_covered(array, plan, verifications)
     again = [shard for shard in range(plan.totals.shards) if shard not in covered_still]
     problems = Problems()
     with ThreadPoolExecutor(max_workers=READERS) as pool:
         committed = Committed.of(array) if again else None
-        reading = pool.map(lambda shard: prove_shard(array, plan, folder, shard, committed), again)
+        reading = pool.map(lambda shard: verify_shard(array, plan, folder, shard, committed), again)
         for done, found in enumerate(reading, start=1):
             problems.merge(found.problems)
             report(done, len(again))
     if again:
-        proofs = _read_proofs(array, plan, folder)
-    megabatches = [one for proof in proofs.values() for one in proof.megabatches]
-    return ReleaseProof(
-        covered=coverage({name: files for proof in proofs.values() for name, files in proof.fragments.items()}),
+        verifications = _read_verifications(array, plan, folder)
+    megabatches = [one for verification in verifications.values() for one in verification.megabatches]
+    return ReleaseVerification(
+        covered=coverage(
+            {name: files for verification in verifications.values() for name, files in verification.fragments.items()}
+        ),
         read_again=tuple(again),
         problems=problems,
         cells=sum(one.cells for one in megabatches),

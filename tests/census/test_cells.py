@@ -21,8 +21,8 @@ def test_cells_are_what_the_census_holds(project: Project, joinids: list[int]) -
     zeros = pa.table({"soma_dim_0": np.full(3, 5), "soma_dim_1": unexpressed, "soma_data": np.zeros(3, np.float32)})
     with tiledbsoma.open(uri, "w") as array:
         array.write(zeros)
-    with project.job("tiny") as job:
-        cells = read_cells(job.release, wanted)
+    with project.context("tiny") as context:
+        cells = read_cells(context.release, wanted)
     with tiledbsoma.open(uri) as array:
         table = array.read().tables().concat().to_pandas()
     for position, joinid in enumerate(wanted):

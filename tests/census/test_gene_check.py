@@ -105,16 +105,16 @@ def permute_genes(organism: Organism) -> None:
 
 def test_planning_warns_of_a_permuted_axis(project: Project) -> None:
     tiny(project, change=permute_genes)
-    with project.job("tiny") as job:
-        (warning,) = make_plan(job).warnings
+    with project.context("tiny") as context:
+        (warning,) = make_plan(context).warnings
         assert "40 housekeeping genes outrank other expressed genes in" in warning
-        assert f"WARNING: {warning}" in describe(dry_run(job, None, recompute=False))
+        assert f"WARNING: {warning}" in describe(dry_run(context, None, recompute=False))
 
 
 def test_planning_finds_nothing_against_the_right_axis(project: Project) -> None:
     tiny(project, change=name_genes)
-    with project.job("tiny") as job:
-        summary = survey(job).summary
+    with project.context("tiny") as context:
+        summary = survey(context).summary
     assert summary.warnings == ()
     assert "40 housekeeping genes outrank other expressed genes in" in summary.gene_check
 
@@ -127,10 +127,10 @@ def test_planning_refuses_another_species_axis_that_the_checkpoint_knows(project
     )
     project.add_set("mouse", organism="mus_musculus")
     with (
-        project.job("mouse") as job,
+        project.context("mouse") as context,
         pytest.raises(UserError, match=r"mus_musculus has 0 of 120 gene ids with the prefix ENSMUSG; 120 have 'ENSG'"),
     ):
-        make_plan(job)
+        make_plan(context)
     assert not (project.folder / "store").exists()
 
 
@@ -140,10 +140,10 @@ def test_an_array_over_a_permuted_axis_fails_its_check(project: Project, change:
     from census_tf_dagster.pipeline.finish_array import finish_array
 
     tiny(project, change=change)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
-        verdict = assess(job).verdicts["gene_ids_fit_counts"]
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
+        verdict = assess(context).verdicts["gene_ids_fit_counts"]
     assert verdict.passed == (change is name_genes)
     assert not verdict.grave
     assert verdict.figures["housekeeping_genes"] == 40

@@ -63,9 +63,9 @@ def test_a_shard_before_its_plan_says_what_to_do(project: Project) -> None:
 def test_recompute_is_run_configuration(project: Project) -> None:
     tiny(project, shards=1)
     assert project.command("release", "add", RELEASE).returncode == 0
-    with project.job("tiny") as job:
-        make_plan(job)
-        embed_shard(job, 0)
+    with project.context("tiny") as context:
+        make_plan(context)
+        embed_shard(context, 0)
     fragments = project.array("tiny") / "__fragments"
     before = len(list(fragments.iterdir()))
     again = project.materialize("tiny/shard_embeddings", f"{RELEASE}|0")
@@ -83,5 +83,5 @@ def test_an_organism_that_the_census_lacks(project: Project) -> None:
     (project.folder / "sets" / "tiny").rmdir()
     project.add_set("tiny", organism="danio_rerio")
     message = r"organism 'danio_rerio' is not in the Census at .* It has: homo_sapiens"
-    with pytest.raises(UserError, match=message), project.job("tiny"):
+    with pytest.raises(UserError, match=message), project.context("tiny"):
         pass

@@ -82,7 +82,7 @@ def test_what_nobody_knows_is_asked_for() -> None:
 
 
 def test_figures_of_a_shard() -> None:
-    figures = {"tokens_computed": 1000, "seconds_load": 10.0, "seconds_work": 85.0, "seconds_proof": 5.0}
+    figures = {"tokens_computed": 1000, "seconds_load": 10.0, "seconds_work": 85.0, "seconds_verification": 5.0}
     assert Throughput.of(figures) is None
     assert Throughput.of(figures | {"devices": "NVIDIA L40S, NVIDIA L40S"}) == Throughput(1000, 100, 2, "NVIDIA L40S")
 

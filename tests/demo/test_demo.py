@@ -20,7 +20,7 @@ from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad,
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.orchestration.checks.quality import CHECKS
 from census_tf_dagster.orchestration.checks.rules import CHECK, RULES
-from tests.support.project import BOUND, RELEASE, REPOSITORY, SHARED_DATA, Oracle, read_array, relative_errors
+from tests.support.project import BOUND, RELEASE, REPOSITORY, SHARED_DATA, UpstreamCommand, read_array, relative_errors
 
 TRAIN = {"homo_sapiens", "mus_musculus", "callithrix_jacchus"}
 
@@ -109,7 +109,7 @@ def test_the_page_for_readers_runs(demo: Path) -> None:
     for name, value in (("array_uri", array), ("census_uri", demo / "demo-data" / "census" / RELEASE)):
         code, replaced = re.subn(f'{name} = ".*"', f'{name} = "{value}"', code)
         assert replaced == 1
-    code += "\nassert len(adata) == len(joinids) == len(embeddings) == len(centred) > 100 and proved and made_with"
+    code += "\nassert len(adata) == len(joinids) == len(embeddings) == len(centred) > 100 and verified and made_with"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -141,9 +141,9 @@ def test_census_as_its_own_package_reads_it(demo: Path) -> None:
         assert presence.shape[1] == 20_000
 
 
-@pytest.mark.oracle
+@pytest.mark.upstream
 @pytest.mark.parametrize("organism", ["homo_sapiens", "callithrix_jacchus"])
-def test_demo_values_are_upstreams(demo: Path, oracle: Oracle, organism: str) -> None:
+def test_demo_values_are_upstreams(demo: Path, upstream_command: UpstreamCommand, organism: str) -> None:
     """The default precision of storage: upstream's value to within half a bfloat16 step."""
     data = demo / "demo-data"
     with (
@@ -156,7 +156,7 @@ def test_demo_values_are_upstreams(demo: Path, oracle: Oracle, organism: str) ->
         assert UNLISTED_ASSAY in set(cellxgene_census.get_obs(census, organism).assay)
     embedding_file = data / "embeddings" / f"{organism}_gene.h5"
     pretrained = embedding_file if embedding_file.exists() else None
-    reference = oracle.embed(data / "checkpoint", adata, pretrained)
+    reference = upstream_command.embed(data / "checkpoint", adata, pretrained)
     name = {"homo_sapiens": "demo_human", "callithrix_jacchus": "demo_marmoset"}[organism]
     (array,) = (data / "store" / name / RELEASE).glob("*/embeddings")
     stored = read_array(array, demo).values[:16]

@@ -35,57 +35,57 @@ def test_the_same_numeric_version_goes_on_where_the_release_is(
 ) -> None:
     """Nothing is computed again, even when the next version prepares checkpoints in another form."""
     tiny(project, shards=SHARDS)
-    with project.job("tiny") as job:
-        make_plan(job)
-        embed_shard(job, 0)
+    with project.context("tiny") as context:
+        make_plan(context)
+        embed_shard(context, 0)
     monkeypatch.setattr(prepare, "FORMAT", prepare.FORMAT + 1)
     shutil.rmtree(project.folder / "cache")
-    with project.job("tiny") as job:
-        computed = [embed_shard(job, shard).megabatches_computed for shard in range(SHARDS)]
+    with project.context("tiny") as context:
+        computed = [embed_shard(context, shard).megabatches_computed for shard in range(SHARDS)]
         assert computed[0] == 0
         assert computed[1] > 0
-        assert finish_array(job).totals.cells == 200
+        assert finish_array(context).totals.cells == 200
 
 
 def test_another_numeric_version_begins_anew_beside_the_old_array(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny(project, shards=SHARDS)
-    with project.job("tiny") as job:
-        make_plan(job)
-        embed_shard(job, 0)
-        old = job.folder.array
+    with project.context("tiny") as context:
+        make_plan(context)
+        embed_shard(context, 0)
+        old = context.folder.array
     before = files_of(project)
 
     with monkeypatch.context() as patch:
         move_to(NUMERIC_VERSION + 1, patch)
-        with project.job("tiny") as job:
+        with project.context("tiny") as context:
             # A shard that was queued before the move, and the array: one error, and nothing is written.
-            for step in (lambda: embed_shard(job, 1), lambda: finish_array(job)):
+            for step in (lambda: embed_shard(context, 1), lambda: finish_array(context)):
                 with pytest.raises(
                     UserError, match=r"there is no plan at .*materialize obs_id_plan of this release first"
                 ):
                     step()
             assert files_of(project) == before
-            make_plan(job)
-            assert job.folder.array != old
-            assert embed_shard(job, 0).megabatches_computed > 0
+            make_plan(context)
+            assert context.folder.array != old
+            assert embed_shard(context, 0).megabatches_computed > 0
         after = files_of(project)
         assert {name: after[name] for name in before} == before
 
     # Rolled back: the old array goes on from where it was.
-    with project.job("tiny") as job:
-        assert job.folder.array == old
-        assert embed_shard(job, 0).megabatches_computed == 0
+    with project.context("tiny") as context:
+        assert context.folder.array == old
+        assert embed_shard(context, 0).megabatches_computed == 0
         for shard in range(1, SHARDS):
-            embed_shard(job, shard)
-        assert finish_array(job).totals.cells == 200
+            embed_shard(context, shard)
+        assert finish_array(context).totals.cells == 200
 
 
 def test_the_page_quotes_what_is_said(project: Project) -> None:
     tiny(project, shards=SHARDS)
-    with project.job("tiny") as job, pytest.raises(UserError) as caught:
-        embed_shard(job, 1)
+    with project.context("tiny") as context, pytest.raises(UserError) as caught:
+        embed_shard(context, 1)
     (quoted,) = re.findall(r"^ *> (.*)$", PAGE, flags=re.MULTILINE)
     start, end = quoted.split("...")
     assert str(caught.value).startswith(start.strip())

@@ -73,13 +73,13 @@ def test_a_device_process_that_dies(prepared: Path) -> None:
 def test_several_devices_give_each_megabatch_once_with_the_same_values(project: Project) -> None:
     tiny(project, megabatch_size=8, shards=1)
     found: dict[int, dict[int, np.ndarray]] = {}
-    with project.job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
-        ids = plan.read_ids(job.store, plan.megabatches)
+    with project.context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
+        ids = plan.read_ids(context.store, plan.megabatches)
         for processes in (1, 3):
             times = Times()
-            with outcomes(job, plan.megabatches, ids, times, processes) as leaving:
+            with outcomes(context, plan.megabatches, ids, times, processes) as leaving:
                 done = list(leaving)
             assert sorted(one.batch.index for one in done) == list(range(len(plan.megabatches)))
             assert len(times.devices) == processes
@@ -92,12 +92,12 @@ def test_several_devices_give_each_megabatch_once_with_the_same_values(project: 
 
 def test_a_device_that_dies_in_the_middle_stops_the_shard_at_once(project: Project) -> None:
     tiny(project, megabatch_size=4, shards=1)
-    with project.job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
-        ids = plan.read_ids(job.store, plan.megabatches)
+    with project.context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
+        ids = plan.read_ids(context.store, plan.megabatches)
         done = []
-        with pytest.raises(DeviceLostError), outcomes(job, plan.megabatches, ids, Times(), 2) as leaving:  # noqa: PT012
+        with pytest.raises(DeviceLostError), outcomes(context, plan.megabatches, ids, Times(), 2) as leaving:  # noqa: PT012
             for outcome in leaving:
                 done.append(outcome)
                 if len(done) == 3:
@@ -122,23 +122,23 @@ def test_a_write_that_fails_stops_all_stages_at_once(project: Project, monkeypat
             yield full
 
     monkeypatch.setattr(EmbeddingsArray, "writing", on_a_full_disk)
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
         threads = threading.active_count()
         with pytest.raises(OSError, match="No space left on device"):
-            embed_shard(job, 0)
+            embed_shard(context, 0)
         assert not children(os.getpid())
         assert threading.active_count() == threads
         monkeypatch.undo()
-        rest = embed_shard(job, 0)
+        rest = embed_shard(context, 0)
     assert 0 < rest.cells_before < rest.cells
 
 
 def test_stages_are_counted(project: Project) -> None:
     tiny(project, megabatch_size=8, shards=1)
-    with project.job("tiny") as job:
-        make_plan(job)
-        summary = embed_shard(job, 0)
+    with project.context("tiny") as context:
+        make_plan(context)
+        summary = embed_shard(context, 0)
     stages = summary.times.stages
     assert list(stages) == ["read", "tokens", "packing", "compute", "write"]
     assert all(0 < stage.busy < 60 and 0 <= stage.waiting < 60 for stage in stages.values())

@@ -59,7 +59,7 @@ def test_all_layers_and_rows_share_one_compilation(folder: Path, monkeypatch: py
     engine = load_engine(read_checkpoint(folder), GENES)
     torch._dynamo.reset()
     counters.clear()
-    for name in ("block", "hidden_of"):
+    for name in ("block", "to_hidden"):
         function = torch.compile(getattr(model_module, name), dynamic=False, backend="eager")
         monkeypatch.setattr(model_module, name, function)
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.model import Model
 from census_tf_dagster.inference.packing import assemble, choose_cells
 from census_tf_dagster.inference.tokens import Tokenizer
-from tests.support.project import BOUND, DEVICE, Oracle, as_upstream_input, load_engine, relative_errors
+from tests.support.project import BOUND, DEVICE, UpstreamCommand, as_upstream_input, load_engine, relative_errors
 
 LENGTHS = (0, 1, 2, 127, 128, 2045, 2046, 2047, 2048, 5000)
 N_GENES = 5600
@@ -26,7 +26,7 @@ GENES = [f"ENSG{i:011d}" for i in range(N_GENES)]
 KNOWN = np.arange(N_GENES) % 10 != 3
 ASSAYS = ("10x 3' v3", "Smart-seq2")
 
-pytestmark = pytest.mark.oracle
+pytestmark = pytest.mark.upstream
 
 
 def built_cells() -> Cells:
@@ -109,9 +109,9 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint_folder: Path, oracle: Oracle) -> np.ndarray:
+def reference(checkpoint_folder: Path, upstream_command: UpstreamCommand) -> np.ndarray:
     cells = built_cells()
-    return oracle.embed(checkpoint_folder, as_upstream_input(as_matrix(cells), GENES, list(cells.assays)))
+    return upstream_command.embed(checkpoint_folder, as_upstream_input(as_matrix(cells), GENES, list(cells.assays)))
 
 
 def test_every_length_and_assay(checkpoint_folder: Path, reference: np.ndarray) -> None:
@@ -148,14 +148,14 @@ def test_unsorted_genes_of_upstream_are_ours_in_var_order(checkpoint_folder: Pat
     assert relative_errors(embed(checkpoint, built_cells(), GENES[::-1]), reference).max() > 10 * BOUND
 
 
-def test_pretrained_embeddings(tmp_path: Path, oracle: Oracle) -> None:
+def test_pretrained_embeddings(tmp_path: Path, upstream_command: UpstreamCommand) -> None:
     """A species outside the vocabulary, whose genes come from an embedding file of its own."""
     # Upstream's count head, which it cannot leave out, needs a vocabulary at least as large as the file's.
     build_checkpoint(tmp_path / "checkpoint", {"other": [f"ENSMUSG{i:011d}" for i in range(6000)]}, ASSAYS)
     genes_file = tmp_path / "species_gene.h5"
     build_pretrained_embeddings(genes_file, [g for g, known in zip(GENES, KNOWN, strict=True) if known], 96, seed=3)
     cells = built_cells()
-    expected = oracle.embed(
+    expected = upstream_command.embed(
         tmp_path / "checkpoint", as_upstream_input(as_matrix(cells), GENES, list(cells.assays)), genes_file
     )
     ours = embed(read_checkpoint(tmp_path / "checkpoint", [genes_file]), cells)

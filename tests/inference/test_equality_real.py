@@ -16,7 +16,15 @@ from census_tf_dagster.demo.synthetic import organism_from_h5ad
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
-from tests.support.project import BOUND, RELEASE, Oracle, Project, as_upstream_input, read_array, relative_errors
+from tests.support.project import (
+    BOUND,
+    RELEASE,
+    Project,
+    UpstreamCommand,
+    as_upstream_input,
+    read_array,
+    relative_errors,
+)
 
 ORGANISMS = {
     "mouse_merfish_500": ("mus_musculus", "Mus musculus"),
@@ -27,7 +35,7 @@ ORGANISMS = {
 def check(
     project: Project,
     real_file: Path,
-    oracle: Oracle,
+    upstream_command: UpstreamCommand,
     to_the_array: Callable[[Project, str], None],
     *,
     seq_len: int,
@@ -57,7 +65,7 @@ def check(
     given = as_upstream_input(counts, genes, [assays[i] for i in chosen])
     if attributes.get("gene_order") == "vocabulary":
         given = given[:, known].copy()
-    reference = oracle.embed(project.checkpoint, given)
+    reference = upstream_command.embed(project.checkpoint, given)
     assert relative_errors(stored.values, reference).max() <= BOUND
     return len(chosen)
 
@@ -68,36 +76,36 @@ def by_command(project: Project, name: str) -> None:
 
 
 def in_process(project: Project, name: str) -> None:
-    with project.job(name) as job:
-        make_plan(job)
-        for shard in range(job.settings.shards):
-            embed_shard(job, shard)
-        finish_array(job)
+    with project.context(name) as context:
+        make_plan(context)
+        for shard in range(context.settings.shards):
+            embed_shard(context, shard)
+        finish_array(context)
 
 
-@pytest.mark.oracle
-def test_all_cells_at_a_short_window(project: Project, real_file: Path, oracle: Oracle) -> None:
+@pytest.mark.upstream
+def test_all_cells_at_a_short_window(project: Project, real_file: Path, upstream_command: UpstreamCommand) -> None:
     """A window of 63 genes is filled and overrun by many of these cells."""
-    assert check(project, real_file, oracle, by_command, seq_len=63, block_len=64) in (500, 1107)
+    assert check(project, real_file, upstream_command, by_command, seq_len=63, block_len=64) in (500, 1107)
 
 
-@pytest.mark.oracle
+@pytest.mark.upstream
 def test_vocabulary_order_is_upstreams_on_a_var_in_that_order(
-    project: Project, real_file: Path, oracle: Oracle
+    project: Project, real_file: Path, upstream_command: UpstreamCommand
 ) -> None:
     """A window of 63 genes is overrun, so that the order decides also which genes are seen."""
     options = {"seq_len": 63, "block_len": 64, "gene_order": "vocabulary"}
-    assert check(project, real_file, oracle, in_process, **options) in (500, 1107)
+    assert check(project, real_file, upstream_command, in_process, **options) in (500, 1107)
 
 
-@pytest.mark.oracle
-def test_full_window(project: Project, real_file: Path, oracle: Oracle) -> None:
+@pytest.mark.upstream
+def test_full_window(project: Project, real_file: Path, upstream_command: UpstreamCommand) -> None:
     mod = {"mouse_merfish_500": 9, "human_10x_chr21": 21}[real_file.stem]
-    assert check(project, real_file, oracle, in_process, seq_len=2047, mod=mod) >= 50
+    assert check(project, real_file, upstream_command, in_process, seq_len=2047, mod=mod) >= 50
 
 
 @pytest.mark.soak
-@pytest.mark.oracle
-def test_full_window_on_many_cells(project: Project, real_file: Path, oracle: Oracle) -> None:
+@pytest.mark.upstream
+def test_full_window_on_many_cells(project: Project, real_file: Path, upstream_command: UpstreamCommand) -> None:
     mod = {"mouse_merfish_500": 2, "human_10x_chr21": 5}[real_file.stem]
-    assert check(project, real_file, oracle, by_command, seq_len=2047, mod=mod) >= 200
+    assert check(project, real_file, upstream_command, by_command, seq_len=2047, mod=mod) >= 200

@@ -191,10 +191,10 @@ def test_a_set_that_expects_another_checkpoint(project: Project) -> None:
     wrong = hashlib.sha256(b"another").hexdigest()
     project.add_set("right", organism="homo_sapiens", checkpoint_fingerprint=right)
     project.add_set("wrong", organism="homo_sapiens", checkpoint_fingerprint=wrong)
-    with project.job("right") as job:
-        assert job.checkpoint.fingerprint == right
+    with project.context("right") as context:
+        assert context.checkpoint.fingerprint == right
     with (
         pytest.raises(UserError, match=rf"has the fingerprint {right}; the set wrong expects {wrong}"),
-        project.job("wrong"),
+        project.context("wrong"),
     ):
         pass

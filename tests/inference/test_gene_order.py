@@ -63,6 +63,6 @@ def test_a_var_that_has_the_order_already_takes_the_short_way(checkpoint: Checkp
 def test_the_order_is_part_of_the_identity(project: Project) -> None:
     tiny(project)
     project.add_set("stable", organism="homo_sapiens", gene_order="vocabulary")
-    with project.job("tiny") as first, project.job("stable") as second:
+    with project.context("tiny") as first, project.context("stable") as second:
         assert (first.identity.gene_order, second.identity.gene_order) == ("census", "vocabulary")
         assert first.identity.gene_fingerprint != second.identity.gene_fingerprint

@@ -12,13 +12,13 @@ from census_tf_dagster.inference.cell_errors import NonFiniteError
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import open_devices
-from census_tf_dagster.inference.engine import Engine, Work
+from census_tf_dagster.inference.engine import Engine, PendingCells
 from census_tf_dagster.inference.model import Model
-from census_tf_dagster.inference.non_finite import Judged, SecondLook
+from census_tf_dagster.inference.non_finite import RowResult, SecondLook
 from census_tf_dagster.inference.packing import PackedCells, assemble
 from tests.support.cells import ASSAYS, GENES, START
 from tests.support.cuda_double import gpus_of_tests
-from tests.support.overflowing import LEAVES_FP16, LEAVES_FP32, build_overflowing
+from tests.support.overflowing import OVERFLOWS_FP16, OVERFLOWS_FP32, build_overflowing
 from tests.support.project import DEVICE, relative_errors
 
 SEQ_LEN = 127
@@ -36,13 +36,13 @@ def prepared(folder: Path, gain: float, precision: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def leaves_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("fp16"), LEAVES_FP16, "fp16")
+def overflows_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("fp16"), OVERFLOWS_FP16, "fp16")
 
 
 @pytest.fixture(scope="module")
-def leaves_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("bf16"), LEAVES_FP32, "bf16")
+def overflows_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("bf16"), OVERFLOWS_FP32, "bf16")
 
 
 def packed(hot: tuple[int, ...] | list[int] = tuple(CULPRITS)) -> PackedCells:
@@ -63,7 +63,7 @@ def others(cells: list[int] = CULPRITS) -> np.ndarray:
     return np.setdiff1d(np.arange(CELLS), cells)
 
 
-def finish(engine: Engine, cells: PackedCells) -> Work:
+def finish(engine: Engine, cells: PackedCells) -> PendingCells:
     engine.add(cells)
     while (work := engine.step()) is None:
         pass
@@ -76,9 +76,9 @@ def by_itself(model: Model, cells: PackedCells) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_in_a_packed_row_neighbours_are_harmed(leaves_fp16: Path) -> None:
+def test_in_a_packed_row_neighbours_are_harmed(overflows_fp16: Path) -> None:
     """What the second look is for: a masked key still multiplies its value, and 0 x NaN is NaN."""
-    model = Engine.load(leaves_fp16, GENES, "cpu").model
+    model = Engine.load(overflows_fp16, GENES, "cpu").model
     alone = by_itself(model, packed())
     assert np.flatnonzero(~np.isfinite(alone).all(axis=1)).tolist() == CULPRITS
     row = assemble(packed(), np.arange(CELLS))
@@ -86,24 +86,24 @@ def test_in_a_packed_row_neighbours_are_harmed(leaves_fp16: Path) -> None:
     assert (~np.isfinite(together).all(axis=1)).sum() > len(CULPRITS)
 
 
-def test_only_the_cell_itself_is_computed_again(leaves_fp16: Path) -> None:
-    engine = Engine.load(leaves_fp16, GENES, DEVICE)
+def test_only_the_cell_itself_is_computed_again(overflows_fp16: Path) -> None:
+    engine = Engine.load(overflows_fp16, GENES, DEVICE)
     work = finish(engine, packed())
     assert (work.failure, work.set_aside, work.widened) == (None, {}, CULPRITS)
     assert np.isfinite(work.embeddings).all()
     assert relative_errors(work.embeddings[others()], engine.embed(packed(hot=[]))[others()]).max() < 1e-6
 
 
-def test_the_wider_precision_is_fp32_of_the_same_weights(leaves_fp16: Path, tmp_path: Path) -> None:
-    exact = Engine.load(prepared(tmp_path, LEAVES_FP16, "fp32"), GENES, "cpu").embed(packed())
-    found = Engine.load(leaves_fp16, GENES, "cpu").embed(packed())
+def test_the_wider_precision_is_fp32_of_the_same_weights(overflows_fp16: Path, tmp_path: Path) -> None:
+    exact = Engine.load(prepared(tmp_path, OVERFLOWS_FP16, "fp32"), GENES, "cpu").embed(packed())
+    found = Engine.load(overflows_fp16, GENES, "cpu").embed(packed())
     assert relative_errors(found, exact).max() < 5e-3
 
 
 @without_gpu
-def test_in_a_packed_row_neighbours_keep_their_values_bit_for_bit(leaves_fp16: Path) -> None:
+def test_in_a_packed_row_neighbours_keep_their_values_bit_for_bit(overflows_fp16: Path) -> None:
     with gpus_of_tests(1):
-        engine = Engine.load(leaves_fp16, GENES, "cuda", batch_size=6)
+        engine = Engine.load(overflows_fp16, GENES, "cuda", batch_size=6)
         work = finish(engine, packed())
         without = finish(engine, packed(hot=[]))
         elsewhere = finish(engine, packed(hot=[4]))
@@ -112,18 +112,18 @@ def test_in_a_packed_row_neighbours_keep_their_values_bit_for_bit(leaves_fp16: P
     assert elsewhere.widened == [4]
     assert np.array_equal(work.embeddings[others()], without.embeddings[others()])
     assert np.array_equal(elsewhere.embeddings[others([4])], without.embeddings[others([4])])
-    wide = Engine.load(leaves_fp16, GENES, "cpu").embed(packed())
+    wide = Engine.load(overflows_fp16, GENES, "cpu").embed(packed())
     assert relative_errors(work.embeddings, wide).max() < 5e-3
 
 
 @without_gpu
-def test_a_cell_that_is_not_finite_in_any_precision_is_given_up_alone(leaves_fp32: Path) -> None:
+def test_a_cell_that_is_not_finite_in_any_precision_is_given_up_alone(overflows_fp32: Path) -> None:
     reason = "Its embedding is not finite in bf16, nor in fp32."
-    plain = Engine.load(leaves_fp32, GENES, "cpu")
+    plain = Engine.load(overflows_fp32, GENES, "cpu")
     works = [finish(plain, packed())]
     expected = [plain.embed(packed(hot=[]))]
     with gpus_of_tests(1):
-        engine = Engine.load(leaves_fp32, GENES, "cuda", batch_size=6)
+        engine = Engine.load(overflows_fp32, GENES, "cuda", batch_size=6)
         works.append(finish(engine, packed()))
         expected.append(engine.embed(packed(hot=[])))
     for work, values in zip(works, expected, strict=True):
@@ -134,7 +134,7 @@ def test_a_cell_that_is_not_finite_in_any_precision_is_given_up_alone(leaves_fp3
 
 
 def test_nothing_is_wider_than_fp32(tmp_path: Path) -> None:
-    engine = Engine.load(prepared(tmp_path, LEAVES_FP32, "fp32"), GENES, "cpu")
+    engine = Engine.load(prepared(tmp_path, OVERFLOWS_FP32, "fp32"), GENES, "cpu")
     assert finish(engine, packed()).set_aside == dict.fromkeys(CULPRITS, "Its embedding is not finite in fp32.")
     message = r"2 cells have embeddings that are not finite, positions \[2, 11\]\. Of the first: .* in fp32\."
     with pytest.raises(NonFiniteError, match=message):
@@ -142,15 +142,15 @@ def test_nothing_is_wider_than_fp32(tmp_path: Path) -> None:
 
 
 @without_gpu
-def test_only_culprits(leaves_fp32: Path) -> None:
+def test_only_culprits(overflows_fp32: Path) -> None:
     everyone = list(range(CELLS))
     with gpus_of_tests(1):
-        work = finish(Engine.load(leaves_fp32, GENES, "cuda", batch_size=6), packed(hot=everyone))
+        work = finish(Engine.load(overflows_fp32, GENES, "cuda", batch_size=6), packed(hot=everyone))
     assert (work.failure, list(work.set_aside)) == (None, everyone)
 
 
 def test_the_second_precision_is_loaded_once_and_only_when_needed(
-    leaves_fp16: Path, monkeypatch: pytest.MonkeyPatch
+    overflows_fp16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[torch.dtype | None] = []
     load = engine_module.load_model
@@ -160,7 +160,7 @@ def test_the_second_precision_is_loaded_once_and_only_when_needed(
         return load(prepared, genes, device, dtype)
 
     monkeypatch.setattr(engine_module, "load_model", counted)
-    engine = Engine.load(leaves_fp16, GENES, "cpu")
+    engine = Engine.load(overflows_fp16, GENES, "cpu")
     engine.embed(packed(hot=[]))
     assert loads == [None]
     for _ in range(2):
@@ -169,7 +169,7 @@ def test_the_second_precision_is_loaded_once_and_only_when_needed(
 
 
 def test_memory_that_does_not_suffice_for_the_wider_precision_costs_those_cells_alone(
-    leaves_fp16: Path, monkeypatch: pytest.MonkeyPatch
+    overflows_fp16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = engine_module.load_model
 
@@ -179,7 +179,7 @@ def test_memory_that_does_not_suffice_for_the_wider_precision_costs_those_cells_
         return load(prepared, genes, device)
 
     monkeypatch.setattr(engine_module, "load_model", full)
-    work = finish(Engine.load(leaves_fp16, GENES, "cpu"), packed())
+    work = finish(Engine.load(overflows_fp16, GENES, "cpu"), packed())
     reason = "Its embedding is not finite in fp16, and the device's memory does not suffice to compute it in fp32."
     assert (work.failure, work.set_aside) == (None, dict.fromkeys(CULPRITS, reason))
     assert np.isfinite(work.embeddings[others()]).all()
@@ -187,13 +187,13 @@ def test_memory_that_does_not_suffice_for_the_wider_precision_costs_those_cells_
 
 @without_gpu
 def test_memory_that_runs_out_in_the_second_look_halves_the_row(
-    leaves_fp16: Path, monkeypatch: pytest.MonkeyPatch
+    overflows_fp16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gpus_of_tests(1):
-        engine = Engine.load(leaves_fp16, GENES, "cuda", batch_size=6)
+        engine = Engine.load(overflows_fp16, GENES, "cuda", batch_size=6)
         judge, errors = SecondLook.__call__, [torch.OutOfMemoryError("CUDA out of memory")]
 
-        def full(self: SecondLook, *arguments: Any) -> Judged:
+        def full(self: SecondLook, *arguments: Any) -> RowResult:
             if errors:
                 raise errors.pop()
             return judge(self, *arguments)
@@ -207,7 +207,7 @@ def test_memory_that_runs_out_in_the_second_look_halves_the_row(
 
 @without_gpu
 def test_cells_that_overflow_do_not_keep_a_model_from_loading(
-    leaves_fp32: Path, monkeypatch: pytest.MonkeyPatch
+    overflows_fp32: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Warming up embeds cells that no Census has; their values say nothing."""
     embed = Model.embed
@@ -217,22 +217,22 @@ def test_cells_that_overflow_do_not_keep_a_model_from_loading(
 
     with gpus_of_tests(1):
         monkeypatch.setattr(Model, "embed", infinite)
-        assert Engine.load(leaves_fp32, GENES, "cuda", batch_size=2).idle
+        assert Engine.load(overflows_fp32, GENES, "cuda", batch_size=2).idle
 
 
-def test_a_device_says_which_cells(leaves_fp16: Path, leaves_fp32: Path) -> None:
-    with open_devices(leaves_fp16, GENES, "cpu", None) as (device,):
+def test_a_device_says_which_cells(overflows_fp16: Path, overflows_fp32: Path) -> None:
+    with open_devices(overflows_fp16, GENES, "cpu", None) as (device,):
         device.send(5, packed())
         answer = device.receive()
-        assert (answer.key, answer.poison, answer.set_aside, answer.widened) == (5, "", {}, CULPRITS)
+        assert (answer.key, answer.failure, answer.set_aside, answer.widened) == (5, "", {}, CULPRITS)
         assert answer.embeddings is not None
         assert np.isfinite(answer.embeddings).all()
         device.commit()
         assert np.array_equal(device.embed(packed()), answer.embeddings)
-    with open_devices(leaves_fp32, GENES, "cpu", None) as (device,):
+    with open_devices(overflows_fp32, GENES, "cpu", None) as (device,):
         device.send(5, packed())
         answer = device.receive()
-        assert (answer.poison, list(answer.set_aside), answer.widened) == ("", CULPRITS, [])
+        assert (answer.failure, list(answer.set_aside), answer.widened) == ("", CULPRITS, [])
         assert answer.embeddings is not None
         assert np.isnan(answer.embeddings[CULPRITS]).all()
         device.commit()

@@ -11,9 +11,9 @@ import pytest
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.inference.checkpoint_config import read_config
 from census_tf_dagster.inference.state_dict import expected_tensors
-from tests.support.project import Oracle
+from tests.support.project import UpstreamCommand
 
-pytestmark = pytest.mark.oracle
+pytestmark = pytest.mark.upstream
 
 MODELS = """
 import json, sys, torch
@@ -39,7 +39,7 @@ EDITS: list[Callable[[dict[str, Any]], Any]] = [
 ]
 
 
-def test_names_and_shapes_are_those_of_upstreams_model(oracle: Oracle, tmp_path: Path) -> None:
+def test_names_and_shapes_are_those_of_upstreams_model(upstream_command: UpstreamCommand, tmp_path: Path) -> None:
     build_checkpoint(tmp_path, {"x": ["a", "b", "c"]}, ["x"], embed_dim=16, seq_len=63, block_len=64)
     paths = []
     for number, edit in enumerate(EDITS):
@@ -47,7 +47,7 @@ def test_names_and_shapes_are_those_of_upstreams_model(oracle: Oracle, tmp_path:
         edit(config["model"])
         paths.append(tmp_path / f"{number}.json")
         paths[-1].write_text(json.dumps(config))
-    command = [str(oracle.command.with_name("python")), "-c", MODELS, *map(str, paths)]
+    command = [str(upstream_command.command.with_name("python")), "-c", MODELS, *map(str, paths)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     upstream = [json.loads(line.removeprefix("MODEL ")) for line in done.stdout.splitlines() if line[:6] == "MODEL "]

@@ -91,13 +91,13 @@ def test_a_store_in_which_the_console_made_every_folder(project: Project, s3: st
     on_s3(project, s3)
     objects = client(s3)
     objects.create_bucket(Bucket="the-store")
-    with project.job("tiny") as job:
-        parts = job.folder.array.removeprefix("s3://the-store/").split("/")
+    with project.context("tiny") as context:
+        parts = context.folder.array.removeprefix("s3://the-store/").split("/")
         for depth in range(1, len(parts) + 1):
             objects.put_object(Bucket="the-store", Key="/".join(parts[:depth]) + "/", Body=b"")
-        make_plan(job)
-        (holding,) = inspect_store(job.folder.store, job.store)
-        assert (holding.state, holding.cells_planned, holding.identity) == ("unproved", 200, parts[-2])
+        make_plan(context)
+        (holding,) = inspect_store(context.folder.store, context.store)
+        assert (holding.state, holding.cells_planned, holding.identity) == ("unverified", 200, parts[-2])
 
 
 def test_a_folder_of_temporary_files_that_cannot_be_used(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,19 +121,19 @@ def told(about: str, attempt: Callable[[], object]) -> None:
 def on_a_small_disk(project: Project) -> None:
     """Plan on a disk that is read-only, full, and neither; prepare in a cache that is read-only."""
     store = project.folder / "store"
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
         filler = store / "filler"
         with filler.open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(b"x" * 4096)
-        told("full: plan", lambda: make_plan(job))
+        told("full: plan", lambda: make_plan(context))
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
-        told("read-only: plan", lambda: make_plan(job))
-        plan = read_plan(job.store, job.folder.plan)
-        told("read-only: ids", lambda: sum(map(len, plan.read_ids(job.store, plan.megabatches))))
-        told("read-only: remove", lambda: job.store.remove_folder(job.folder.root))
+        told("read-only: plan", lambda: make_plan(context))
+        plan = read_plan(context.store, context.folder.plan)
+        told("read-only: ids", lambda: sum(map(len, plan.read_ids(context.store, plan.megabatches))))
+        told("read-only: remove", lambda: context.store.remove_folder(context.folder.root))
     (project.folder / "cache").mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(project.folder / "cache")], check=True)
     checkpoint = read_checkpoint(project.checkpoint, cache=project.folder / "cache")
@@ -151,8 +151,8 @@ def with_little_memory(project: Project) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, -1))
 
         def plan() -> None:
-            with project.job("tiny") as job:
-                make_plan(job)
+            with project.context("tiny") as context:
+                make_plan(context)
 
         told(f"{megabytes} MB: plan", plan)
 

@@ -19,7 +19,7 @@ import pytest
 
 from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_going, start
+from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_running, start
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.launch import LaunchRequest, launch
 from census_tf_dagster.operate.remote_set import find_set
@@ -150,7 +150,12 @@ def test_plan_shards_and_array_run_once(story: Story, tmp_path: Path) -> None:
 def test_status_at_several_moments(story: Story) -> None:
     nothing = {"done": 0, "running": 0, "queued": 0, "failed": 0, "missing": 4}
     assert story.before["shard_counts"] == nothing
-    assert [story.before[key] for key in ("plan", "array", "proved", "backfill")] == ["missing", "missing", None, None]
+    assert [story.before[key] for key in ("plan", "array", "verified", "backfill")] == [
+        "missing",
+        "missing",
+        None,
+        None,
+    ]
     assert story.before["cells_planned"] is None
     counts = story.meanwhile["shard_counts"]
     assert story.meanwhile["plan"] == "done"
@@ -160,7 +165,7 @@ def test_status_at_several_moments(story: Story) -> None:
     assert counts["running"] + counts["queued"] + counts["done"] == 4
     assert story.after["shards"] == {"done": "0-3", "running": "", "queued": "", "failed": "", "missing": ""}
     assert [story.after[key] for key in ("plan", "array", "backfill", "finish")] == ["done", "done", None, None]
-    assert story.after["proved"] is True
+    assert story.after["verified"] is True
     assert story.after["cells_planned"] == CELLS
     assert story.after["array_path"] == str(story.operator.project.array("tiny"))
     assert (story.after_broken["shards"]["failed"], story.after_broken["array"]) == ("0", "missing")
@@ -189,7 +194,7 @@ def test_recompute_of_one_shard(story: Story) -> None:
     assert len(list(fragments)) == 5
     status = story.operator.status("tiny")
     assert (status["shards"]["done"], status["cells_done"], status["array"]) == ("0-3", CELLS, "done")
-    assert status["proved"] is True
+    assert status["verified"] is True
 
 
 def test_other_work_does_not_attach(story: Story) -> None:
@@ -221,8 +226,8 @@ def test_terminate_commits_nothing_partial_and_the_rest_follows(story: Story, tm
     operator = story.operator
     deployment = Deployment.at(operator.url)
     of = find_set(deployment, "long")
-    with operator.project.job("long") as job:
-        make_plan(job)
+    with operator.project.context("long") as context:
+        make_plan(context)
     run = materialize(deployment, of, 0)
     commits = operator.project.array("long") / "__commits"
     until(lambda: any(commits.iterdir()), f"a commit of run {run}")
@@ -234,13 +239,13 @@ def test_terminate_commits_nothing_partial_and_the_rest_follows(story: Story, tm
     assert fetch_runs(deployment, of, {"runIds": [run]})[0].status == "CANCELED"
     shards = operator.status("long")["shard_counts"]
     assert (shards["done"], shards["running"], shards["queued"]) == (0, 0, 0)
-    with operator.project.job("long") as job:
-        fragments = EmbeddingsArray.open(job.folder.array, job.store, job.identity).fragments()
+    with operator.project.context("long") as context:
+        fragments = EmbeddingsArray.open(context.folder.array, context.store, context.identity).fragments()
         assert {fragment.values for fragment in fragments} == {16}
         assert 0 < len(fragments) < CELLS
-        rest = embed_shard(job, 0)
+        rest = embed_shard(context, 0)
         assert (rest.cells_before, rest.cells_computed) == (len(fragments), CELLS - len(fragments))
-        assert finish_array(job).excess_fragments == 0
+        assert finish_array(context).excess_fragments == 0
     array, same_cells = (read_array(operator.project.array(name), tmp_path) for name in ("long", "tiny"))
     assert array.ids.tolist() == list(range(CELLS))
     assert array.stored_values == CELLS * 16
@@ -270,25 +275,25 @@ def test_of_two_launches_at_the_same_moment_one_goes_on(
         codes = list(pool.map(lambda _: launch(story.operator.url, request), range(2)))
     assert codes == [0, 0]
     new = {key: status for key, status in launches(story.operator, "broken").items() if key not in before}
-    ((going, _),) = [one for one in new.items() if one[1] == "REQUESTED"]
-    ((other, status),) = [one for one in new.items() if one[0] != going]
+    ((running, _),) = [one for one in new.items() if one[1] == "REQUESTED"]
+    ((other, status),) = [one for one in new.items() if one[0] != running]
     assert status in ("CANCELING", "CANCELED")
     said = capsys.readouterr().out
-    assert f"launched backfill {going} " in said
-    assert f"attached to backfill {going} " in said
+    assert f"launched backfill {running} " in said
+    assert f"attached to backfill {running} " in said
     assert other not in said
 
     # The same with other work: the second has looked before the first was there.
-    looks = mock.Mock(wraps=find_going, side_effect=[None, mock.DEFAULT])
-    monkeypatch.setattr("census_tf_dagster.operate.launch.find_going", looks)
+    looks = mock.Mock(wraps=find_running, side_effect=[None, mock.DEFAULT])
+    monkeypatch.setattr("census_tf_dagster.operate.launch.find_running", looks)
     monkeypatch.setattr("census_tf_dagster.operate.launch.start", start)
-    with pytest.raises(UserError, match=f"backfill {going} of broken {RELEASE} goes on with shards 0, the array"):
+    with pytest.raises(UserError, match=f"backfill {running} of broken {RELEASE} goes on with shards 0, the array"):
         launch(story.operator.url, replace(request, recompute=True))
     assert looks.call_count == 2
     new = {key: status for key, status in launches(story.operator, "broken").items() if key not in before}
     assert len(new) == 3
-    assert [key for key, status in new.items() if status == "REQUESTED"] == [going]
-    cancel(Deployment.at(story.operator.url), going)
+    assert [key for key, status in new.items() if status == "REQUESTED"] == [running]
+    cancel(Deployment.at(story.operator.url), running)
 
 
 @pytest.fixture(scope="module")

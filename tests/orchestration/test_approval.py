@@ -173,7 +173,7 @@ def test_shards_measure_what_the_next_plan_is_told_with(project: Project, instan
     shown = figures(gate.run("obs_id_plan"), "obs_id_plan")
     assert shown is not None
     assert shown["rate"] == "measured: the last 1 shards of this set on CPU"
-    seconds = done["seconds_load"] + done["seconds_work"] + done["seconds_proof"]
+    seconds = done["seconds_load"] + done["seconds_work"] + done["seconds_verification"]
     assert shown["tokens_per_second_of_a_gpu"] == pytest.approx(done["tokens_computed"] / seconds, rel=0.01)
     assert 0 < shown["tokens_to_compute"] < first["tokens_to_compute"]
 

@@ -65,33 +65,33 @@ def test_observations_are_throttled(deployment: Deployment) -> None:
     assert not deployment.instance.fetch_observations(key, limit=10).records
 
 
-def test_recompute_marks_the_array_unproved_until_it_is_checked_again(deployment: Deployment) -> None:
+def test_recompute_marks_the_array_unverified_until_it_is_checked_again(deployment: Deployment) -> None:
     everything(deployment)
-    assert deployment.proved()
+    assert deployment.verified()
     assert deployment.run("shard_embeddings", f"{RELEASE}|0").success
-    assert deployment.proved()
+    assert deployment.verified()
     assert deployment.run("shard_embeddings", f"{RELEASE}|0", {"recompute": True}).success
-    assert not deployment.proved()
+    assert not deployment.verified()
     assert deployment.run("shard_embeddings", f"{RELEASE}|1", {"recompute": True}).success
-    assert not deployment.proved()
+    assert not deployment.verified()
     again = deployment.run("embeddings_array", RELEASE)
     assert again.success
     assert metadata(again, "embeddings_array")["shards_read_again"] == 0
     assert metadata(again, "embeddings_array")["excess_fragments"] > 0
-    assert deployment.proved()
+    assert deployment.verified()
 
 
-def test_another_plan_marks_the_array_unproved(deployment: Deployment, project: Project) -> None:
+def test_another_plan_marks_the_array_unverified(deployment: Deployment, project: Project) -> None:
     everything(deployment)
     assert deployment.run("obs_id_plan", RELEASE).success
-    assert deployment.proved()
+    assert deployment.verified()
     yaml = project.folder / "sets" / "tiny" / "defs.yaml"
     yaml.write_text(yaml.read_text().replace("megabatch_size: 32", "megabatch_size: 16"))
     changed = Deployment(project, deployment.instance)
     assert changed.run("obs_id_plan", RELEASE).success
-    assert not changed.proved()
+    assert not changed.verified()
     everything(changed)
-    assert changed.proved()
+    assert changed.verified()
 
 
 def test_cells_that_are_set_aside_are_listed(deployment: Deployment, project: Project) -> None:

@@ -18,7 +18,7 @@ from tests.support.builders import value_of
 from tests.support.deployment import Operator, running_locally, until
 from tests.support.project import RELEASE, Project, read_array
 from tests.support.release_directory import directory_server, entry
-from tests.support.releases import EARLIER, TwoReleases, prove_earlier, two_releases
+from tests.support.releases import EARLIER, TwoReleases, two_releases, verify_earlier
 
 CELLS, REUSED = 220, 160
 AUTOMATIC = {"cheap": {"budget": 1e6}, "dear": {"budget": 1.0}, "asked": {"budget": 1.0}}
@@ -153,7 +153,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         # There before anything looks: for `launch`.
         earlier = {"r2025_01_30": entry(EARLIER, str(project.folder / "census" / EARLIER))}
         server.lists(**earlier)
-        prove_earlier(releases, "cheap")
+        verify_earlier(releases, "cheap")
         assert project.command("release", "add", EARLIER).returncode == 0
         with running_locally(project, daemon=True) as operator:
             for sensor in (*(f"{name}_auto_start" for name in AUTOMATIC), "census_releases"):
@@ -193,7 +193,7 @@ def test_a_new_release_runs_by_itself_once(story: Story, tmp_path: Path) -> None
     assert story.finished_runs == ONCE
     array = read_array(story.operator.project.array("cheap"), tmp_path)
     assert (len(array.ids), array.stored_values) == (CELLS, array.values.size)
-    assert status(story.operator, "cheap").proved is True
+    assert status(story.operator, "cheap").verified is True
 
 
 def test_only_its_new_cells_are_computed(story: Story, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_an_approval_lets_them_go_on(story: Story) -> None:
     assert (story.approved.returncode, story.approved.stderr) == (0, "")
     assert "tokens to compute" in story.approved.stdout
     after = status(story.operator, "dear")
-    assert (after.array, after.proved, after.approval) == ("done", True, "done")
+    assert (after.array, after.verified, after.approval) == ("done", True, "done")
     deployment = Deployment.at(story.operator.url)
     given = materializations(deployment, find_set(deployment, "dear"), "approval", [RELEASE])[RELEASE]
     assert ", from " in given.texts["approved_by"]

@@ -17,7 +17,7 @@ import boto3
 import psutil
 import pytest
 
-from census_tf_dagster.operate.backfills import LAUNCH_TAG, Work, fetch, start
+from census_tf_dagster.operate.backfills import LAUNCH_TAG, LaunchScope, fetch, start
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import materializations
@@ -158,7 +158,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with ecs_deployment(project) as on:
         cluster = Cluster(on)
         deployment = cluster.deployment
-        work = Work(plan=True, shards=tuple(range(SHARDS)), array=True, recompute=False)
+        work = LaunchScope(plan=True, shards=tuple(range(SHARDS)), array=True, recompute=False)
         of, gpu = find_set(deployment, "tiny"), find_set(deployment, "gpu")
         backfill = start(deployment, of, RELEASE, work)
         for name in ("gpu", "auto"):
@@ -258,10 +258,10 @@ def test_a_lost_worker_s_shard_is_retried_and_resumed(story: Story, shard: int) 
 def test_the_array_is_right_though_two_wrote_one_shard(story: Story, tmp_path: Any) -> None:
     project = story.on.operator.project
     array = read_array(project.array("tiny"), tmp_path)
-    with project.job("same") as job:
-        make_plan(job)
-        embed_shard(job, 0)
-        finish_array(job)
+    with project.context("same") as context:
+        make_plan(context)
+        embed_shard(context, 0)
+        finish_array(context)
     same = read_array(project.array("same"), tmp_path)
     assert array.ids.tolist() == same.ids.tolist() == list(range(CELLS))
     assert array.stored_values == same.stored_values

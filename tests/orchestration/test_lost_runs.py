@@ -160,10 +160,10 @@ def failures(instance: dg.DagsterInstance, run: str) -> int:
 def test_a_lost_retry_is_asked_for_until_it_comes_or_never_will(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_backfill(instance, "going", BulkActionStatus.REQUESTED)
-    run = lose_retry(instance, "going")
+    add_backfill(instance, "running", BulkActionStatus.REQUESTED)
+    run = lose_retry(instance, "running")
     # What makes Dagster's backfill wait for ever.
-    assert not backfill_runs_are_complete("going", instance, logging.getLogger())
+    assert not backfill_runs_are_complete("running", instance, logging.getLogger())
     assert not list(ask_for_lost_retries(instance)), "it is not late yet"
     monkeypatch.setattr(lost_work, "OWED_SECONDS", 0.0)
     for asked in range(MOST_ASKED):
@@ -173,7 +173,7 @@ def test_a_lost_retry_is_asked_for_until_it_comes_or_never_will(
     (line,) = ask_for_lost_retries(instance)
     assert "no retry of it comes any more" in line
     assert failures(instance, run) == 1 + MOST_ASKED
-    assert backfill_runs_are_complete("going", instance, logging.getLogger())
+    assert backfill_runs_are_complete("running", instance, logging.getLogger())
     assert not list(ask_for_lost_retries(instance))
 
 
@@ -181,9 +181,9 @@ def test_no_retry_is_asked_for_that_was_made_or_that_nobody_waits_for(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lost_work, "OWED_SECONDS", 0.0)
-    add_backfill(instance, "going", BulkActionStatus.REQUESTED)
+    add_backfill(instance, "running", BulkActionStatus.REQUESTED)
     add_backfill(instance, "ended", BulkActionStatus.CANCELED)
-    made = lose_retry(instance, "going")
+    made = lose_retry(instance, "running")
     instance.add_run_tags(made, {RETRIED_BY_TAG: make_new_run_id()})
     lone = [lose_retry(instance, name) for name in ("ended", "deleted")]
     assert len(list(ask_for_lost_retries(instance))) == 2

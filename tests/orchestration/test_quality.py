@@ -20,13 +20,13 @@ from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.pipeline import assess_quality as step
 from census_tf_dagster.pipeline.assess_quality import assess
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.quality import pictures
 from census_tf_dagster.quality.report import Report
 from census_tf_dagster.store.array import EmbeddingsArray
-from census_tf_dagster.store.verification import prove_shard
+from census_tf_dagster.store.verification import verify_shard
 from tests.support.builders import N_GENES, tiny
 from tests.support.in_process import Deployment
 from tests.support.project import RELEASE, Project, read_array
@@ -69,24 +69,24 @@ def shifted(joinids: np.ndarray, types: np.ndarray) -> np.ndarray:
 def finish(project: Project, values: Values, release: str = RELEASE) -> None:
     """Plan, write values instead of a model's, and finish."""
     obs = obs_of(project, release)
-    with project.job("tiny", release) as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-        ids = np.concatenate(plan.read_ids(job.store, plan.megabatches))
+    with project.context("tiny", release) as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+        ids = np.concatenate(plan.read_ids(context.store, plan.megabatches))
         all_values = values(ids, obs.cell_type.astype(str).to_numpy()[ids])
         start = 0
         for batch in plan.megabatches:
             array.write(ids[start : start + batch.cells], all_values[start : start + batch.cells])
             start += batch.cells
         for shard in range(plan.totals.shards):
-            assert not prove_shard(array, plan, job.folder, shard)
-        finish_array(job)
+            assert not verify_shard(array, plan, context.folder, shard)
+        finish_array(context)
 
 
 def report_of(project: Project, release: str = RELEASE) -> Report:
-    with project.job("tiny", release) as job:
-        return assess(job)
+    with project.context("tiny", release) as context:
+        return assess(context)
 
 
 def stored(project: Project) -> tuple[Path, dict[str, Any]]:
@@ -123,13 +123,13 @@ def test_coverage_is_what_pandas_counts(good: Project) -> None:
         assert found.planned.is_monotonic_decreasing
 
 
-def test_a_shard_without_a_proof_counts_as_not_embedded(good: Project) -> None:
-    (proof, *_) = sorted((good.folder / "store").rglob("proofs/*/*.json"))
-    proof.unlink()
+def test_a_shard_without_a_verification_counts_as_not_embedded(good: Project) -> None:
+    (verification, *_) = sorted((good.folder / "store").rglob("verifications/*/*.json"))
+    verification.unlink()
     report_of(good)
     rows = pd.DataFrame(stored(good)[1]["coverage"]["assay"])
-    with good.job("tiny") as job:
-        missing = sum(batch.cells for batch in read_plan(job.store, job.folder.plan).shard(0))
+    with good.context("tiny") as context:
+        missing = sum(batch.cells for batch in read_plan(context.store, context.folder.plan).shard(0))
     assert rows.planned.sum() - rows.embedded.sum() == missing > 0
 
 
@@ -294,12 +294,12 @@ def test_another_model_is_nothing_to_compare_with(good: Project) -> None:
         assert report_of(good, LATER).verdicts["drift_from_previous_release"].passed
 
 
-def test_an_array_that_is_not_proved_is_not_assessed(project: Project) -> None:
+def test_an_array_that_is_not_verified_is_not_assessed(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        make_plan(job)
-        with pytest.raises(UserError, match="the array is unproved: materialize embeddings_array first"):
-            assess(job)
+    with project.context("tiny") as context:
+        make_plan(context)
+        with pytest.raises(UserError, match="the array is unverified: materialize embeddings_array first"):
+            assess(context)
 
 
 def test_a_census_that_tells_little_is_assessed(project: Project) -> None:
@@ -360,14 +360,14 @@ def test_dagster_shows_pictures_tables_and_checks(deployment: Deployment) -> Non
 def test_what_cannot_be_pictured_is_published_all_the_same(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(job: Job, **_: object) -> Report:
+    def fail(context: ReleaseContext, **_: object) -> Report:
         raise MemoryError("too large")
 
     monkeypatch.setattr(step, "assess", fail)
     result = deployment.run("embeddings_array", RELEASE)
     assert result.success
     assert result.asset_materializations_for_node("tiny__embeddings_array")
-    assert deployment.proved()
+    assert deployment.verified()
     for one in evaluations(deployment).values():
         assert (one.passed, one.severity) == (False, dg.AssetCheckSeverity.WARN)
         assert "MemoryError: too large" in (one.description or "")

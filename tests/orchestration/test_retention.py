@@ -37,9 +37,9 @@ def age(folder: Path, days: float) -> None:
 def old(project: Project) -> Project:
     """Five releases of one set, finished 100 days ago."""
     tiny(project, cells=40, shards=1)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
     store = project.folder / "store" / "tiny"
     for release in OTHERS:
         shutil.copytree(store / RELEASE, store / release)
@@ -67,7 +67,7 @@ def test_expire_shows_first_and_wants_the_word(old: Project, tmp_path: Path) -> 
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("policy expire: 2 arrays\n  tiny/2023-05-15/")
     assert "40 cells, " in shown.stdout
-    assert "proved, idle for 100 days" in shown.stdout
+    assert "verified, idle for 100 days" in shown.stdout
     word = shown.stdout.split("--confirm ")[1].strip()
     wrong = old.command("prune", "--confirm", "0123456789ab")
     assert wrong.returncode == 1
@@ -98,10 +98,10 @@ def test_what_no_policy_touches(old: Project) -> None:
     (identity,) = (store / OTHERS[1]).iterdir()
     (identity / "plan" / "current.json").unlink()
     assert chosen(old, policy="expire", releases=1) == list(OTHERS[2:])
-    # The newest proved array of a set, however old: newer releases have a plan only.
+    # The newest verified array of a set, however old: newer releases have a plan only.
     shutil.rmtree(store / RELEASE)
-    with old.job("tiny") as job:
-        make_plan(job)
+    with old.context("tiny") as context:
+        make_plan(context)
     age(store, 100)
     assert chosen(old, policy="expire", releases=1) == [OTHERS[0], OTHERS[2]]
 
@@ -115,7 +115,7 @@ def test_what_another_plan_names_as_its_source_stays(old: Project) -> None:
     assert chosen(old, policy="expire", releases=1) == list(OTHERS)
     for named in (str(source), f"{source}/embeddings"):
         # Whatever else a plan may hold: this one has an entry that is not known yet, so it is damaged as well, and the
-        # newest that is proved is the one before it.
+        # newest that is verified is the one before it.
         pointer.write_text(json.dumps(content | {"reuse": {"from": [named]}}))
         age(store, 100)
         assert chosen(old, policy="expire", releases=1) == list(OTHERS[:2])
@@ -148,14 +148,14 @@ def test_the_schedule_lists_first_and_acts_a_week_later(old: Project) -> None:
     (schedule,) = build_retention(retention).schedules or ()
     assert isinstance(schedule, dg.ScheduleDefinition)
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    job = defs.resolve_job_def("retention_job")
+    context = defs.resolve_job_def("retention_job")
 
     def arrays() -> list[str]:
         return sorted(path.parts[-3] for path in store.glob("*/*/*/embeddings"))
 
     with dg.DagsterInstance.ephemeral() as instance:
-        assert job.execute_in_process(instance=instance).success
-        assert job.execute_in_process(instance=instance).success
+        assert context.execute_in_process(instance=instance).success
+        assert context.execute_in_process(instance=instance).success
         assert len(arrays()) == 5
         listed = json.loads((store / "retention.json").read_text())
         assert sorted(name.split("/")[1] for name in listed) == list(OTHERS[:2])
@@ -171,7 +171,7 @@ def test_the_schedule_lists_first_and_acts_a_week_later(old: Project) -> None:
                 status=dg.DagsterRunStatus.STARTED,
             )
         )
-        assert job.execute_in_process(instance=instance).success
+        assert context.execute_in_process(instance=instance).success
         assert arrays() == [OTHERS[0], *OTHERS[2:], RELEASE]
 
 
@@ -203,9 +203,9 @@ def remote(s3: str, project: Project) -> tuple[Project, str]:
     tiny(project, cells=40, shards=1)
     shutil.copytree(project.census, project.census.with_name("2024-07-01"))
     for release in ("2024-07-01", RELEASE):
-        with project.job("tiny", release) as job:
-            fill(job)
-            finish_array(job)
+        with project.context("tiny", release) as context:
+            fill(context)
+            finish_array(context)
     return project, s3
 
 
@@ -223,15 +223,15 @@ def test_archive_moves_to_another_storage_class_and_stays_readable(remote: tuple
     done = project.command("prune")  # All was written today.
     assert (done.stdout, done.stderr) == ("policy archive: 0 arrays\n", "")
     retention = Retention(policy="archive", releases=1, days=1)
-    with project.job("tiny", "2024-07-01") as job:
-        verified = job.folder
+    with project.context("tiny", "2024-07-01") as context:
+        verified = context.folder
         assert classes() == {"2024-07-01": {"STANDARD"}, RELEASE: {"STANDARD"}}
         (holding,) = [
-            one for one in _everything("s3://retained/store", job.store) if one.holding.release == "2024-07-01"
+            one for one in _everything("s3://retained/store", context.store) if one.holding.release == "2024-07-01"
         ]
-        apply("s3://retained/store", job.store, retention, [holding])
+        apply("s3://retained/store", context.store, retention, [holding])
         assert classes() == {"2024-07-01": {"GLACIER_IR"}, RELEASE: {"STANDARD"}}
-        assert job.store.is_archived(verified.root)
+        assert context.store.is_archived(verified.root)
     assert project.command("verify", "tiny", "2024-07-01", "--full").returncode == 0
 
 

@@ -12,13 +12,13 @@ from tests.support.builders import value_of
 from tests.support.deployment import running_locally
 from tests.support.on_s3 import on_s3, reader_config
 from tests.support.project import RELEASE, Project, read_array
-from tests.support.releases import EARLIER, fill_planned, prove_earlier, two_releases
+from tests.support.releases import EARLIER, fill_planned, two_releases, verify_earlier
 
 
-def test_a_launch_plans_copies_computes_and_proves_once(project: Project, tmp_path: Path) -> None:
+def test_a_launch_plans_copies_computes_and_verifies_once(project: Project, tmp_path: Path) -> None:
     """Copies and shards are runs of their own: one waits for no GPU, the other for no copy."""
     releases = two_releases(project, shards=2, megabatch_size=256)
-    prove_earlier(releases)
+    verify_earlier(releases)
     assert project.command("release", "add", RELEASE).returncode == 0
     told = project.command("launch", "reusing", RELEASE, "--dry-run")
     assert "reuse: reuses 160 cells (72.7%;" in told.stdout
@@ -35,7 +35,7 @@ def test_a_launch_plans_copies_computes_and_proves_once(project: Project, tmp_pa
         expected |= {(f"reusing/{asset}", f"{RELEASE}|{shard}"): 1 for shard in range(2)}
     assert runs == expected
     assert status["copies"] == {"done": "0-1", "running": "", "queued": "", "failed": "", "missing": ""}
-    assert (status["cells_done"], status["cells_planned"], status["proved"]) == (220, 220, True)
+    assert (status["cells_done"], status["cells_planned"], status["verified"]) == (220, 220, True)
     stored = read_array(project.array("reusing"), tmp_path)
     assert np.array_equal(stored.ids, np.arange(220))
     place = {int(row): joinid for joinid, row in enumerate(releases.earlier.rows)}
@@ -47,15 +47,15 @@ def test_a_launch_plans_copies_computes_and_proves_once(project: Project, tmp_pa
 def test_reuse_with_the_store_on_s3(project: Project, s3: str, tmp_path: Path) -> None:
     on_s3(project, s3)
     releases = two_releases(project)
-    prove_earlier(releases)
-    with project.job("reusing") as job:
-        summary = make_plan(job)
+    verify_earlier(releases)
+    with project.context("reusing") as context:
+        summary = make_plan(context)
         assert summary.cells_reused == 160
         assert summary.totals.source is not None
         assert summary.totals.source.root.startswith(f"s3://the-store/some/prefix/reusing/{EARLIER}/")
-        fill_planned(job)
-        assert sum(copy_shard(job, shard).cells_copied for shard in range(4)) == 160
-        finish_array(job)
-        stored = read_array(job.folder.array, tmp_path, reader_config(s3))
+        fill_planned(context)
+        assert sum(copy_shard(context, shard).cells_copied for shard in range(4)) == 160
+        finish_array(context)
+        stored = read_array(context.folder.array, tmp_path, reader_config(s3))
     assert np.array_equal(stored.ids, np.arange(220))
     assert json.loads(stored.metadata["census_tf_record"])["cells"] == 220

@@ -21,7 +21,7 @@ from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference import engine
 from census_tf_dagster.orchestration.resources import CensusResource
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -45,8 +45,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def plan_is_refused(project: Project, message: str, name: str = "tiny", release: str = RELEASE) -> None:
     store = project.folder / "store"
     before = snapshot(store)
-    with pytest.raises(UserError, match=message), project.job(name, release) as job:
-        make_plan(job)
+    with pytest.raises(UserError, match=message), project.context(name, release) as context:
+        make_plan(context)
     assert snapshot(store) == before
 
 
@@ -71,8 +71,8 @@ def edit_counts(project: Project, value: float) -> None:
 def test_a_cell_with_an_impossible_count_is_set_aside(project: Project, value: float, whole: bool) -> None:
     tiny(project)
     edit_counts(project, value)
-    with project.job("tiny") as job:
-        cells = read_cells(job.release, np.arange(4), whole_counts=whole)
+    with project.context("tiny") as context:
+        cells = read_cells(context.release, np.arange(4), whole_counts=whole)
     what = "whole number" if whole else "count"
     assert cells.set_aside == {0: f"X/raw holds {np.float32(value)!s}, which is no {what}"}
     assert cells.joinids.tolist() == [1, 2, 3]
@@ -83,8 +83,8 @@ def test_a_cell_with_an_impossible_count_is_set_aside(project: Project, value: f
 def test_fractions_are_taken_as_they_are(project: Project) -> None:
     tiny(project)
     edit_counts(project, 0.5)
-    with project.job("tiny") as job:
-        cells = read_cells(job.release, np.arange(4))
+    with project.context("tiny") as context:
+        cells = read_cells(context.release, np.arange(4))
     assert (cells.set_aside, cells.fractional) == ({}, 1)
     assert cells.values[: cells.indptr[1]].min() == 0.5
 
@@ -106,8 +106,8 @@ def test_cells_whose_counts_were_written_twice(project: Project) -> None:
         table = array.read(coords=(slice(0, 3),)).tables().concat()
     with tiledbsoma.open(str(counts_folder(project)), "w") as array:
         array.write(table)
-    with project.job("tiny") as job:
-        cells = read_cells(job.release, np.arange(6))
+    with project.context("tiny") as context:
+        cells = read_cells(context.release, np.arange(6))
     assert cells.joinids.tolist() == [4, 5]
     assert all(re.fullmatch(r"X/raw holds \d+ counts, and obs.nnz states \d+", why) for why in cells.set_aside.values())
 
@@ -206,44 +206,44 @@ def test_weights_that_the_configuration_does_not_account_for(project: Project) -
 
 def test_weights_that_were_damaged_after_planning(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
     weights = project.checkpoint / "model_weights.pt"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     with (
         pytest.raises(UserError, match=r"model_weights.pt is damaged: .* Get model_weights.pt again"),
-        project.job("tiny") as job,
+        project.context("tiny") as context,
     ):
-        embed_shard(job, 0)
+        embed_shard(context, 0)
 
 
 def test_an_array_location_that_holds_something_else(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        tiledbsoma.Collection.create(job.folder.array).close()
+    with project.context("tiny") as context:
+        tiledbsoma.Collection.create(context.folder.array).close()
     plan_is_refused(project, r"embeddings holds something that is no SparseNDArray; move it away")
 
 
 @pytest.mark.parametrize(("rows", "message"), [(200, "was not made by this project"), (5, "has 5 rows; the Census")])
 def test_an_array_that_is_not_ours(project: Project, rows: int, message: str) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        Path(job.folder.root).mkdir(parents=True)
-        with tiledbsoma.SparseNDArray.create(job.folder.array, type=pa.float32(), shape=(rows, 16)) as array:
+    with project.context("tiny") as context:
+        Path(context.folder.root).mkdir(parents=True)
+        with tiledbsoma.SparseNDArray.create(context.folder.array, type=pa.float32(), shape=(rows, 16)) as array:
             array.write(pa.table({"soma_dim_0": [0], "soma_dim_1": [0], "soma_data": pa.array([1.0], pa.float32())}))
     plan_is_refused(project, message)
 
 
 def test_a_creation_that_was_cut_short_is_taken_up(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        make_plan(job)
-        with tiledbsoma.open(job.folder.array, "w") as array:
+    with project.context("tiny") as context:
+        make_plan(context)
+        with tiledbsoma.open(context.folder.array, "w") as array:
             del array.metadata["census_tf_identity"]
-        assert make_plan(job).totals.cells == 200
-        read_plan(job.store, job.folder.plan)
+        assert make_plan(context).totals.cells == 200
+        read_plan(context.store, context.folder.plan)
 
 
 ARRAY_FOLDERS = (
@@ -261,21 +261,21 @@ ARRAY_FOLDERS = (
 @pytest.mark.parametrize("made", range(len(ARRAY_FOLDERS) + 1))
 def test_a_creation_that_was_killed_before_the_schema_is_taken_up(project: Project, made: int) -> None:
     tiny(project)
-    with project.job("tiny") as job:
+    with project.context("tiny") as context:
         for folder in ("", *ARRAY_FOLDERS[:made]):
-            (Path(job.folder.array) / folder).mkdir(parents=True)
+            (Path(context.folder.array) / folder).mkdir(parents=True)
         with pytest.raises(UserError, match=r"there is no array at .*: materialize obs_id_plan"):
-            EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-        make_plan(job)
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+            EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+        make_plan(context)
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
         array.write(np.array([7]), np.ones((1, 16), np.float32))
         assert array.joinids_between(0, 199).tolist() == [7]
 
 
 def test_a_folder_with_a_file_is_refused_and_left_alone(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        there = Path(job.folder.array)
+    with project.context("tiny") as context:
+        there = Path(context.folder.array)
         for folder in ARRAY_FOLDERS:
             (there / folder).mkdir(parents=True)
         (there / "__labels" / "empty").touch()
@@ -288,59 +288,59 @@ def test_a_store_that_cannot_be_written(project: Project) -> None:
     tiny(project)
     (project.folder / "file").write_text("no folder")
     project.env["CENSUS_TF_STORE"] = str(project.folder / "file" / "store")
-    with pytest.raises(UserError, match="the store cannot be written at"), project.job("tiny") as job:
-        make_plan(job)
+    with pytest.raises(UserError, match="the store cannot be written at"), project.context("tiny") as context:
+        make_plan(context)
     assert (project.folder / "file").read_text() == "no folder"
 
 
 def test_a_shard_beyond_the_plan(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
         with pytest.raises(
             UserError, match=r"shard 9 is not in the plan, which has 4 \(0 to 3\).*`shards` was changed"
         ):
-            embed_shard(job, 9)
+            embed_shard(context, 9)
 
 
 @pytest.mark.parametrize("kind", ["megabatches", "obs_ids"])
 def test_a_plan_that_is_damaged(project: Project, kind: str) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
-        file = Path(job.folder.plan) / f"{plan.totals.plan}.{kind}.parquet"
+    with project.context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
+        file = Path(context.folder.plan) / f"{plan.totals.plan}.{kind}.parquet"
         file.write_bytes(b"PAR1 cut")
-        before = snapshot(Path(job.folder.root))
+        before = snapshot(Path(context.folder.root))
         with pytest.raises(UserError, match=r"is damaged .*materialize obs_id_plan again"):
-            plan_and_ids(job)
-        assert snapshot(Path(job.folder.root)) == before
-        make_plan(job)
-        plan_and_ids(job)
+            plan_and_ids(context)
+        assert snapshot(Path(context.folder.root)) == before
+        make_plan(context)
+        plan_and_ids(context)
 
 
-def plan_and_ids(job: Job) -> None:
-    plan = read_plan(job.store, job.folder.plan)
-    plan.read_ids(job.store, plan.shard(0))
+def plan_and_ids(context: ReleaseContext) -> None:
+    plan = read_plan(context.store, context.folder.plan)
+    plan.read_ids(context.store, plan.shard(0))
 
 
 def test_planned_ids_that_disagree_with_the_index(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
+    with project.context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
         swapped = replace(
             plan, megabatches=(replace(plan.megabatches[0], ids=plan.megabatches[1].ids), *plan.megabatches[1:])
         )
         with pytest.raises(UserError, match="megabatch 0 holds other ids than were planned"):
-            swapped.read_ids(job.store, swapped.megabatches[:1])
+            swapped.read_ids(context.store, swapped.megabatches[:1])
 
 
 def test_no_gpu_where_the_set_asks_for_one(project: Project) -> None:
     tiny(project, device="cuda")
-    with project.job("tiny") as job:
-        make_plan(job)
-        before = snapshot(Path(job.folder.root))
+    with project.context("tiny") as context:
+        make_plan(context)
+        before = snapshot(Path(context.folder.root))
         with pytest.raises(UserError, match=r"asks for a GPU \(device: cuda\) and this machine has none"):
-            embed_shard(job, 0)
-        assert snapshot(Path(job.folder.root)) == before
+            embed_shard(context, 0)
+        assert snapshot(Path(context.folder.root)) == before

@@ -14,31 +14,30 @@ import numpy as np
 import pytest
 
 from census_tf_dagster.census.plan import read_plan
-from census_tf_dagster.pipeline import check_upstream as judging
-from census_tf_dagster.pipeline import upstream
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline import check_upstream, upstream
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.plan_release import make_plan
-from census_tf_dagster.quality.upstream_comparison import Judgement
-from census_tf_dagster.quality.verdicts import of_judgement
+from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
+from census_tf_dagster.quality.verdicts import of_comparison
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support.builders import fill, tiny, value_of
 from tests.support.in_process import Deployment
-from tests.support.project import RELEASE, Oracle, Project
+from tests.support.project import RELEASE, Project, UpstreamCommand
 
 
 @pytest.fixture
-def job(project: Project) -> Iterator[Job]:
+def context(project: Project) -> Iterator[ReleaseContext]:
     tiny(project, cells=64, shards=2, storage_precision="bfloat16")
-    with project.job("tiny") as opened:
+    with project.context("tiny") as opened:
         yield opened
 
 
-def judge(job: Job, command: Path | None, shard: int = 0, *, anew: bool = False) -> Judgement:
+def judge(context: ReleaseContext, command: Path | None, shard: int = 0, *, anew: bool = False) -> UpstreamComparison:
     """Judge what is in the array."""
-    plan = read_plan(job.store, job.folder.plan)
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    with judging.judging(job, plan, array, shard, command, anew=anew) as finish:
+    plan = read_plan(context.store, context.folder.plan)
+    array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+    with check_upstream.checking_upstream(context, plan, array, shard, command, anew=anew) as finish:
         found = finish()
     assert found is not None
     return found
@@ -56,39 +55,41 @@ def script(folder: Path, text: str) -> Path:
     return command
 
 
-@pytest.mark.oracle
-def test_upstream_agrees_with_a_shard_and_finds_wrong_values(job: Job, oracle: Oracle) -> None:
-    make_plan(job)
-    summary = embed_shard(job, 0, upstream=oracle.command)
-    found = summary.judgement
+@pytest.mark.upstream
+def test_upstream_agrees_with_a_shard_and_finds_wrong_values(
+    context: ReleaseContext, upstream_command: UpstreamCommand
+) -> None:
+    make_plan(context)
+    summary = embed_shard(context, 0, upstream=upstream_command.command)
+    found = summary.comparison
     assert found is not None
-    verdict = of_judgement(found)
+    verdict = of_comparison(found)
     assert verdict.passed, verdict.text
-    assert len(found.joinids) == judging.CELLS
+    assert len(found.joinids) == check_upstream.CELLS
     # fp32 values, rounded to bfloat16: the difference is that of rounding, and not none at all.
     assert 1e-4 < found.relative_rms < found.worst_cell < found.bound < 4e-3
     assert found.centred_cosine > 0.99
     # A shard with nothing to do shows what was found, without asking again.
-    assert embed_shard(job, 0, upstream=Path("/nowhere/transcriptformer")).judgement == found
+    assert embed_shard(context, 0, upstream=Path("/nowhere/transcriptformer")).comparison == found
 
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    plan = read_plan(job.store, job.folder.plan)
-    (ids, *_) = plan.read_ids(job.store, plan.shard(0)[:1])
+    array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+    plan = read_plan(context.store, context.folder.plan)
+    (ids, *_) = plan.read_ids(context.store, plan.shard(0)[:1])
     with array.reading() as read:
         values = np.concatenate([table["soma_data"].to_numpy() for table in read(slice(int(ids[0]), int(ids[-1])))])
     # Each cell of the first megabatch has its neighbour's embedding.
     array.write(ids, np.roll(values.reshape(len(ids), -1), 1, axis=0))
-    wrong = judge(job, oracle.command, anew=True)
-    verdict = of_judgement(wrong)
+    wrong = judge(context, upstream_command.command, anew=True)
+    verdict = of_comparison(wrong)
     assert (verdict.passed, verdict.grave) == (False, True)
     assert wrong.worst_cell > wrong.bound
 
 
-def test_without_upstream_it_is_not_done_and_says_so(job: Job) -> None:
-    make_plan(job)
-    found = embed_shard(job, 1).judgement
+def test_without_upstream_it_is_not_done_and_says_so(context: ReleaseContext) -> None:
+    make_plan(context)
+    found = embed_shard(context, 1).comparison
     assert found is not None
-    verdict = of_judgement(found)
+    verdict = of_comparison(found)
     assert (verdict.passed, verdict.grave) == (False, False)
     assert "transcriptformer is not installed on the worker" in verdict.text
 
@@ -102,24 +103,29 @@ def test_without_upstream_it_is_not_done_and_says_so(job: Job) -> None:
     ],
 )
 def test_an_upstream_that_fails_is_told_and_ends(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+    context: ReleaseContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
 ) -> None:
-    fill(job)
-    monkeypatch.setattr(judging, "PATIENCE_SECONDS", 0.3 if "sleep" in text else 60.0)
-    found = judge(job, script(tmp_path, text))
+    fill(context)
+    monkeypatch.setattr(check_upstream, "PATIENCE_SECONDS", 0.3 if "sleep" in text else 60.0)
+    found = judge(context, script(tmp_path, text))
     assert said in found.not_done
     assert (
-        Judgement.read(job.store, job.folder.judgement(read_plan(job.store, job.folder.plan).totals.plan, 0)) == found
+        UpstreamComparison.read(
+            context.store, context.folder.comparison(read_plan(context.store, context.folder.plan).totals.plan, 0)
+        )
+        == found
     )
     # It is asked again as soon as there is one.
-    assert said not in judge(job, tmp_path / "nowhere" / "transcriptformer").not_done
+    assert said not in judge(context, tmp_path / "nowhere" / "transcriptformer").not_done
 
 
-def test_cells_that_the_array_lacks_are_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(job)
-    monkeypatch.setattr(judging, "read_embeddings", lambda *_: (_ for _ in ()).throw(ValueError("8 cells are not in")))
-    monkeypatch.setattr(judging, "upstream_running", lambda *_, **__: _answering(value_of(np.arange(8), 16)))
-    assert judge(job, Path("transcriptformer")).not_done == "ValueError: 8 cells are not in"
+def test_cells_that_the_array_lacks_are_told(context: ReleaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(context)
+    monkeypatch.setattr(
+        check_upstream, "read_embeddings", lambda *_: (_ for _ in ()).throw(ValueError("8 cells are not in"))
+    )
+    monkeypatch.setattr(check_upstream, "upstream_running", lambda *_, **__: _answering(value_of(np.arange(8), 16)))
+    assert judge(context, Path("transcriptformer")).not_done == "ValueError: 8 cells are not in"
 
 
 class _answering:
@@ -132,25 +138,25 @@ class _answering:
     def __exit__(self, *_: object) -> None: ...
 
 
-def test_chosen_cells_are_of_the_shard_and_the_same_every_time(job: Job) -> None:
-    make_plan(job)
-    plan = read_plan(job.store, job.folder.plan)
+def test_chosen_cells_are_of_the_shard_and_the_same_every_time(context: ReleaseContext) -> None:
+    make_plan(context)
+    plan = read_plan(context.store, context.folder.plan)
     for shard in range(2):
-        chosen = judging._choose(job, plan, shard)
-        assert np.array_equal(chosen, judging._choose(job, plan, shard))
-        ids = np.concatenate(plan.read_ids(job.store, plan.shard(shard)))
+        chosen = check_upstream._choose(context, plan, shard)
+        assert np.array_equal(chosen, check_upstream._choose(context, plan, shard))
+        ids = np.concatenate(plan.read_ids(context.store, plan.shard(shard)))
         assert np.isin(chosen, ids).all()
-        assert len(chosen) == judging.CELLS
+        assert len(chosen) == check_upstream.CELLS
         assert (np.diff(chosen) > 0).all()
 
 
 def test_a_shard_without_cells_has_nothing_to_judge(project: Project) -> None:
     tiny(project, cells=3, shards=4)
-    with project.job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
+    with project.context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
         (empty, *_) = [shard for shard in range(4) if not plan.shard(shard)]
-        assert embed_shard(job, empty).judgement is None
+        assert embed_shard(context, empty).comparison is None
 
 
 KILLED = """
@@ -160,9 +166,9 @@ from tests.support.project import Project
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.pipeline.upstream import upstream_running
 import numpy as np
-with Project(Path(sys.argv[1])).job("tiny") as job:
-    cells = read_cells(job.release, np.arange(4), job.checkpoint.aux_column)
-    with upstream_running(job, cells, Path(sys.argv[2])) as answer:
+with Project(Path(sys.argv[1])).context("tiny") as context:
+    cells = read_cells(context.release, np.arange(4), context.checkpoint.aux_column)
+    with upstream_running(context, cells, Path(sys.argv[2])) as answer:
         print("running", flush=True)
         time.sleep(60)
 """
@@ -224,7 +230,7 @@ def test_dagster_shows_each_shards_check(project: Project, monkeypatch: pytest.M
         assert evaluation.partition == f"{RELEASE}|1"
         assert (evaluation.passed, evaluation.severity) == (False, dg.AssetCheckSeverity.WARN)
         assert "not installed" in (evaluation.description or "")
-    with project.job("tiny") as job:
-        plan = read_plan(job.store, job.folder.plan)
-        stored = json.loads(job.store.read(job.folder.judgement(plan.totals.plan, 1)))
-        assert stored["not_done"] == judging.NOT_INSTALLED
+    with project.context("tiny") as context:
+        plan = read_plan(context.store, context.folder.plan)
+        stored = json.loads(context.store.read(context.folder.comparison(plan.totals.plan, 1)))
+        assert stored["not_done"] == check_upstream.NOT_INSTALLED

@@ -15,7 +15,7 @@ import pyarrow.compute
 import pytest
 
 from census_tf_dagster.census.plan import read_plan
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.embed_shard import MOST_SET_ASIDE, SetAsideError, embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array, verify_array
 from census_tf_dagster.pipeline.plan_release import make_plan
@@ -46,14 +46,14 @@ def start(project: Project, name: str = "tiny", pause: float = 0.0) -> subproces
 def add_and_plan(project: Project, name: str) -> int:
     """Declare one more set on the same cells, with an array of its own; return its number of megabatches."""
     project.add_set(name, organism="homo_sapiens", shards=1, megabatch_size=16)
-    with project.job(name) as job:
-        return make_plan(job).totals.megabatches
+    with project.context(name) as context:
+        return make_plan(context).totals.megabatches
 
 
 def finished_values(project: Project, name: str, cells: int) -> np.ndarray:
     """Finish a set and read it back: every cell once, with all its values."""
-    with project.job(name) as job:
-        finish_array(job)
+    with project.context(name) as context:
+        finish_array(context)
     stored = read_array(project.array(name), project.folder)
     assert np.array_equal(stored.ids, np.arange(cells))
     assert stored.stored_values == cells * 16
@@ -63,8 +63,8 @@ def finished_values(project: Project, name: str, cells: int) -> np.ndarray:
 def kill_at_random_moments(project: Project, kills: int, seed: int) -> None:
     tiny(project, cells=CELLS, shards=1)
     add_and_plan(project, "calm")
-    with project.job("calm") as job:
-        embed_shard(job, 0)
+    with project.context("calm") as context:
+        embed_shard(context, 0)
     expected = finished_values(project, "calm", CELLS)
     rng = random.Random(seed)
     delivered = lives = 0
@@ -108,8 +108,8 @@ def test_sigkill_at_fifty_moments(project: Project) -> None:
 def test_sigterm_to_the_command_commits_nothing_partial_and_ends_as_interrupted(project: Project) -> None:
     tiny(project, cells=3000, shards=1)
     assert project.command("release", "add", RELEASE).returncode == 0
-    with project.job("tiny") as job:
-        total = make_plan(job).totals.megabatches
+    with project.context("tiny") as context:
+        total = make_plan(context).totals.megabatches
     log = project.folder / "log"
     with log.open("w") as output:
         worker = project.start_materialize("tiny/shard_embeddings", f"{RELEASE}|0", output)
@@ -123,9 +123,9 @@ def test_sigterm_to_the_command_commits_nothing_partial_and_ends_as_interrupted(
         code = worker.wait(timeout=60)
     assert time.monotonic() - stopped < 15
     assert code != 0
-    with project.job("tiny") as job:
-        plan = read_plan(job.store, job.folder.plan)
-        rest = embed_shard(job, 0)
+    with project.context("tiny") as context:
+        plan = read_plan(context.store, context.folder.plan)
+        rest = embed_shard(context, 0)
     assert 0 < rest.cells_before < rest.cells
     assert rest.megabatches_computed < total
     assert plan.totals.cells == rest.cells_before + rest.cells_computed
@@ -139,66 +139,66 @@ def test_two_workers_on_one_shard_slow_and_fast(project: Project) -> None:
     outputs = [worker.communicate()[0] for worker in workers]
     assert all(output.endswith("done\n") for output in outputs)
     assert [output.count("committed") for output in outputs] == [megabatches, megabatches]
-    with project.job("twice") as job:
-        summary = finish_array(job)
+    with project.context("twice") as context:
+        summary = finish_array(context)
     assert (summary.fragments, summary.excess_fragments) == (2 * megabatches, megabatches)
     add_and_plan(project, "calm")
-    with project.job("calm") as job:
-        embed_shard(job, 0)
+    with project.context("calm") as context:
+        embed_shard(context, 0)
     expected = finished_values(project, "calm", 300)
     assert relative_errors(finished_values(project, "twice", 300), expected).max() <= BOUND
 
 
 @pytest.fixture
-def poisoned(project: Project) -> Project:
+def with_bad_cell(project: Project) -> Project:
     """A planned project in which one cell of shard 1, that planning did not sample, is no count any more."""
     tiny(project, megabatch_size=8)
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
     set_counts(project, [77], -1.0)
     return project
 
 
-def listed(job: Job) -> pd.DataFrame:
+def listed(context: ReleaseContext) -> pd.DataFrame:
     """The consumers' list."""
-    return pd.read_parquet(job.folder.obs_ids).set_index("soma_joinid")
+    return pd.read_parquet(context.folder.obs_ids).set_index("soma_joinid")
 
 
-def test_a_poisoned_cell_is_set_aside_and_all_others_are_there(poisoned: Project) -> None:
-    with poisoned.job("tiny") as job:
-        plan = read_plan(job.store, job.folder.plan)
+def test_a_bad_cell_is_set_aside_and_all_others_are_there(with_bad_cell: Project) -> None:
+    with with_bad_cell.context("tiny") as context:
+        plan = read_plan(context.store, context.folder.plan)
         (batch,) = [one for one in plan.megabatches if one.first <= 77 <= one.last]
-        summary = embed_shard(job, batch.shard)
-        assert summary.proved
+        summary = embed_shard(context, batch.shard)
+        assert summary.verified
         assert summary.cells_computed == summary.cells - 1
         (reason,) = summary.set_aside.values()
         assert re.fullmatch(r"X/raw holds -\d+\.0, which is no count", reason)
-        assert embed_shard(job, batch.shard).megabatches_computed == 0
+        assert embed_shard(context, batch.shard).megabatches_computed == 0
         for shard in {0, 1, 2, 3} - {batch.shard}:
-            assert embed_shard(job, shard).set_aside == {}
-        finished = finish_array(job)
+            assert embed_shard(context, shard).set_aside == {}
+        finished = finish_array(context)
         assert (finished.cells, finished.set_aside) == (199, {77: reason})
-        record = EmbeddingsArray.open(job.folder.array, job.store, job.identity).read_record()
+        record = EmbeddingsArray.open(context.folder.array, context.store, context.identity).read_record()
         assert (record["cells"], record["cells_set_aside"], record["set_aside"]) == (199, 1, [[reason, 1]])
-        assert listed(job)["set_aside"].dropna().to_dict() == {77: reason}
-        assert all(not one.wrong for one in verify_array(job, full=True))
-    stored = read_array(poisoned.array("tiny"), poisoned.folder)
+        assert listed(context)["set_aside"].dropna().to_dict() == {77: reason}
+        assert all(not one.wrong for one in verify_array(context, full=True))
+    stored = read_array(with_bad_cell.array("tiny"), with_bad_cell.folder)
     assert np.array_equal(stored.ids, np.setdiff1d(np.arange(200), [77]))
 
-    set_counts(poisoned, [77], -1.0)
-    with poisoned.job("tiny") as job:
-        assert embed_shard(job, batch.shard).set_aside == {77: reason}
-        assert embed_shard(job, batch.shard, recompute=True).set_aside == {}
-        finished_values(poisoned, "tiny", 200)
-        assert listed(job)["set_aside"].isna().all()
+    set_counts(with_bad_cell, [77], -1.0)
+    with with_bad_cell.context("tiny") as context:
+        assert embed_shard(context, batch.shard).set_aside == {77: reason}
+        assert embed_shard(context, batch.shard, recompute=True).set_aside == {}
+        finished_values(with_bad_cell, "tiny", 200)
+        assert listed(context)["set_aside"].isna().all()
 
 
 def test_several_faults_together_end_in_a_right_array(project: Project) -> None:
     """Bad cells, a worker that is killed, a lost file and a stray value, before a daemon's retry and after it."""
     tiny(project, cells=CELLS, shards=1)
     add_and_plan(project, "calm")
-    with project.job("calm") as job:
-        embed_shard(job, 0)
+    with project.context("calm") as context:
+        embed_shard(context, 0)
     expected = finished_values(project, "calm", CELLS)
     add_and_plan(project, "story")
     bad = [17, 18, 200, 399]
@@ -208,17 +208,17 @@ def test_several_faults_together_end_in_a_right_array(project: Project) -> None:
         while "committed" not in worker.stdout.readline():
             assert worker.poll() is None
         worker.send_signal(signal.SIGKILL)
-    with project.job("story") as job:
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    with project.context("story") as context:
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
         first = array.fragments()[0]
-        (Path(job.folder.array) / "__fragments" / first.name / "a0.tdb").unlink()
+        (Path(context.folder.array) / "__fragments" / first.name / "a0.tdb").unlink()
         array.write(np.array([first.first]), np.full((1, 16), 0.5, np.float32))
-        summary = embed_shard(job, 0)
+        summary = embed_shard(context, 0)
         assert summary.set_aside.keys() == set(bad)
         # The fragment that lost its values went, and with it all that was committed before the kill.
         assert summary.cells_before == 0
-        assert finish_array(job).cells == CELLS - len(bad)
-        assert all(not one.wrong for one in verify_array(job, full=True))
+        assert finish_array(context).cells == CELLS - len(bad)
+        assert all(not one.wrong for one in verify_array(context, full=True))
     stored = read_array(project.array("story"), project.folder)
     kept = np.setdiff1d(np.arange(CELLS), bad)
     assert np.array_equal(stored.ids, kept)
@@ -231,55 +231,57 @@ def test_fractions_are_embedded_as_upstream_does_or_set_aside(
 ) -> None:
     tiny(project, megabatch_size=8, fractional_counts=fractional_counts)
     set_counts(project, [77], 0.3)
-    with project.job("tiny") as job:
-        make_plan(job)
-        (batch,) = [one for one in read_plan(job.store, job.folder.plan).megabatches if one.first <= 77 <= one.last]
-        summary = embed_shard(job, batch.shard)
+    with project.context("tiny") as context:
+        make_plan(context)
+        (batch,) = [
+            one for one in read_plan(context.store, context.folder.plan).megabatches if one.first <= 77 <= one.last
+        ]
+        summary = embed_shard(context, batch.shard)
         assert summary.set_aside.keys() == set_aside
         assert summary.cells_fractional == 1 - len(set_aside)
 
 
 def test_a_fault_of_most_cells_stops_early(project: Project) -> None:
     tiny(project, megabatch_size=16, shards=1)
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
     set_counts(project, list(range(200)), -1.0)
-    with project.job("tiny") as job, pytest.raises(SetAsideError) as caught:
-        embed_shard(job, 0)
+    with project.context("tiny") as context, pytest.raises(SetAsideError) as caught:
+        embed_shard(context, 0)
     assert f"at most {MOST_SET_ASIDE} of its 200 are expected" in str(caught.value)
     assert caught.value.details[0].startswith("joinid ")
-    with project.job("tiny") as job:
-        assert len(EmbeddingsArray.open(job.folder.array, job.store, job.identity).fragments()) == 0
+    with project.context("tiny") as context:
+        assert len(EmbeddingsArray.open(context.folder.array, context.store, context.identity).fragments()) == 0
 
 
 def test_a_megabatch_that_cannot_be_read_at_all_fails_and_the_others_are_committed(project: Project) -> None:
     tiny(project, megabatch_size=8)
-    with project.job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
+    with project.context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
     obs = project.census / "census_data" / "homo_sapiens" / "obs"
     rewrite(obs, lambda table: table.filter(pa.compute.not_equal(table["soma_joinid"], 77)))
     (batch,) = [one for one in plan.megabatches if one.first <= 77 <= one.last]
-    with project.job("tiny") as job:
+    with project.context("tiny") as context:
         with pytest.raises(
             SetAsideError, match=r"1 megabatches failed on 2 tries each; all others are committed"
         ) as caught:
-            embed_shard(job, batch.shard)
+            embed_shard(context, batch.shard)
         assert caught.value.details[0].startswith(f"megabatch {batch.index} (joinids {batch.first} to {batch.last}, 8 ")
         assert "e.g. joinids [77]" in caught.value.details[0]
         with pytest.raises(SetAsideError, match="`recompute: true`"):
-            embed_shard(job, batch.shard, recompute=True)
+            embed_shard(context, batch.shard, recompute=True)
         with pytest.raises(Exception, match="4 of 4 shards have not finished"):
-            finish_array(job)
+            finish_array(context)
 
 
 def test_an_unreachable_census_fails_at_once(project: Project) -> None:
     tiny(project)
-    with project.job("tiny") as job:
-        make_plan(job)
-        fragments = Path(job.release.counts.uri.removeprefix("file://")) / "__fragments"
+    with project.context("tiny") as context:
+        make_plan(context)
+        fragments = Path(context.release.counts.uri.removeprefix("file://")) / "__fragments"
         for file in fragments.rglob("*.tdb"):
             file.write_bytes(b"")
         with pytest.raises(Exception) as caught:  # noqa: PT011
-            embed_shard(job, 0)
+            embed_shard(context, 0)
     assert not isinstance(caught.value, SetAsideError)

@@ -31,8 +31,8 @@ def planned(project: Project, value_filter: str, **attributes: object) -> tuple[
     """Survey with another filter."""
     name = f"set{len(list((project.folder / 'sets').iterdir()))}"
     project.add_set(name, organism="homo_sapiens", value_filter=value_filter, **attributes)
-    with project.job(name) as job:
-        found = survey(job)
+    with project.context(name) as context:
+        found = survey(context)
     return found.summary, found.joinids
 
 
@@ -84,8 +84,10 @@ def test_labels_that_a_column_does_not_have_are_named_with_the_nearest(project: 
     summary, joinids = planned(project, "disease in ['normal', 'Covid19']")
     assert len(joinids) == 175
     assert summary.warnings == ("value_filter: no cell has disease 'Covid19'; the nearest are 'COVID-19'",)
-    with project.job("set1") as job:
-        assert "WARNING: value_filter: no cell has disease 'Covid19'" in describe(dry_run(job, None, recompute=False))
+    with project.context("set1") as context:
+        assert "WARNING: value_filter: no cell has disease 'Covid19'" in describe(
+            dry_run(context, None, recompute=False)
+        )
     with pytest.raises(
         UserError, match=r"no cell has tissue 'lungs'; the nearest are 'lung'.* has 200 cells"
     ) as caught:
@@ -112,16 +114,16 @@ def empty_cells(organism: Organism) -> None:
 
 def test_cells_without_counts_are_planned_counted_and_named(project: Project) -> None:
     tiny(project, change=empty_cells)
-    with project.job("tiny") as job:
-        summary = make_plan(job)
+    with project.context("tiny") as context:
+        summary = make_plan(context)
         assert summary.totals.cells == 200
         assert (
             summary.totals.cells_without_counts
-            == read_plan(job.store, job.folder.plan).totals.cells_without_counts
+            == read_plan(context.store, context.folder.plan).totals.cells_without_counts
             == 3
         )
-        listed = pq.read_table(job.folder.obs_ids).to_pandas()
-        assert "3 without counts" in describe(dry_run(job, None, recompute=False))
+        listed = pq.read_table(context.folder.obs_ids).to_pandas()
+        assert "3 without counts" in describe(dry_run(context, None, recompute=False))
     assert listed.soma_joinid[listed.zero_counts].tolist() == ZEROS
     assert len(listed) == 200
 
@@ -138,28 +140,28 @@ def test_a_release_of_schema_1_0(project: Project) -> None:
     tiny(project, value_filter="is_primary_data == True", reuse=True, gene_order="vocabulary")
     organism = project.census / "census_data" / "homo_sapiens"
     statistics = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
-    with project.job("tiny") as job:
-        full = survey(job).summary
+    with project.context("tiny") as context:
+        full = survey(context).summary
     drop(str(organism / "obs"), *statistics, "observation_joinid")
     drop(str(organism / "ms" / "RNA" / "var"), "nnz", "n_measured_obs")
-    with project.job("tiny") as job:
-        assert job.genes.cells_expressing is None
-        summary = make_plan(job)
+    with project.context("tiny") as context:
+        assert context.genes.cells_expressing is None
+        summary = make_plan(context)
         assert summary.totals.cells == full.totals.cells == 180
         assert summary.totals.tokens == pytest.approx(full.totals.tokens, rel=0.1)
         assert summary.known_share == pytest.approx(full.known_share, abs=0.05)
         assert summary.totals.cells_without_counts is None
         assert any("does not say how many genes cells express (schema 1.0)" in one for one in summary.warnings)
-        assert pq.read_table(job.folder.obs_ids)["zero_counts"].null_count == 180
-        fill(job)
-        assert finish_array(job).totals.cells == 180
+        assert pq.read_table(context.folder.obs_ids)["zero_counts"].null_count == 180
+        fill(context)
+        assert finish_array(context).totals.cells == 180
 
 
 def test_var_alone_without_nnz(project: Project) -> None:
     tiny(project)
     drop(str(project.census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "var"), "nnz")
-    with project.job("tiny") as job:
-        assert survey(job).summary.totals.cells_without_counts == 0
+    with project.context("tiny") as context:
+        assert survey(context).summary.totals.cells_without_counts == 0
 
 
 def test_joinids_far_apart_take_no_memory(project: Project) -> None:
@@ -178,9 +180,9 @@ def test_joinids_far_apart_take_no_memory(project: Project) -> None:
         counts.resize((far + 1, N_GENES))
     with tiledbsoma.open(counts_uri, "w") as counts:
         counts.write(values.set_column(0, "soma_dim_0", pa.array(np.full(len(values), far))))
-    with project.job("tiny") as job:
-        array = fill(job)
-        assert (array.rows, finish_array(job).totals.cells) == (far + 1, 201)
+    with project.context("tiny") as context:
+        array = fill(context)
+        assert (array.rows, finish_array(context).totals.cells) == (far + 1, 201)
 
 
 def widen(uri: str, domain: list[int]) -> None:
@@ -205,9 +207,9 @@ def test_shapes_of_before_soma_1_15(project: Project) -> None:
     measurement = project.census / "census_data" / "homo_sapiens" / "ms" / "RNA"
     widen(str(measurement / "X" / "raw"), [2**31 - 3, 2**31 - 3])
     widen(str(measurement / "feature_dataset_presence_matrix"), [2**31 - 3, 2**31 - 3])
-    with project.job("tiny") as job:
-        assert job.release.counts.shape[1] > N_GENES
-        keys = survey(job).keys
+    with project.context("tiny") as context:
+        assert context.release.counts.shape[1] > N_GENES
+        keys = survey(context).keys
     assert keys is not None
     assert keys.any(axis=1).all()
 
@@ -220,6 +222,6 @@ def test_a_gene_twice_that_the_checkpoint_does_not_know(project: Project) -> Non
         organism.genes.loc[1, "feature_id"] = organism.genes.loc[0, "feature_id"] + ".2"
 
     tiny(project, change=twice)
-    with project.job("tiny") as job:
-        assert job.genes.repeated() == ["ENSG00000000000"]
-        assert isinstance(survey(job).summary.totals, PlanTotals)
+    with project.context("tiny") as context:
+        assert context.genes.repeated() == ["ENSG00000000000"]
+        assert isinstance(survey(context).summary.totals, PlanTotals)

@@ -13,8 +13,8 @@ import tiledbsoma
 
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.identity import OF_THE_RELEASE, Identity
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.identity import RELEASE_FIELDS, Identity
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.copy_shard import CopySummary, copy_shard
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import array_state, finish_array
@@ -24,35 +24,35 @@ from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.write_notes import NoteBook, Written
 from tests.support.builders import value_of
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
-from tests.support.releases import EARLIER, Contents, TwoReleases, fill_planned, prove_earlier, two_releases
+from tests.support.releases import EARLIER, Contents, TwoReleases, fill_planned, two_releases, verify_earlier
 
 
-def reused_joinids(job: Job) -> np.ndarray:
+def reused_joinids(context: ReleaseContext) -> np.ndarray:
     """What the written plan copies, ascending."""
-    plan = read_plan(job.store, job.folder.plan)
+    plan = read_plan(context.store, context.folder.plan)
     copied = [batch for batch in plan.megabatches if batch.reused]
-    return np.sort(np.concatenate([np.empty(0, np.int64), *plan.read_ids(job.store, copied)]))
+    return np.sort(np.concatenate([np.empty(0, np.int64), *plan.read_ids(context.store, copied)]))
 
 
 def planned_reuse(releases: TwoReleases) -> np.ndarray:
-    with releases.project.job("reusing") as job:
-        make_plan(job)
-        return reused_joinids(job)
+    with releases.project.context("reusing") as context:
+        make_plan(context)
+        return reused_joinids(context)
 
 
-def run(job: Job, *, copy_first: bool) -> tuple[int, int]:
+def run(context: ReleaseContext, *, copy_first: bool) -> tuple[int, int]:
     """Take all shards to their end; return how many cells were computed, and copied."""
     computed = copied = 0
-    for shard in range(job.settings.shards):
+    for shard in range(context.settings.shards):
         steps: list[Callable[[], None]] = []
 
         def compute(shard: int = shard) -> None:
             nonlocal computed
-            computed += embed_shard(job, shard).cells_computed
+            computed += embed_shard(context, shard).cells_computed
 
         def copy(shard: int = shard) -> None:
             nonlocal copied
-            copied += copy_shard(job, shard).cells_copied
+            copied += copy_shard(context, shard).cells_copied
 
         steps = [copy, compute] if copy_first else [compute, copy]
         for step in steps:
@@ -65,27 +65,27 @@ def test_a_release_pays_only_for_its_new_cells(project: Project, copy_first: boo
     """The later array equals a full recompute; what was computed is exactly what is new or revised."""
     releases = two_releases(project, megabatch_size=24)
     project.add_set("whole", organism="homo_sapiens", gene_order="vocabulary")
-    with project.job("reusing", EARLIER) as job:
-        assert make_plan(job).cells_reused == 0
-        assert run(job, copy_first=False) == (200, 0)
-        finish_array(job)
+    with project.context("reusing", EARLIER) as context:
+        assert make_plan(context).cells_reused == 0
+        assert run(context, copy_first=False) == (200, 0)
+        finish_array(context)
     unchanged = releases.unchanged()
-    with project.job("reusing") as job:
-        summary = make_plan(job)
+    with project.context("reusing") as context:
+        summary = make_plan(context)
         assert (summary.cells_reused, summary.totals.cells_to_compute) == (160, 60)
         assert summary.totals.source is not None
         assert summary.totals.source.release == EARLIER
         assert "reuses 160 cells (72.7%;" in summary.reuse()
-        assert np.array_equal(reused_joinids(job), unchanged)
-        assert run(job, copy_first=copy_first) == (60, 160)
+        assert np.array_equal(reused_joinids(context), unchanged)
+        assert run(context, copy_first=copy_first) == (60, 160)
         # Whoever came last has read every shard back.
-        assert finish_array(job).read_again == ()
-        assert array_state(job) == "proved"
-        found = read_array(job.folder.array, project.folder)
-    with project.job("whole") as job:
-        make_plan(job)
-        run(job, copy_first=False)
-        reference = read_array(job.folder.array, project.folder)
+        assert finish_array(context).read_again == ()
+        assert array_state(context) == "verified"
+        found = read_array(context.folder.array, project.folder)
+    with project.context("whole") as context:
+        make_plan(context)
+        run(context, copy_first=False)
+        reference = read_array(context.folder.array, project.folder)
     assert np.array_equal(found.ids, np.arange(220))
     assert np.array_equal(found.ids, reference.ids)
     assert found.stored_values == 220 * 16
@@ -96,34 +96,34 @@ def test_a_cell_that_was_set_aside_earlier_is_computed(project: Project) -> None
     releases = two_releases(project)
     joinid = releases.unchanged()[0]
     lost = int(np.flatnonzero(releases.earlier.rows == releases.later.rows[joinid])[0])
-    with project.job("reusing", EARLIER) as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-        for batch, ids in zip(plan.megabatches, plan.read_ids(job.store, plan.megabatches), strict=True):
+    with project.context("reusing", EARLIER) as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+        for batch, ids in zip(plan.megabatches, plan.read_ids(context.store, plan.megabatches), strict=True):
             kept = ids[ids != lost]
             reasons = {lost: "for a test"} if lost in ids else {}
             values = value_of(kept, 16)
-            NoteBook(job.store, job.folder, plan, batch.shard).note(Written.of(batch, kept, values, reasons))
+            NoteBook(context.store, context.folder, plan, batch.shard).note(Written.of(batch, kept, values, reasons))
             array.write(kept, values)
-        assert finish_array(job).set_aside == {lost: "for a test"}
-    with project.job("reusing") as job:
-        assert make_plan(job).cells_reused == 159
-        assert joinid not in reused_joinids(job)
-        fill_planned(job)
-        assert sum(copy_shard(job, shard).cells_copied for shard in range(4)) == 159
-        assert finish_array(job).cells == 220
+        assert finish_array(context).set_aside == {lost: "for a test"}
+    with project.context("reusing") as context:
+        assert make_plan(context).cells_reused == 159
+        assert joinid not in reused_joinids(context)
+        fill_planned(context)
+        assert sum(copy_shard(context, shard).cells_copied for shard in range(4)) == 159
+        assert finish_array(context).cells == 220
 
 
 def test_copies_are_the_earlier_values(project: Project) -> None:
     releases = two_releases(project)
-    prove_earlier(releases)
-    with project.job("reusing") as job:
-        make_plan(job)
-        fill_planned(job)
-        assert sum(copy_shard(job, shard).cells_copied for shard in range(4)) == 160
-        finish_array(job)
-        stored = read_array(job.folder.array, project.folder)
+    verify_earlier(releases)
+    with project.context("reusing") as context:
+        make_plan(context)
+        fill_planned(context)
+        assert sum(copy_shard(context, shard).cells_copied for shard in range(4)) == 160
+        finish_array(context)
+        stored = read_array(context.folder.array, project.folder)
     place = {int(row): joinid for joinid, row in enumerate(releases.earlier.rows)}
     unchanged = releases.unchanged()
     earlier = np.array([place[int(row)] for row in releases.later.rows[unchanged]])
@@ -134,13 +134,13 @@ def test_copies_are_the_earlier_values(project: Project) -> None:
 
 def test_with_the_order_of_the_release_nothing_wrong_is_reused(project: Project) -> None:
     releases = two_releases(project, gene_order="census")
-    prove_earlier(releases)
+    verify_earlier(releases)
     assert len(planned_reuse(releases)) == 0
 
 
 def test_with_the_order_of_the_release_unchanged_all_is_reused(project: Project) -> None:
     releases = two_releases(project, gene_order="census", shuffle_genes=False)
-    prove_earlier(releases)
+    verify_earlier(releases)
     assert np.array_equal(planned_reuse(releases), releases.unchanged())
 
 
@@ -234,7 +234,7 @@ def test_what_differs_in_one_part_of_the_rule_is_computed(
 ) -> None:
     changed: list[np.ndarray] = []
     releases = two_releases(project, change=lambda later: changed.append(change(later)))
-    prove_earlier(releases)
+    verify_earlier(releases)
     reused = planned_reuse(releases)
     assert len(changed[0])
     assert not np.isin(changed[0], reused).any()
@@ -253,7 +253,7 @@ def test_cells_without_a_name_are_computed_though_both_releases_have_them(projec
         contents.cells.loc[nameless[-1], "observation_joinid"] = ""
 
     releases = two_releases(project, change=forget, change_earlier=forget)
-    prove_earlier(releases)
+    verify_earlier(releases)
     assert np.array_equal(planned_reuse(releases), np.setdiff1d(releases.unchanged(), nameless[0]))
 
 
@@ -264,25 +264,25 @@ def rewrite_identity(root: Path, **changes: object) -> None:
         )
 
 
-VALUES = [name for name in Identity.__dataclass_fields__ if name not in OF_THE_RELEASE]
+VALUES = [name for name in Identity.__dataclass_fields__ if name not in RELEASE_FIELDS]
 
 
 @pytest.fixture(scope="module")
-def proved(tmp_path_factory: pytest.TempPathFactory) -> TwoReleases:
-    releases = two_releases(Project(tmp_path_factory.mktemp("proved")))
-    prove_earlier(releases)
+def verified(tmp_path_factory: pytest.TempPathFactory) -> TwoReleases:
+    releases = two_releases(Project(tmp_path_factory.mktemp("verified")))
+    verify_earlier(releases)
     return releases
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_an_array_of_another_identity_is_passed_over(proved: TwoReleases, name: str) -> None:
-    with proved.project.job("reusing", EARLIER) as job:
-        root, right = Path(job.folder.root), getattr(job.identity, name)
-    with proved.project.job("reusing") as job:
-        assert survey(job).summary.cells_reused == 160
+def test_an_array_of_another_identity_is_passed_over(verified: TwoReleases, name: str) -> None:
+    with verified.project.context("reusing", EARLIER) as context:
+        root, right = Path(context.folder.root), getattr(context.identity, name)
+    with verified.project.context("reusing") as context:
+        assert survey(context).summary.cells_reused == 160
         rewrite_identity(root, **{name: 17 if isinstance(right, int) else "another"})
         try:
-            summary = survey(job).summary
+            summary = survey(context).summary
         finally:
             rewrite_identity(root, **{name: right})
     assert (summary.cells_reused, summary.totals.source) == (0, None)
@@ -304,33 +304,33 @@ def test_what_of_an_identity_decides_values_is_known() -> None:
     ]
 
 
-def unprove(job: Job, plan: Plan) -> str:
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
-    (ids,) = plan.read_ids(job.store, plan.megabatches[:1])
+def unverify(context: ReleaseContext, plan: Plan) -> str:
+    array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
+    (ids,) = plan.read_ids(context.store, plan.megabatches[:1])
     array.write(ids, np.ones((len(ids), 16), np.float32))
     return "its array is stale"
 
 
-def forget_keys(job: Job, plan: Plan) -> str:
+def forget_keys(context: ReleaseContext, plan: Plan) -> str:
     Path(plan.keys).unlink()
     return "planned without `reuse`, so without keys"
 
 
-def lose_plan(job: Job, plan: Plan) -> str:
-    (Path(job.folder.plan) / "current.json").unlink()
+def lose_plan(context: ReleaseContext, plan: Plan) -> str:
+    (Path(context.folder.plan) / "current.json").unlink()
     return "there is no plan"
 
 
-@pytest.mark.parametrize("damage", [unprove, forget_keys, lose_plan], ids=lambda damage: damage.__name__)
-def test_an_array_that_is_not_proved_or_has_no_keys_is_passed_over(
-    project: Project, damage: Callable[[Job, Plan], str]
+@pytest.mark.parametrize("damage", [unverify, forget_keys, lose_plan], ids=lambda damage: damage.__name__)
+def test_an_array_that_is_not_verified_or_has_no_keys_is_passed_over(
+    project: Project, damage: Callable[[ReleaseContext, Plan], str]
 ) -> None:
     releases = two_releases(project)
-    prove_earlier(releases)
-    with project.job("reusing", EARLIER) as job:
-        reason = damage(job, read_plan(job.store, job.folder.plan))
-    with project.job("reusing") as job:
-        summary = make_plan(job)
+    verify_earlier(releases)
+    with project.context("reusing", EARLIER) as context:
+        reason = damage(context, read_plan(context.store, context.folder.plan))
+    with project.context("reusing") as context:
+        summary = make_plan(context)
     assert summary.cells_reused == 0
     assert reason in summary.passed_over[0]
 
@@ -341,18 +341,18 @@ def test_without_a_presence_matrix_the_whole_axis_counts(project: Project) -> No
         uri = f"{project.folder}/census/{release}/census_data/homo_sapiens/ms/RNA"
         with tiledbsoma.open(uri, "d") as measurement:
             del measurement["feature_dataset_presence_matrix"]
-    prove_earlier(releases)
+    verify_earlier(releases)
     assert np.array_equal(planned_reuse(releases), releases.unchanged())
 
 
 def test_a_damaged_key_file_is_no_reason_to_reuse(project: Project) -> None:
     releases = two_releases(project)
-    prove_earlier(releases)
-    with project.job("reusing", EARLIER) as job:
-        keys = Path(read_plan(job.store, job.folder.plan).keys)
+    verify_earlier(releases)
+    with project.context("reusing", EARLIER) as context:
+        keys = Path(read_plan(context.store, context.folder.plan).keys)
     keys.write_bytes(keys.read_bytes()[:-100])
-    with project.job("reusing") as job:
-        summary = make_plan(job)
+    with project.context("reusing") as context:
+        summary = make_plan(context)
         assert summary.cells_reused == 0
         assert "cannot be read" in summary.passed_over[0]
 
@@ -360,27 +360,27 @@ def test_a_damaged_key_file_is_no_reason_to_reuse(project: Project) -> None:
 @pytest.mark.parametrize("damage", ["removed", "stale", "another identity"])
 def test_a_source_that_was_damaged_is_named_and_planning_again_computes(project: Project, damage: str) -> None:
     releases = two_releases(project)
-    prove_earlier(releases)
-    with project.job("reusing") as job:
-        assert make_plan(job).cells_reused == 160
-        copied = copy_shard(job, 0).cells_copied
+    verify_earlier(releases)
+    with project.context("reusing") as context:
+        assert make_plan(context).cells_reused == 160
+        copied = copy_shard(context, 0).cells_copied
         assert copied
-        with project.job("reusing", EARLIER) as earlier:
+        with project.context("reusing", EARLIER) as earlier:
             root = Path(earlier.folder.root)
             if damage == "removed":
                 shutil.rmtree(root)
             elif damage == "stale":
-                unprove(earlier, read_plan(earlier.store, earlier.folder.plan))
+                unverify(earlier, read_plan(earlier.store, earlier.folder.plan))
             else:
                 rewrite_identity(root, mod=7)
         with pytest.raises(UserError, match="Materialize obs_id_plan of this release again: its plan then computes"):
-            copy_shard(job, 1)
-        summary = make_plan(job)
+            copy_shard(context, 1)
+        summary = make_plan(context)
         assert summary.cells_reused == 0 or damage == "another identity"
-        fill_planned(job)
+        fill_planned(context)
         for shard in range(4):
-            copy_shard(job, shard)
-        finish_array(job)
+            copy_shard(context, shard)
+        finish_array(context)
 
 
 def test_resume_reads_metadata_alone_though_ranges_overlap(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,14 +391,14 @@ def test_resume_reads_metadata_alone_though_ranges_overlap(project: Project, mon
         later.cells.loc[unknown, "observation_joinid"] = [f"new {i}" for i in unknown]
 
     releases = two_releases(project, change=alternate)
-    prove_earlier(releases)
-    with project.job("reusing") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
+    verify_earlier(releases)
+    with project.context("reusing") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
         firsts = [(batch.first, batch.last, batch.reused) for batch in plan.shard(1)]
         assert any(a[1] > b[0] and a[2] != b[2] for a, b in itertools.pairwise(firsts))
-        fill_planned(job)
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        fill_planned(context)
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
         with monkeypatch.context() as patched:
             patched.setattr(EmbeddingsArray, "joinids_between", lambda *_: pytest.fail("read"))
             assert all(batch.reused for batch in missing_megabatches(array, plan, plan.megabatches, {}))
@@ -411,29 +411,29 @@ def test_resume_reads_metadata_alone_though_ranges_overlap(project: Project, mon
                     raise Killed
 
             with pytest.raises(Killed):
-                copy_shard(job, 1, report=die)
-            rest = copy_shard(job, 1)
-            assert (rest.megabatches_copied, rest.proved) == (rest.megabatches - 1, True)
-            assert copy_shard(job, 1).megabatches_copied == 0
-            assert copy_shard(job, 1, recompute=True).megabatches_copied == rest.megabatches
+                copy_shard(context, 1, report=die)
+            rest = copy_shard(context, 1)
+            assert (rest.megabatches_copied, rest.verified) == (rest.megabatches - 1, True)
+            assert copy_shard(context, 1).megabatches_copied == 0
+            assert copy_shard(context, 1, recompute=True).megabatches_copied == rest.megabatches
         with pytest.raises(UserError, match=r"3 of 4 shards .*: reused_embeddings of 3, e.g. \[0, 2, 3\]"):
-            finish_array(job)
+            finish_array(context)
         for shard in (0, 2, 3):
-            copy_shard(job, shard)
-        finish_array(job)
+            copy_shard(context, shard)
+        finish_array(context)
 
 
 def test_whoever_ends_last_reads_the_shard_back(project: Project) -> None:
     releases = two_releases(project)
-    prove_earlier(releases)
-    with project.job("reusing") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
+    verify_earlier(releases)
+    with project.context("reusing") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
         kinds = [{batch.reused for batch in plan.shard(shard)} for shard in range(4)]
         shard = kinds.index({True, False})
-        assert not copy_shard(job, shard).proved
-        fill_planned(job, shard=shard)
-        assert copy_shard(job, shard).proved
+        assert not copy_shard(context, shard).verified
+        fill_planned(context, shard=shard)
+        assert copy_shard(context, shard).verified
 
 
 def test_a_plan_without_reuse_is_as_it_was(project: Project) -> None:
@@ -442,9 +442,9 @@ def test_a_plan_without_reuse_is_as_it_was(project: Project) -> None:
     project.add_set("whole", organism="homo_sapiens", gene_order="vocabulary", megabatch_size=16)
     files = {}
     for name in ("reusing", "whole"):
-        with project.job(name) as job:
-            totals = make_plan(job).totals
-            files[name] = {path.name: path.read_bytes() for path in Path(job.folder.plan).iterdir()}
+        with project.context(name) as context:
+            totals = make_plan(context).totals
+            files[name] = {path.name: path.read_bytes() for path in Path(context.folder.plan).iterdir()}
     assert files["reusing"].pop(f"{totals.plan}.keys.parquet")
     assert files["reusing"] == files["whole"]
     assert "source" not in json.loads(files["whole"]["current.json"])
@@ -452,12 +452,12 @@ def test_a_plan_without_reuse_is_as_it_was(project: Project) -> None:
 
 def test_planning_again_gives_the_same_plan(project: Project) -> None:
     releases = two_releases(project)
-    prove_earlier(releases)
-    with project.job("reusing") as job:
-        assert make_plan(job) == make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
-        assert plan.totals == make_plan(job).totals
-        wider = replace(job, settings=replace(job.settings, shards=2))
+    verify_earlier(releases)
+    with project.context("reusing") as context:
+        assert make_plan(context) == make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
+        assert plan.totals == make_plan(context).totals
+        wider = replace(context, settings=replace(context.settings, shards=2))
         assert make_plan(wider).totals.plan != plan.totals.plan
 
 
@@ -474,20 +474,20 @@ def test_two_releases_of_many_cells(project: Project, storage_precision: str) ->
         megabatch_size=4096,
         storage_precision=storage_precision,
     )
-    with project.job("reusing", EARLIER) as job:
-        make_plan(job)
-        assert run(job, copy_first=False) == (10 * each, 0)
-        finish_array(job)
-    with project.job("reusing") as job:
-        assert make_plan(job).cells_reused == 8 * each
-        assert np.array_equal(reused_joinids(job), releases.unchanged())
-        assert run(job, copy_first=True) == (3 * each, 8 * each)
-        assert finish_array(job).read_again == ()
-        found = read_array(job.folder.array, project.folder)
-    with project.job("whole") as job:
-        make_plan(job)
-        run(job, copy_first=False)
-        reference = read_array(job.folder.array, project.folder)
+    with project.context("reusing", EARLIER) as context:
+        make_plan(context)
+        assert run(context, copy_first=False) == (10 * each, 0)
+        finish_array(context)
+    with project.context("reusing") as context:
+        assert make_plan(context).cells_reused == 8 * each
+        assert np.array_equal(reused_joinids(context), releases.unchanged())
+        assert run(context, copy_first=True) == (3 * each, 8 * each)
+        assert finish_array(context).read_again == ()
+        found = read_array(context.folder.array, project.folder)
+    with project.context("whole") as context:
+        make_plan(context)
+        run(context, copy_first=False)
+        reference = read_array(context.folder.array, project.folder)
     assert np.array_equal(found.ids, np.arange(11 * each))
     assert found.stored_values == 11 * each * 16
     if storage_precision == "float32":

@@ -10,7 +10,7 @@ from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.pipeline.upstream import require_upstream, upstream_running
 from tests.support.builders import tiny
-from tests.support.project import RELEASE, Oracle, Project
+from tests.support.project import RELEASE, Project, UpstreamCommand
 
 
 def program(folder: Path, python: str | None, name: str = "transcriptformer") -> Path:
@@ -48,9 +48,9 @@ def test_another_program_is_refused_at_once(tmp_path: Path, python: str | None, 
 
 def test_a_canary_refuses_another_program_before_it_reads_anything(project: Project) -> None:
     tiny(project)
-    done = project.command("canary", "tiny", RELEASE, "--oracle", str(Path(sys.executable).with_name("pytest")))
+    done = project.command("canary", "tiny", RELEASE, "--upstream", str(Path(sys.executable).with_name("pytest")))
     assert done.returncode == 1
-    assert done.stderr.startswith("error: --oracle ")
+    assert done.stderr.startswith("error: --upstream ")
     assert "pytest is another program" in done.stderr
     assert "reading obs" not in done.stderr
 
@@ -58,15 +58,15 @@ def test_a_canary_refuses_another_program_before_it_reads_anything(project: Proj
 def test_upstream_is_waited_for_no_longer_than_said(project: Project, tmp_path: Path) -> None:
     tiny(project)
     command = program(tmp_path / "bin", KNOWS_ITS_VERSION)
-    with project.job("tiny") as job:
-        cells = read_cells(job.release, np.arange(3), job.checkpoint.aux_column)
+    with project.context("tiny") as context:
+        cells = read_cells(context.release, np.arange(3), context.checkpoint.aux_column)
         with (
             pytest.raises(UserError, match="took more than 0 s for 3 cells, and was ended"),
-            upstream_running(job, cells, command) as answer,
+            upstream_running(context, cells, command) as answer,
         ):
             answer(0.2)
 
 
-@pytest.mark.oracle
-def test_upstreams_own_command_is_known(oracle: Oracle) -> None:
-    require_upstream(oracle.command)
+@pytest.mark.upstream
+def test_upstreams_own_command_is_known(upstream_command: UpstreamCommand) -> None:
+    require_upstream(upstream_command.command)

@@ -15,7 +15,7 @@ from census_tf_dagster.quality import measures, sample, verdicts
 from census_tf_dagster.quality.coverage import JoinidSet, _encoded
 from census_tf_dagster.quality.measures import Distribution
 from census_tf_dagster.quality.projection import project
-from census_tf_dagster.quality.upstream_comparison import Judgement
+from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 
 
 def test_a_sample_is_the_same_every_time_and_in_runs_that_lie_in_one_tile() -> None:
@@ -190,39 +190,39 @@ def test_a_picture_of_the_plane_is_the_same_every_time_and_keeps_neighbours() ->
     assert np.mean(labels[near] == labels[:, None]) > 0.95
 
 
-def judgement(shard: int, worst: float = 0.0, not_done: str = "") -> Judgement:
-    return Judgement(shard, (1, 2), bound=1e-3, worst_cell=worst, not_done=not_done)
+def comparison(shard: int, worst: float = 0.0, not_done: str = "") -> UpstreamComparison:
+    return UpstreamComparison(shard, (1, 2), bound=1e-3, worst_cell=worst, not_done=not_done)
 
 
 def test_a_release_agrees_with_upstream_when_each_shard_does() -> None:
-    good, wrong, absent = judgement(0, 1e-4), judgement(1, 1e-2), judgement(2, not_done="no upstream here")
-    assert verdicts.of_judgements([good, judgement(1, 1e-4)]).passed
+    good, wrong, absent = comparison(0, 1e-4), comparison(1, 1e-2), comparison(2, not_done="no upstream here")
+    assert verdicts.of_comparisons([good, comparison(1, 1e-4)]).passed
     for others, grave in (([wrong], True), ([wrong, absent], True), ([absent], False), ([None], False)):
-        verdict = verdicts.of_judgements([good, *others])
+        verdict = verdicts.of_comparisons([good, *others])
         assert (verdict.passed, verdict.grave) == (False, grave)
-    assert "no upstream here" in verdicts.of_judgements([good, absent]).text
-    assert verdicts.of_judgement(good).passed
-    assert (verdicts.of_judgement(wrong).passed, verdicts.of_judgement(wrong).grave) == (False, True)
-    assert (verdicts.of_judgement(absent).passed, verdicts.of_judgement(absent).grave) == (False, False)
+    assert "no upstream here" in verdicts.of_comparisons([good, absent]).text
+    assert verdicts.of_comparison(good).passed
+    assert (verdicts.of_comparison(wrong).passed, verdicts.of_comparison(wrong).grave) == (False, True)
+    assert (verdicts.of_comparison(absent).passed, verdicts.of_comparison(absent).grave) == (False, False)
 
 
-def test_a_judgement_is_read_back_and_anything_else_is_none(tmp_path: Path) -> None:
+def test_a_comparison_is_read_back_and_anything_else_is_none(tmp_path: Path) -> None:
     storage, uri = Storage(), f"{tmp_path}/one.json"
-    assert Judgement.read(storage, uri) is None
-    judgement(3, 0.5).write(storage, uri)
-    assert Judgement.read(storage, uri) == judgement(3, 0.5)
+    assert UpstreamComparison.read(storage, uri) is None
+    comparison(3, 0.5).write(storage, uri)
+    assert UpstreamComparison.read(storage, uri) == comparison(3, 0.5)
     for content in (b"", b"[]", b"{}", b'{"shard": 1}'):
         storage.write(uri, content)
-        assert Judgement.read(storage, uri) is None
+        assert UpstreamComparison.read(storage, uri) is None
 
 
-def test_a_judgement_compares_cell_by_cell() -> None:
+def test_a_comparison_compares_cell_by_cell() -> None:
     upstreams = np.random.default_rng(0).normal(4, 1, size=(6, 16)).astype(np.float32)
     ours = upstreams.copy()
     ours[2] *= 1.01
-    found = Judgement.compare(0, np.arange(6), ours, upstreams, 1e-3, 1.0)
+    found = UpstreamComparison.compare(0, np.arange(6), ours, upstreams, 1e-3, 1.0)
     assert found.worst_cell == pytest.approx(0.01, rel=1e-3)
     for order in itertools.islice(itertools.permutations(range(6)), 1, 4):
-        assert not verdicts.of_judgement(
-            Judgement.compare(0, np.arange(6), upstreams[list(order)], upstreams, 1e-2, 1.0)
+        assert not verdicts.of_comparison(
+            UpstreamComparison.compare(0, np.arange(6), upstreams[list(order)], upstreams, 1e-2, 1.0)
         ).passed

@@ -1,7 +1,7 @@
 """A newcomer at the web interface of the demo: a backfill by clicking, to its success, and what there is to see then.
 
 With CENSUS_TF_SCREENSHOTS set to a folder, what the browser shows on the way is kept there (`make screenshots`). With
---oracle, upstream's own code judges the shards, as in the worker image.
+--upstream, upstream's own code judges the shards, as in the worker image.
 """
 
 import os
@@ -43,7 +43,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
-    upstream = request.config.getoption("--oracle")
+    upstream = request.config.getoption("--upstream")
     folder = tmp_path_factory.mktemp("browser")
     env = {
         "CENSUS_TF_SETS": str(REPOSITORY / "census_tf_dagster" / "defs"),
@@ -108,7 +108,7 @@ def test_the_pages_of_a_finished_release(visit: Visit) -> None:
     page.wait(lambda: shown.is_displayed() and shown.size["width"] > 500, "the picture to be seen")
     visit.picture("cells")
     page.open(f"/assets/{SET}/embeddings_array?view=checks")
-    page.shows("proved")
+    page.shows("verified")
     assert page.text().count("Succeeded") == 12 - (0 if visit.judged else 1)
     visit.picture("checks")
 

@@ -16,4 +16,4 @@ def test_versions_of_all_carried_packages_are_constrained() -> None:
     packages = [line for line in listed if not line.startswith("#")]
     ours = {line.split("==")[0] for line in constrained("constraints.txt")}
     assert {package for package in packages if "==" not in package} <= ours
-    assert {package for package in packages if "==" in package} <= constrained("constraints-oracle.txt")
+    assert {package for package in packages if "==" in package} <= constrained("constraints-upstream.txt")

@@ -1,4 +1,4 @@
-"""An array whose files or values change after they were proved: it is noticed, and running the shard again mends it."""
+"""An array whose files or values change after they were verified: it is noticed, and running the shard again mends it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import tiledbsoma
 
 from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import RuleError, finish_array, verify_array
 from census_tf_dagster.pipeline.plan_release import make_plan
@@ -31,48 +31,50 @@ CELL = 57
 
 
 @pytest.fixture
-def finished(project: Project) -> Iterator[Job]:
+def finished(project: Project) -> Iterator[ReleaseContext]:
     """A finished array of 200 cells in four shards of megabatches of 16."""
     tiny(project)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
-        yield job
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
+        yield context
 
 
-def opened(job: Job) -> EmbeddingsArray:
-    return EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+def opened(context: ReleaseContext) -> EmbeddingsArray:
+    return EmbeddingsArray.open(context.folder.array, context.store, context.identity)
 
 
-def fragment_of(job: Job, joinid: int = CELL) -> Fragment:
-    (found,) = [one for one in opened(job).fragments() if one.first <= joinid <= one.last]
+def fragment_of(context: ReleaseContext, joinid: int = CELL) -> Fragment:
+    (found,) = [one for one in opened(context).fragments() if one.first <= joinid <= one.last]
     return found
 
 
-def shard_of(job: Job, joinid: int = CELL) -> int:
-    (batch,) = [one for one in planned(job).megabatches if one.first <= joinid <= one.last]
+def shard_of(context: ReleaseContext, joinid: int = CELL) -> int:
+    (batch,) = [one for one in planned(context).megabatches if one.first <= joinid <= one.last]
     return batch.shard
 
 
-def planned(job: Job) -> Plan:
-    return read_plan(job.store, job.folder.plan)
+def planned(context: ReleaseContext) -> Plan:
+    return read_plan(context.store, context.folder.plan)
 
 
-def folder_of(job: Job) -> Path:
-    return Path(job.folder.array) / "__fragments" / fragment_of(job).name
+def folder_of(context: ReleaseContext) -> Path:
+    return Path(context.folder.array) / "__fragments" / fragment_of(context).name
 
 
-def put(job: Job, joinids: list[int], features: list[int], values: list[float], timestamp: int | None = None) -> None:
+def put(
+    context: ReleaseContext, joinids: list[int], features: list[int], values: list[float], timestamp: int | None = None
+) -> None:
     """Commit some values as any program might."""
     columns = {"soma_dim_0": joinids, "soma_dim_1": features, "soma_data": np.array(values, np.float32)}
-    with tiledbsoma.open(job.folder.array, "w", tiledb_timestamp=timestamp) as array:
+    with tiledbsoma.open(context.folder.array, "w", tiledb_timestamp=timestamp) as array:
         array.write(pa.table(columns))
 
 
-def wrong(job: Job, *, full: bool = False) -> dict[str, str]:
+def wrong(context: ReleaseContext, *, full: bool = False) -> dict[str, str]:
     """What is found wrong, by rule."""
     try:
-        findings = verify_array(job, full=full)
+        findings = verify_array(context, full=full)
     except RuleError as error:
         findings = error.findings
     return {finding.rule: "; ".join(finding.wrong) for finding in findings if finding.wrong}
@@ -84,59 +86,59 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def later_value(job: Job) -> None:
-    put(job, [CELL], [3], [0.125])
+def later_value(context: ReleaseContext) -> None:
+    put(context, [CELL], [3], [0.125])
 
 
-def later_value_of_two_shards(job: Job) -> None:
-    put(job, [CELL, 150], [3, 3], [0.125, 0.125])
+def later_value_of_two_shards(context: ReleaseContext) -> None:
+    put(context, [CELL, 150], [3, 3], [0.125, 0.125])
 
 
-def flipped_values(job: Job) -> None:
-    flip(folder_of(job) / "a0.tdb", 200)
+def flipped_values(context: ReleaseContext) -> None:
+    flip(folder_of(context) / "a0.tdb", 200)
 
 
-def flipped_coordinates(job: Job) -> None:
-    flip(folder_of(job) / "d0.tdb", 30)
+def flipped_coordinates(context: ReleaseContext) -> None:
+    flip(folder_of(context) / "d0.tdb", 30)
 
 
-def without_values(job: Job) -> None:
-    (folder_of(job) / "a0.tdb").unlink()
+def without_values(context: ReleaseContext) -> None:
+    (folder_of(context) / "a0.tdb").unlink()
 
 
-def shorter_values(job: Job) -> None:
-    os.truncate(folder_of(job) / "a0.tdb", 40)
+def shorter_values(context: ReleaseContext) -> None:
+    os.truncate(folder_of(context) / "a0.tdb", 40)
 
 
-def without_fragment(job: Job) -> None:
-    shutil.rmtree(folder_of(job))
+def without_fragment(context: ReleaseContext) -> None:
+    shutil.rmtree(folder_of(context))
 
 
-def without_fragment_and_gathered_metadata(job: Job) -> None:
-    shutil.rmtree(folder_of(job))
-    shutil.rmtree(Path(job.folder.array) / "__fragment_meta")
+def without_fragment_and_gathered_metadata(context: ReleaseContext) -> None:
+    shutil.rmtree(folder_of(context))
+    shutil.rmtree(Path(context.folder.array) / "__fragment_meta")
 
 
-def without_fragment_and_commit(job: Job) -> None:
-    name = fragment_of(job).name
-    shutil.rmtree(folder_of(job))
-    (Path(job.folder.array) / "__commits" / f"{name}.wrt").unlink()
+def without_fragment_and_commit(context: ReleaseContext) -> None:
+    name = fragment_of(context).name
+    shutil.rmtree(folder_of(context))
+    (Path(context.folder.array) / "__commits" / f"{name}.wrt").unlink()
 
 
-def without_fragment_commit_and_its_name_in_the_proof(job: Job) -> None:
-    name = fragment_of(job).name
-    without_fragment_and_commit(job)
-    proof = Path(job.folder.proof(planned(job).totals.plan, shard_of(job)))
-    content = json.loads(proof.read_bytes())
+def without_fragment_commit_and_its_name_in_the_verification(context: ReleaseContext) -> None:
+    name = fragment_of(context).name
+    without_fragment_and_commit(context)
+    verification = Path(context.folder.verification(planned(context).totals.plan, shard_of(context)))
+    content = json.loads(verification.read_bytes())
     del content["fragments"][name]
-    proof.write_text(json.dumps(content))
+    verification.write_text(json.dumps(content))
 
 
-def from_a_clock_that_is_ahead(job: Job) -> None:
-    put(job, [CELL], [3], [0.125], timestamp=int(time.time() * 1000) + 3_600_000)
+def from_a_clock_that_is_ahead(context: ReleaseContext) -> None:
+    put(context, [CELL], [3], [0.125], timestamp=int(time.time() * 1000) + 3_600_000)
 
 
-SEEN_IN_METADATA: list[Callable[[Job], None]] = [
+SEEN_IN_METADATA: list[Callable[[ReleaseContext], None]] = [
     later_value,
     later_value_of_two_shards,
     without_values,
@@ -144,16 +146,16 @@ SEEN_IN_METADATA: list[Callable[[Job], None]] = [
     without_fragment,
     without_fragment_and_gathered_metadata,
     without_fragment_and_commit,
-    without_fragment_commit_and_its_name_in_the_proof,
+    without_fragment_commit_and_its_name_in_the_verification,
     from_a_clock_that_is_ahead,
 ]
 UNOPENABLE = (without_fragment, without_fragment_and_gathered_metadata)
-SEEN_BY_READING: list[Callable[[Job], None]] = [flipped_values, flipped_coordinates]
+SEEN_BY_READING: list[Callable[[ReleaseContext], None]] = [flipped_values, flipped_coordinates]
 
 
 @pytest.mark.parametrize("damage", [*SEEN_IN_METADATA, *SEEN_BY_READING], ids=lambda one: one.__name__)
 def test_damage_is_noticed_and_mended_by_running_the_shard(
-    finished: Job, project: Project, damage: Callable[[Job], None]
+    finished: ReleaseContext, project: Project, damage: Callable[[ReleaseContext], None]
 ) -> None:
     before = read_array(finished.folder.array, project.folder)
     assert wrong(finished) == wrong(finished, full=True) == {}
@@ -178,50 +180,52 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
 
 def test_cells_of_nobody_go_when_a_shard_runs_again(project: Project) -> None:
     tiny(project, mod=2)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
-        before = read_array(job.folder.array, project.folder)
-        put(job, [57, 58], [3, 4], [0.125, 0.25])
-        assert "1 cells are in the array but not planned, joinids [57]" in wrong(job)["cells"]
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
+        before = read_array(context.folder.array, project.folder)
+        put(context, [57, 58], [3, 4], [0.125, 0.25])
+        assert "1 cells are in the array but not planned, joinids [57]" in wrong(context)["cells"]
         # Without the stray fragment each megabatch is right: nothing is computed.
-        assert fill_shard(job, shard_of(job, 58)) == 0
-        assert wrong(job) == {}
-        after = read_array(job.folder.array, project.folder)
+        assert fill_shard(context, shard_of(context, 58)) == 0
+        assert wrong(context) == {}
+        after = read_array(context.folder.array, project.folder)
         assert np.array_equal(before.values, after.values)
 
 
 def test_a_real_shard_mends_itself(project: Project) -> None:
     tiny(project, shards=1, cells=60)
-    with project.job("tiny") as job:
-        make_plan(job)
-        assert embed_shard(job, 0).megabatches_mended == 0
-        before = read_array(job.folder.array, project.folder)
-        flipped_values(job)
-        again = embed_shard(job, 0)
-        assert (again.megabatches_computed, again.megabatches_mended, again.proved) == (1, 1, True)
-        assert np.array_equal(before.values, read_array(job.folder.array, project.folder).values)
-        whole = embed_shard(job, 0)
-        assert (whole.megabatches_computed, whole.megabatches_mended, whole.proved) == (0, 0, True)
+    with project.context("tiny") as context:
+        make_plan(context)
+        assert embed_shard(context, 0).megabatches_mended == 0
+        before = read_array(context.folder.array, project.folder)
+        flipped_values(context)
+        again = embed_shard(context, 0)
+        assert (again.megabatches_computed, again.megabatches_mended, again.verified) == (1, 1, True)
+        assert np.array_equal(before.values, read_array(context.folder.array, project.folder).values)
+        whole = embed_shard(context, 0)
+        assert (whole.megabatches_computed, whole.megabatches_mended, whole.verified) == (0, 0, True)
 
 
-def test_values_of_a_run_that_ended_before_the_proof_are_held_to_its_note(finished: Job, project: Project) -> None:
+def test_values_of_a_run_that_ended_before_the_verification_are_held_to_its_note(
+    finished: ReleaseContext, project: Project
+) -> None:
     """Damage between the commit and the first reading is no different from damage after it."""
     before = read_array(finished.folder.array, project.folder)
-    Path(finished.folder.proof(planned(finished).totals.plan, shard_of(finished))).unlink()
+    Path(finished.folder.verification(planned(finished).totals.plan, shard_of(finished))).unlink()
     later_value(finished)
     assert "hold other values than were written" in wrong(finished)["values"]
     fill_shard(finished, shard_of(finished))
     assert np.array_equal(before.values, read_array(finished.folder.array, project.folder).values)
 
 
-def test_a_damaged_proof_is_written_anew_by_running_the_shard(finished: Job) -> None:
-    proof = Path(finished.folder.proof(planned(finished).totals.plan, 1))
-    content = json.loads(proof.read_bytes())
+def test_a_damaged_verification_is_written_anew_by_running_the_shard(finished: ReleaseContext) -> None:
+    verification = Path(finished.folder.verification(planned(finished).totals.plan, 1))
+    content = json.loads(verification.read_bytes())
     for damaged in (b"", b"[]", json.dumps({**content, "megabatches": content["megabatches"][1:]}).encode()):
-        proof.write_bytes(damaged)
+        verification.write_bytes(damaged)
         fill_shard(finished, 1)
-        assert json.loads(proof.read_bytes()) == content
+        assert json.loads(verification.read_bytes()) == content
 
 
 def renamed_into_the_future(folder: Path, hours: int) -> None:
@@ -237,13 +241,13 @@ def renamed_into_the_future(folder: Path, hours: int) -> None:
 def test_a_census_from_a_clock_that_is_ahead_can_be_read(project: Project) -> None:
     tiny(project)
     renamed_into_the_future(project.census, 1)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
     assert np.array_equal(read_array(project.array("tiny"), project.folder).ids, np.arange(200))
 
 
-def test_no_write_of_ours_depends_on_a_clock(finished: Job) -> None:
+def test_no_write_of_ours_depends_on_a_clock(finished: ReleaseContext) -> None:
     names = [one.name for one in opened(finished).fragments()]
     assert all(int(name.split("_")[2]) < 1000 for name in names)
     opened(finished).write(np.array([CELL]), np.ones((1, 16), np.float32))
@@ -255,10 +259,10 @@ def test_no_write_of_ours_depends_on_a_clock(finished: Job) -> None:
 DATA_FILES = ("a0.tdb", "d0.tdb", "d1.tdb")
 
 
-def stored(job: Job) -> pa.Table | None:
+def stored(context: ReleaseContext) -> pa.Table | None:
     """All that the array holds, in order; None when TileDB cannot read it."""
     try:
-        with tiledbsoma.open(job.folder.array) as array:
+        with tiledbsoma.open(context.folder.array) as array:
             return array.read().tables().concat().sort_by([("soma_dim_0", "ascending"), ("soma_dim_1", "ascending")])
     except tiledbsoma.SOMAError:
         return None
@@ -269,25 +273,27 @@ def damage_at_random(project: Project, trials: int, seed: int) -> str:
     tiny(project, cells=96, shards=2)
     rng = random.Random(seed)
     differed = unreadable = unchanged = 0
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
-        before = stored(job)
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
+        before = stored(context)
         for trial in range(trials):
-            files = sorted(path for name in DATA_FILES for path in Path(job.folder.array).glob(f"__fragments/*/{name}"))
+            files = sorted(
+                path for name in DATA_FILES for path in Path(context.folder.array).glob(f"__fragments/*/{name}")
+            )
             for _ in range((1, 3, 200)[trial % 3]):
                 path = rng.choice(files)
                 flip(path, rng.randrange(path.stat().st_size))
-            found, now = wrong(job, full=True), stored(job)
+            found, now = wrong(context, full=True), stored(context)
             assert found or now == before, "a change of values was not noticed"
             unreadable += now is None
             differed += now is not None and now != before
             unchanged += now == before
             for shard in range(2):
-                fill_shard(job, shard)
-            finish_array(job)
-            assert wrong(job, full=True) == {}
-            assert stored(job) == before
+                fill_shard(context, shard)
+            finish_array(context)
+            assert wrong(context, full=True) == {}
+            assert stored(context) == before
     return f"unreadable {unreadable}, other values {differed}, the same values {unchanged}"
 
 

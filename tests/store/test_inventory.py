@@ -9,30 +9,30 @@ from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.support.builders import age, tiny
-from tests.support.project import BOUND, RELEASE, Oracle, Project
+from tests.support.project import BOUND, RELEASE, Project, UpstreamCommand
 
 
 def test_inspect_shows_what_is_there_and_remove_asks_twice(project: Project) -> None:
     tiny(project, shards=3)
     assert "there is no store at" in project.command("inspect").stderr
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
         for shard in (0, 2):
-            embed_shard(job, shard)
+            embed_shard(context, shard)
     (project.folder / "store" / "tiny" / RELEASE / "0123456789ab").mkdir()
     done = project.command("inspect", "--json")
     assert done.returncode == 0, done.stderr
     damaged, half = sorted(json.loads(done.stdout)["holdings"], key=lambda holding: holding["state"])
-    assert (half["set"], half["release"], half["state"]) == ("tiny", RELEASE, "unproved")
+    assert (half["set"], half["release"], half["state"]) == ("tiny", RELEASE, "unverified")
     assert (half["shards_done"], half["shards"], half["cells_planned"]) == (2, 3, 200)
     assert 100 < half["cells_stored"] < 200
     assert half["bytes"] > 1000
     assert (damaged["state"], damaged["identity"]) == ("damaged", "0123456789ab")
     assert "there is no plan" in damaged["problem"]
 
-    with project.job("tiny") as job:
-        embed_shard(job, 1)
-        finish_array(job)
+    with project.context("tiny") as context:
+        embed_shard(context, 1)
+        finish_array(context)
     identity = half["identity"]
     assert f"tiny/{RELEASE}/{identity}  3/3 shards  200/200 cells" in project.command("inspect").stdout
     folder = project.folder / "store" / "tiny" / RELEASE / identity
@@ -68,21 +68,21 @@ def test_canary_judges_by_fp32_and_keeps_only_its_rate(project: Project) -> None
     assert "canary.json is damaged" in damaged.stderr
 
 
-def test_canary_of_fp32_wants_an_oracle(project: Project) -> None:
+def test_canary_of_fp32_wants_upstream(project: Project) -> None:
     tiny(project)
     done = project.command("canary", "tiny", RELEASE)
     assert done.returncode == 1
-    assert "name it with --oracle" in done.stderr
-    absent = project.command("canary", "tiny", RELEASE, "--oracle", "nowhere/transcriptformer")
-    assert absent.stderr.startswith("error: --oracle nowhere/transcriptformer: there is no such file")
+    assert "name it with --upstream" in done.stderr
+    absent = project.command("canary", "tiny", RELEASE, "--upstream", "nowhere/transcriptformer")
+    assert absent.stderr.startswith("error: --upstream nowhere/transcriptformer: there is no such file")
     unknown = project.command("canary", "else", RELEASE)
     assert "there is no set 'else'; this deployment has tiny" in unknown.stderr
 
 
-@pytest.mark.oracle
-def test_canary_with_upstreams_own_command(project: Project, oracle: Oracle) -> None:
+@pytest.mark.upstream
+def test_canary_with_upstreams_own_command(project: Project, upstream_command: UpstreamCommand) -> None:
     tiny(project)
-    done = project.command("canary", "tiny", RELEASE, "--cells", "24", "--oracle", str(oracle.command))
+    done = project.command("canary", "tiny", RELEASE, "--cells", "24", "--upstream", str(upstream_command.command))
     assert done.returncode == 0, done.stderr
     assert "upstream's own command" in done.stdout
     worst = float(done.stdout.split("worst cell ")[1].split()[0])
@@ -96,10 +96,10 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(project: Project) 
     assert first.returncode == 0, first.stderr
     assert "would run 4 shards and compute 200 of their 200 cells" in first.stdout
     assert not (project.folder / "store").exists()
-    with project.job("tiny") as job:
-        make_plan(job)
-        done = embed_shard(job, 1)
-    assert f"checkpoint: {job.checkpoint.fingerprint} (" in first.stdout
+    with project.context("tiny") as context:
+        make_plan(context)
+        done = embed_shard(context, 1)
+    assert f"checkpoint: {context.checkpoint.fingerprint} (" in first.stdout
     some = project.command("launch", "tiny", RELEASE, "--dry-run", "--shards", "1,3")
     assert "would run 2 shards" in some.stdout
     assert "compute 0 of" not in some.stdout

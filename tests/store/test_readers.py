@@ -69,9 +69,9 @@ def some_spleen(organism: Organism) -> None:
 @pytest.fixture
 def finished(project: Project) -> Project:
     tiny(project, change=some_spleen, publication=PUBLICATION)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
     return project
 
 

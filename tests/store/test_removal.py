@@ -29,9 +29,9 @@ DAY = 86400
 def root(project: Project) -> Path:
     """The folder of an array that was finished an hour ago."""
     tiny(project, cells=40, shards=2)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
     age(project.folder / "store")
     return project.array("tiny").parent
 
@@ -53,8 +53,8 @@ def cut_short(root: Path, seed: int) -> None:
 
 
 def test_what_is_being_written_is_not_removed(project: Project, root: Path) -> None:
-    with project.job("tiny") as job:
-        embed_shard(job, 0, recompute=True)
+    with project.context("tiny") as context:
+        embed_shard(context, 0, recompute=True)
     before = sorted(root.rglob("*"))
     done = project.command("remove", "tiny", RELEASE, root.name, "--confirm", root.name)
     assert done.returncode == 1
@@ -73,14 +73,14 @@ def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(project: P
     (holding,) = inspect_store(str(root.parents[2]), Storage())
     assert (holding.state, holding.identity) == ("removing", root.name)
     unfinished = r"was begun and not finished\. Finish it: "
-    with project.job("tiny") as job, pytest.raises(UserError, match=unfinished) as told:
-        make_plan(job)
+    with project.context("tiny") as context, pytest.raises(UserError, match=unfinished) as told:
+        make_plan(context)
     assert f"remove tiny {RELEASE} {root.name} --confirm {root.name}" in str(told.value)
     assert str(told.value).split("Finish it: ")[1] in holding.problem
     remove(root)
     assert not root.exists()
-    with project.job("tiny") as job:
-        make_plan(job)
+    with project.context("tiny") as context:
+        make_plan(context)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -108,27 +108,27 @@ def test_a_rest_that_is_written_to_again_is_left_alone(root: Path) -> None:
 
 def test_a_worker_is_told_that_its_folder_was_removed(project: Project) -> None:
     tiny(project, shards=1)
-    with project.job("tiny") as job:
-        make_plan(job)
-        root = Path(job.folder.root)
+    with project.context("tiny") as context:
+        make_plan(context)
+        root = Path(context.folder.root)
 
         def remove_under_it(_: object) -> None:
             if root.exists():
-                begin(job.store, job.folder.root)
-                finish(job.store, job.folder.root)
+                begin(context.store, context.folder.root)
+                finish(context.store, context.folder.root)
 
         message = "was removed while this run worked in it .*, and what it had committed is gone"
-        with pytest.raises(UserError, match=message), noticing_removal(job.store, job.folder):
-            embed_shard(job, 0, report=remove_under_it)
+        with pytest.raises(UserError, match=message), noticing_removal(context.store, context.folder):
+            embed_shard(context, 0, report=remove_under_it)
 
 
 def test_other_failures_stay_what_they_are(project: Project) -> None:
     tiny(project, shards=1)
-    with project.job("tiny") as job:
-        with pytest.raises(UserError, match="there is no plan"), noticing_removal(job.store, job.folder):
-            embed_shard(job, 0)
-        make_plan(job)
-        with pytest.raises(ZeroDivisionError), noticing_removal(job.store, job.folder):
+    with project.context("tiny") as context:
+        with pytest.raises(UserError, match="there is no plan"), noticing_removal(context.store, context.folder):
+            embed_shard(context, 0)
+        make_plan(context)
+        with pytest.raises(ZeroDivisionError), noticing_removal(context.store, context.folder):
             print(1 / 0)
 
 

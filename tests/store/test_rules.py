@@ -21,7 +21,7 @@ from census_tf_dagster.definitions import build_definitions, load_sets
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.finish_array import RuleError, array_state, finish_array, verify_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -32,29 +32,29 @@ RULES = ["schema", "shape", "storage_version", "cells", "features", "values", "p
 
 
 @pytest.fixture
-def finished(project: Project) -> Iterator[Job]:
+def finished(project: Project) -> Iterator[ReleaseContext]:
     """A published array of every second cell, 100 of 200."""
     tiny(project, mod=2, publication=PUBLICATION)
-    with project.job("tiny") as job:
-        fill(job)
-        finish_array(job)
-        yield job
+    with project.context("tiny") as context:
+        fill(context)
+        finish_array(context)
+        yield context
 
 
-def broken(job: Job) -> dict[str, tuple[str, ...]]:
+def broken(context: ReleaseContext) -> dict[str, tuple[str, ...]]:
     """What each rule finds wrong, of those that find anything."""
     try:
-        findings = verify_array(job)
+        findings = verify_array(context)
     except RuleError as error:
         findings = error.findings
     return {finding.rule: finding.wrong for finding in findings if finding.wrong}
 
 
-def opened(job: Job) -> EmbeddingsArray:
-    return EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+def opened(context: ReleaseContext) -> EmbeddingsArray:
+    return EmbeddingsArray.open(context.folder.array, context.store, context.identity)
 
 
-def put(job: Job, joinids: list[int], features: list[int], values: list[float]) -> None:
+def put(context: ReleaseContext, joinids: list[int], features: list[int], values: list[float]) -> None:
     """Commit some values as any program might, past all of our own checks."""
     table = pa.table(
         {
@@ -63,59 +63,59 @@ def put(job: Job, joinids: list[int], features: list[int], values: list[float]) 
             "soma_data": pa.array(values, pa.float32()),
         }
     )
-    with tiledbsoma.open(job.folder.array, "w") as array:
+    with tiledbsoma.open(context.folder.array, "w") as array:
         array.write(table)
 
 
-def lose(job: Job, joinid: int) -> tuple[int, int]:
+def lose(context: ReleaseContext, joinid: int) -> tuple[int, int]:
     """Remove the fragment that holds a cell; return its range."""
-    (one,) = [found for found in opened(job).fragments() if found.first <= joinid <= found.last]
-    folder = Path(job.folder.array)
+    (one,) = [found for found in opened(context).fragments() if found.first <= joinid <= found.last]
+    folder = Path(context.folder.array)
     shutil.rmtree(folder / "__fragments" / one.name)
     (folder / "__commits" / f"{one.name}.wrt").unlink()
     return one.first, one.last
 
 
-def infinite(job: Job) -> None:
-    put(job, [4, 8], [3, 0], [np.nan, np.inf])
+def infinite(context: ReleaseContext) -> None:
+    put(context, [4, 8], [3, 0], [np.nan, np.inf])
 
 
-def zero(job: Job) -> None:
-    put(job, [4] * 16, list(range(16)), [0.0] * 16)
+def zero(context: ReleaseContext) -> None:
+    put(context, [4] * 16, list(range(16)), [0.0] * 16)
 
 
-def many_infinite(job: Job) -> None:
-    put(job, list(range(0, 60, 2)), [0] * 30, [np.nan] * 30)
+def many_infinite(context: ReleaseContext) -> None:
+    put(context, list(range(0, 60, 2)), [0] * 30, [np.nan] * 30)
 
 
-def unplanned(job: Job) -> None:
-    put(job, [7] * 16 + [199], [*range(16), 0], [1.0] * 17)
+def unplanned(context: ReleaseContext) -> None:
+    put(context, [7] * 16 + [199], [*range(16), 0], [1.0] * 17)
 
 
-def missing(job: Job) -> None:
-    lose(job, 50)
+def missing(context: ReleaseContext) -> None:
+    lose(context, 50)
 
 
-def incomplete(job: Job) -> None:
-    first, last = lose(job, 50)
+def incomplete(context: ReleaseContext) -> None:
+    first, last = lose(context, 50)
     ids = np.arange(first, last + 1, 2)
     features = np.tile(np.arange(16), len(ids))
     kept = features != 5
-    put(job, np.repeat(ids, 16)[kept].tolist(), features[kept].tolist(), [1.0] * int(kept.sum()))
+    put(context, np.repeat(ids, 16)[kept].tolist(), features[kept].tolist(), [1.0] * int(kept.sum()))
 
 
-def beyond(job: Job) -> None:
-    with tiledbsoma.open(job.folder.array, "w") as array:
+def beyond(context: ReleaseContext) -> None:
+    with tiledbsoma.open(context.folder.array, "w") as array:
         array.resize((200, 17))
-    put(job, [6], [16], [1.0])
+    put(context, [6], [16], [1.0])
 
 
-def longer(job: Job) -> None:
-    with tiledbsoma.open(job.folder.array, "w") as array:
+def longer(context: ReleaseContext) -> None:
+    with tiledbsoma.open(context.folder.array, "w") as array:
         array.resize((201, 16))
 
 
-DAMAGES: list[tuple[Callable[[Job], None], dict[str, str]]] = [
+DAMAGES: list[tuple[Callable[[ReleaseContext], None], dict[str, str]]] = [
     (infinite, {"values": "2 cells have values that are not finite, joinids [4, 8]"}),
     (zero, {"values": "1 cells have nothing but zeros, though START is always pooled, joinids [4]"}),
     (many_infinite, {"values": f"30 cells have values that are not finite, joinids {list(range(0, 20, 2))}"}),
@@ -131,7 +131,9 @@ DAMAGES: list[tuple[Callable[[Job], None], dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("damage", "expected"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_damage_is_found_and_named(finished: Job, damage: Callable[[Job], None], expected: dict[str, str]) -> None:
+def test_damage_is_found_and_named(
+    finished: ReleaseContext, damage: Callable[[ReleaseContext], None], expected: dict[str, str]
+) -> None:
     assert broken(finished) == {}
     damage(finished)
     found = broken(finished)
@@ -144,7 +146,7 @@ def test_damage_is_found_and_named(finished: Job, damage: Callable[[Job], None],
     assert opened(finished).read_record() == record
 
 
-def test_files_that_were_replaced_under_the_same_names_are_found(finished: Job) -> None:
+def test_files_that_were_replaced_under_the_same_names_are_found(finished: ReleaseContext) -> None:
     """They leave all that TileDB says of its fragments as it was, but for their sizes."""
     good = opened(finished).fragments()[2]
     ids = np.arange(good.first, good.last + 1, 2)
@@ -161,18 +163,18 @@ def test_files_that_were_replaced_under_the_same_names_are_found(finished: Job) 
     assert f"{len(ids)} cells have values that are not finite, joinids {ids[:10].tolist()}" in found["values"][0]
 
 
-def replace_array(job: Job, **options: Any) -> None:
+def replace_array(context: ReleaseContext, **options: Any) -> None:
     """Put another array in the place of ours, with the metadata of ours."""
-    with tiledbsoma.open(job.folder.array) as array:
+    with tiledbsoma.open(context.folder.array) as array:
         metadata = {key: value for key, value in array.metadata.items() if not key.startswith("soma_")}
         table = array.read().tables().concat()
-    shutil.rmtree(job.folder.array)
+    shutil.rmtree(context.folder.array)
     kind = options.pop("kind", tiledbsoma.SparseNDArray)
-    with kind.create(job.folder.array, **{"type": pa.float32(), "shape": (200, 16), **options}) as array:
+    with kind.create(context.folder.array, **{"type": pa.float32(), "shape": (200, 16), **options}) as array:
         array.metadata.update(metadata)
     if options.keys() == {"platform_config"}:
         for _ in range(2):
-            with tiledbsoma.open(job.folder.array, "w") as array:
+            with tiledbsoma.open(context.folder.array, "w") as array:
                 array.write(table)
 
 
@@ -185,14 +187,14 @@ SCHEMAS = [
 
 
 @pytest.mark.parametrize(("options", "text"), SCHEMAS, ids=["float64", "3-D", "1-D", "dense"])
-def test_another_schema_is_found(finished: Job, options: dict[str, Any], text: str) -> None:
+def test_another_schema_is_found(finished: ReleaseContext, options: dict[str, Any], text: str) -> None:
     replace_array(finished, **options)
     found = broken(finished)
     assert found.keys() == {"schema"}
     assert text in "; ".join(found["schema"])
 
 
-def test_coordinates_that_are_there_twice_are_found(finished: Job) -> None:
+def test_coordinates_that_are_there_twice_are_found(finished: ReleaseContext) -> None:
     replace_array(finished, platform_config=tiledbsoma.TileDBCreateOptions(allows_duplicates=True))
     found = broken(finished)
     assert found.keys() == {"schema", "features"}
@@ -200,10 +202,10 @@ def test_coordinates_that_are_there_twice_are_found(finished: Job) -> None:
     assert "100 cells hold a feature more than once, joinids [0, 2, 4" in found["features"][0]
 
 
-def with_info(job: Job, change: Callable[[dict[str, Any]], Any]) -> None:
-    info = json.loads(opened(job).read_info() or "")
+def with_info(context: ReleaseContext, change: Callable[[dict[str, Any]], Any]) -> None:
+    info = json.loads(opened(context).read_info() or "")
     changed = change(info)
-    with tiledbsoma.open(job.folder.array, "w") as array:
+    with tiledbsoma.open(context.folder.array, "w") as array:
         if changed is None:
             del array.metadata[INFO_KEY]
         else:
@@ -225,7 +227,7 @@ INFOS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "text"), INFOS, ids=[text[:24] for _, text in INFOS])
-def test_wrong_publication_metadata_is_found(finished: Job, change: Callable[[Any], Any], text: str) -> None:
+def test_wrong_publication_metadata_is_found(finished: ReleaseContext, change: Callable[[Any], Any], text: str) -> None:
     with_info(finished, change)
     found = broken(finished)
     assert found.keys() == {"publication"}
@@ -234,7 +236,7 @@ def test_wrong_publication_metadata_is_found(finished: Job, change: Callable[[An
     assert broken(finished) == {}
 
 
-def test_consumers_read_the_publication(finished: Job) -> None:
+def test_consumers_read_the_publication(finished: ReleaseContext) -> None:
     info = cellxgene_census.experimental.get_embedding_metadata(finished.folder.array)
     assert (info["n_embeddings"], info["n_features"], info["census_version"]) == (100, 16, RELEASE)
     assert info["primary_contact"] == PUBLICATION["primary_contact"]
@@ -248,7 +250,7 @@ def test_consumers_read_the_publication(finished: Job) -> None:
 
 
 def test_another_storage_version_is_said_at_planning_and_refused_at_the_end(
-    finished: Job, monkeypatch: pytest.MonkeyPatch
+    finished: ReleaseContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OrganismRelease, "storage_version", lambda _: 21)
     assert broken(finished)["storage_version"] == (
@@ -261,14 +263,14 @@ def test_another_storage_version_is_said_at_planning_and_refused_at_the_end(
 def test_a_set_without_publication_finishes(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OrganismRelease, "storage_version", lambda _: 21)
     tiny(project)
-    with project.job("tiny") as job:
-        assert make_plan(job).storage_versions == (22, 21)
-        assert "storage version: 22, the Census has 21" in describe(dry_run(job, None, recompute=False))
-        fill(job)
-        assert finish_array(job).published is None
-        assert array_state(job) == "proved"
-        assert broken(job).keys() == {"storage_version"}
-        assert not job.store.exists(job.folder.meta)
+    with project.context("tiny") as context:
+        assert make_plan(context).storage_versions == (22, 21)
+        assert "storage version: 22, the Census has 21" in describe(dry_run(context, None, recompute=False))
+        fill(context)
+        assert finish_array(context).published is None
+        assert array_state(context) == "verified"
+        assert broken(context).keys() == {"storage_version"}
+        assert not context.store.exists(context.folder.meta)
 
 
 def test_checks_in_dagster_name_the_cells(project: Project) -> None:
@@ -281,7 +283,7 @@ def test_checks_in_dagster_name_the_cells(project: Project) -> None:
     instance = dg.DagsterInstance.ephemeral()
     instance.add_dynamic_partitions("census_release", [RELEASE])
     asset = dg.AssetKey(["tiny", "embeddings_array"])
-    keys = [dg.AssetCheckKey(asset, name) for name in [*RULES, "proved"]]
+    keys = [dg.AssetCheckKey(asset, name) for name in [*RULES, "verified"]]
     whole = defs.resolve_implicit_global_asset_job_def()
 
     def run(assets: set[dg.AssetKey]) -> bool:
@@ -298,11 +300,11 @@ def test_checks_in_dagster_name_the_cells(project: Project) -> None:
             if event and event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
         }
 
-    with project.job("tiny") as job:
-        fill(job)
+    with project.context("tiny") as context:
+        fill(context)
         assert run({asset})
-        assert {name for name, one in evaluations().items() if one.passed} == {*RULES, "proved"}
-        infinite(job)
+        assert {name for name, one in evaluations().items() if one.passed} == {*RULES, "verified"}
+        infinite(context)
         # The asset is not materialized then, and says why as its checks' results.
         assert not run({asset})
         failed = {name: one for name, one in evaluations().items() if not one.passed}
@@ -345,17 +347,17 @@ def test_dates_and_links_as_people_write_them() -> None:
     assert (found.submission_date, found.model_link) == ("2025-11-20", "s3://models/tf")
 
 
-def test_readers_find_the_fragments_metadata_in_one_place(finished: Job) -> None:
+def test_readers_find_the_fragments_metadata_in_one_place(finished: ReleaseContext) -> None:
     gathered = Path(finished.folder.array) / "__fragment_meta"
     assert {path.suffix for path in gathered.iterdir()} == {".meta"}
     finish_array(finished)
-    assert array_state(finished) == "proved"
+    assert array_state(finished) == "verified"
     assert broken(finished) == {}
     with tiledbsoma.open(finished.folder.array) as array:
         assert len(array.read().tables().concat()) == 100 * 16
 
 
-def test_a_changed_list_of_cells_is_found_and_written_anew(finished: Job) -> None:
+def test_a_changed_list_of_cells_is_found_and_written_anew(finished: ReleaseContext) -> None:
     listed = Path(finished.folder.obs_ids)
     for content in (b"", listed.read_bytes()[:-1] + b"x", None):
         before = listed.read_bytes()

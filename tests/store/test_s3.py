@@ -1,4 +1,4 @@
-"""Plans and arrays on S3: the whole job, many writers, a server that fails, and disks that do."""
+"""Plans and arrays on S3: the whole context, many writers, a server that fails, and disks that do."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.io.s3 import S3Settings, StoreError
 from census_tf_dagster.io.storage import Storage
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
@@ -51,9 +51,9 @@ def finish(worker: subprocess.Popen[str]) -> int:
     return output.count("committed")
 
 
-def require_all_cells(job: Job, endpoint: str, scratch: Path, cells: int) -> None:
+def require_all_cells(context: ReleaseContext, endpoint: str, scratch: Path, cells: int) -> None:
     """Read all back in a fresh process: every cell once, with the values that the workers wrote."""
-    stored = read_array(job.folder.array, scratch, reader_config(endpoint))
+    stored = read_array(context.folder.array, scratch, reader_config(endpoint))
     assert np.array_equal(stored.ids, np.arange(cells))
     assert stored.stored_values == cells * 16
     assert np.array_equal(stored.values, value_of(np.arange(cells), 16))
@@ -105,15 +105,15 @@ def test_whole_job_with_an_anonymous_census_and_a_signed_store(
 
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, project.env[name])
-        with project.job("tiny") as job:
-            stored = read_array(job.folder.array, project.folder, reader_config(private))
+        with project.context("tiny") as context:
+            stored = read_array(context.folder.array, project.folder, reader_config(private))
     written = [path for path in (project.folder / "dagster_home").rglob("*") if path.is_file()]
     assert any(RELEASE.encode() in path.read_bytes() for path in written)
     assert not [path for path in written if key["SecretAccessKey"].encode() in path.read_bytes()]
 
     local = Project(project.folder)
-    with local.job("tiny") as job:
-        make_plan(job)
+    with local.context("tiny") as context:
+        make_plan(context)
     for shard in range(2):
         assert local.materialize("tiny/shard_embeddings", f"{RELEASE}|{shard}").returncode == 0
     expected = read_array(local.array("tiny"), project.folder)
@@ -124,30 +124,30 @@ def test_whole_job_with_an_anonymous_census_and_a_signed_store(
 
 def test_eight_writers_two_of_them_on_one_shard(project: Project, s3: str) -> None:
     on_s3(tiny(project, shards=7, megabatch_size=8), s3)
-    with project.job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
+    with project.context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
         twice = len(plan.shard(3))
         workers = [start_worker(project, shard, "all") for shard in (*range(7), 3)]
         committed = [finish(worker) for worker in workers]
         assert committed == [len(plan.shard(shard)) for shard in (*range(7), 3)]
-        summary = finish_array(job)
+        summary = finish_array(context)
         assert (summary.fragments, summary.excess_fragments) == (plan.totals.megabatches + twice, twice)
-        require_all_cells(job, s3, project.folder, 200)
+        require_all_cells(context, s3, project.folder, 200)
 
 
 def run_with_faults(project: Project, s3: str, seed: int) -> None:
     tiny(project, shards=2, megabatch_size=25)
     with s3_proxy(s3, project.folder, seed=seed, share=0.05) as proxy:
         on_s3(project, proxy.endpoint, f"store-{seed}")
-        with project.job("tiny") as job:
-            megabatches = make_plan(job).totals.megabatches
+        with project.context("tiny") as context:
+            megabatches = make_plan(context).totals.megabatches
             committed = sum(finish(worker) for worker in [start_worker(project, shard) for shard in range(2)])
-            summary = finish_array(job)
+            summary = finish_array(context)
             assert committed == summary.fragments == megabatches
     on_s3(project, s3, f"store-{seed}")
-    with project.job("tiny") as job:
-        require_all_cells(job, s3, project.folder, 200)
+    with project.context("tiny") as context:
+        require_all_cells(context, s3, project.folder, 200)
     print(f"seed {seed}: {dict(proxy.counts)}")
     assert sum(proxy.counts.values()) - proxy.counts["requests"] > 0
 
@@ -168,9 +168,9 @@ def outage(project: Project, s3: str, kind: str, patience: float) -> None:
     tiny(project, shards=1, megabatch_size=10)
     with s3_proxy(s3, project.folder) as proxy:
         on_s3(project, proxy.endpoint)
-        with project.job("tiny") as job:
-            make_plan(job)
-            array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+        with project.context("tiny") as context:
+            make_plan(context)
+            array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
             worker = start_worker(project, 0)
             assert worker.stdout is not None
             assert worker.stdout.readline().startswith("committed")
@@ -186,8 +186,8 @@ def outage(project: Project, s3: str, kind: str, patience: float) -> None:
             there = len(array.fragments())
             assert 1 <= there < 20
             assert finish(start_worker(project, 0)) == 20 - there
-            assert finish_array(job).fragments == 20
-            require_all_cells(job, proxy.endpoint, project.folder, 200)
+            assert finish_array(context).fragments == 20
+            require_all_cells(context, proxy.endpoint, project.folder, 200)
 
 
 def test_a_total_outage_fails_clearly_and_a_later_run_completes(project: Project, s3: str) -> None:
@@ -244,14 +244,14 @@ exec {python} -W ignore -m tests.store.test_s3 {folder}
 def disk_driver(folder: Path) -> None:
     """Fill a store until its disk is full; give it room; finish. Runs where the disk is mounted."""
     store = folder / "store"
-    with Project(folder).job("tiny") as job:
-        make_plan(job)
-        plan = read_plan(job.store, job.folder.plan)
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    with Project(folder).context("tiny") as context:
+        make_plan(context)
+        plan = read_plan(context.store, context.folder.plan)
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
         filler = store / "filler"
         written = 0
         try:
-            for ids in plan.read_ids(job.store, plan.megabatches):
+            for ids in plan.read_ids(context.store, plan.megabatches):
                 if written == 5:
                     with filler.open("wb") as file:
                         while file.write(b"x" * 4096):
@@ -261,17 +261,17 @@ def disk_driver(folder: Path) -> None:
         except (StoreError, OSError) as error:
             print("full:", type(error).__name__, error)
         try:
-            array.write(plan.read_ids(job.store, plan.megabatches)[5], value_of(np.arange(8), 16))
+            array.write(plan.read_ids(context.store, plan.megabatches)[5], value_of(np.arange(8), 16))
         except StoreError as error:
             print("full:", type(error).__name__, error)
         assert len(array.fragments()) == 5
         filler.unlink()
-        fill(job)
-        summary = finish_array(job)
+        fill(context)
+        summary = finish_array(context)
         print("finished", summary.fragments - plan.totals.megabatches)
         subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
         try:
-            finish_array(job)
+            finish_array(context)
         except Exception as error:
             print("read-only:", type(error).__name__, error)
         try:

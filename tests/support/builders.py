@@ -12,7 +12,7 @@ from census_tf_dagster.census.plan import Megabatch, read_plan
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
@@ -61,31 +61,31 @@ def age(folder: Path, seconds: float = 3600) -> None:
         os.utime(path, (time.time() - seconds,) * 2)
 
 
-def fill(job: Job) -> EmbeddingsArray:
-    """Plan, and commit and prove values of `value_of`."""
-    make_plan(job)
-    for shard in range(job.settings.shards):
-        fill_shard(job, shard)
-    return EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+def fill(context: ReleaseContext) -> EmbeddingsArray:
+    """Plan, and commit and verify values of `value_of`."""
+    make_plan(context)
+    for shard in range(context.settings.shards):
+        fill_shard(context, shard)
+    return EmbeddingsArray.open(context.folder.array, context.store, context.identity)
 
 
-def fill_shard(job: Job, shard: int) -> int:
+def fill_shard(context: ReleaseContext, shard: int) -> int:
     """Do as a shard does, with values of `value_of`; return how many megabatches were mended."""
-    plan = read_plan(job.store, job.folder.plan)
-    array = EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
-    notebook = NoteBook(job.store, job.folder, plan, shard)
+    plan = read_plan(context.store, context.folder.plan)
+    array = EmbeddingsArray.repair(context.folder.array, context.store, context.identity)
+    notebook = NoteBook(context.store, context.folder, plan, shard)
 
     def commit(some: Sequence[Megabatch]) -> None:
         with array.writing() as write:
-            for batch, ids in zip(some, plan.read_ids(job.store, some), strict=True):
+            for batch, ids in zip(some, plan.read_ids(context.store, some), strict=True):
                 values = value_of(ids, array.n_features)
                 notebook.note(Written.of(batch, ids, values))
                 write(ids, values)
 
-    notes = read_notes(job.store, job.folder, plan, [shard])
+    notes = read_notes(context.store, context.folder, plan, [shard])
     if missing := missing_megabatches(array, plan, plan.shard(shard), notes):
         commit(missing)
         array.gather_metadata()
-    found = require_shard(array, plan, job.folder, shard)
+    found = require_shard(array, plan, context.folder, shard)
     assert found is not None
-    return mend_shard(array, plan, job.folder, shard, found, plan.shard(shard), commit) if found else 0
+    return mend_shard(array, plan, context.folder, shard, found, plan.shard(shard), commit) if found else 0

@@ -32,10 +32,10 @@ class Deployment:
             raise_on_error=False,
         )
 
-    def proved(self) -> bool:
+    def verified(self) -> bool:
         """The last evaluation of the check."""
         records = self.instance.event_log_storage.get_asset_check_execution_history(
-            dg.AssetCheckKey(dg.AssetKey(["tiny", "embeddings_array"]), "proved"), limit=1
+            dg.AssetCheckKey(dg.AssetKey(["tiny", "embeddings_array"]), "verified"), limit=1
         )
         evaluation = records[0].evaluation
         assert evaluation is not None

@@ -8,9 +8,9 @@ import torch
 
 from census_tf_dagster.demo.checkpoint import SPECIAL_TOKENS, build_checkpoint
 
-LEAVES_FP16 = 3e4
+OVERFLOWS_FP16 = 3e4
 """A gain with which a hidden unit exceeds 65,504 and stays finite in bf16 and fp32."""
-LEAVES_FP32 = 1e38
+OVERFLOWS_FP32 = 1e38
 """A gain with which it is infinite in all of them."""
 
 

@@ -1,4 +1,4 @@
-"""A small project on disk, upstream's command as oracle, and how embeddings are compared."""
+"""A small project on disk, upstream's command for comparison, and how embeddings are compared."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.inference.checkpoint import Checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
-from census_tf_dagster.orchestration.asset_support import release_job
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.orchestration.asset_support import release_context
+from census_tf_dagster.pipeline.context import ReleaseContext
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -43,7 +43,7 @@ def relative_errors(ours: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class Oracle:
+class UpstreamCommand:
     """Upstream's own `transcriptformer inference` command."""
 
     command: Path
@@ -168,14 +168,14 @@ class Project:
         )
 
     @contextmanager
-    def job(self, name: str, release: str = RELEASE) -> Iterator[Job]:
-        """Open a set's job in this process, as an asset does."""
+    def context(self, name: str, release: str = RELEASE) -> Iterator[ReleaseContext]:
+        """Open a set's context in this process, as an asset does."""
         attributes = yaml.safe_load((self.folder / "sets" / name / "defs.yaml").read_text())["attributes"]
         # Not by changing this process's environment: TileDB's threads read it.
         census = census_resource(self.env)
         store = store_resource(self.env).model_copy(update={"cache": str(self.folder / "cache")})
-        with release_job(EmbeddingSet(**attributes).settings(), release, census, store) as job:
-            yield job
+        with release_context(EmbeddingSet(**attributes).settings(), release, census, store) as context:
+            yield context
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m census_tf_dagster` with these arguments."""

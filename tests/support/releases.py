@@ -12,7 +12,7 @@ from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.schema import stable_uuid
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
-from census_tf_dagster.pipeline.context import Job
+from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support.builders import value_of
@@ -83,7 +83,7 @@ STAY, REVISED, WITHDRAWN, NEW = range(8), (8,), (9,), (10, 11)
 
 @dataclass
 class TwoReleases:
-    """The earlier release is filled and proved by `fill`; `rows` say which cells of the pool stand where."""
+    """The earlier release is filled and verified by `fill`; `rows` say which cells of the pool stand where."""
 
     project: Project
     pool: Pool
@@ -124,20 +124,20 @@ def two_releases(
     return TwoReleases(project, pool, earlier, later)
 
 
-def fill_planned(job: Job, *, reused: bool = False, shard: int | None = None) -> None:
+def fill_planned(context: ReleaseContext, *, reused: bool = False, shard: int | None = None) -> None:
     """Commit values that tell of the cell for all planned megabatches of a kind, instead of a model's."""
-    plan = read_plan(job.store, job.folder.plan)
-    array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    plan = read_plan(context.store, context.folder.plan)
+    array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
     batches = [b for b in plan.megabatches if b.reused == reused and shard in (None, b.shard)]
-    for ids in plan.read_ids(job.store, batches):
+    for ids in plan.read_ids(context.store, batches):
         array.write(ids, value_of(ids, array.n_features))
 
 
-def prove_earlier(releases: TwoReleases, name: str = "reusing") -> None:
-    """Plan the earlier release, fill its array, and prove it."""
+def verify_earlier(releases: TwoReleases, name: str = "reusing") -> None:
+    """Plan the earlier release, fill its array, and verify it."""
     from census_tf_dagster.pipeline.finish_array import finish_array
 
-    with releases.project.job(name, EARLIER) as job:
-        make_plan(job)
-        fill_planned(job)
-        finish_array(job)
+    with releases.project.context(name, EARLIER) as context:
+        make_plan(context)
+        fill_planned(context)
+        finish_array(context)

@@ -11,7 +11,7 @@ from pathlib import Path
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
-from census_tf_dagster.store.verification import prove_shard
+from census_tf_dagster.store.verification import verify_shard
 from tests.support.builders import value_of
 from tests.support.project import Project
 
@@ -19,16 +19,16 @@ from tests.support.project import Project
 def main() -> None:
     folder, name, shard, *everything = sys.argv[1:]
     places = {key: value for key, value in os.environ.items() if key.startswith("CENSUS_TF_")}
-    with Project(Path(folder), places).job(name) as job:
-        plan = read_plan(job.store, job.folder.plan)
-        array = EmbeddingsArray.open(job.folder.array, job.store, job.identity)
+    with Project(Path(folder), places).context(name) as context:
+        plan = read_plan(context.store, context.folder.plan)
+        array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
         batches = plan.shard(int(shard))
         todo = batches if everything else missing_megabatches(array, plan, batches, {})
         with array.writing() as write:
-            for ids in plan.read_ids(job.store, todo):
+            for ids in plan.read_ids(context.store, todo):
                 write(ids, value_of(ids, array.n_features))
                 print("committed", ids[0], flush=True)
-        problems = prove_shard(array, plan, job.folder, int(shard))
+        problems = verify_shard(array, plan, context.folder, int(shard))
         assert not problems, problems
     print("done", flush=True)
 

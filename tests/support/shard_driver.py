@@ -26,9 +26,9 @@ def main() -> None:
         return answer
 
     Device.receive = receive_and_say  # type: ignore[method-assign]
-    with Project(folder).job(name) as job:
+    with Project(folder).context(name) as context:
         print("started", flush=True)
-        embed_shard(job, shard, report=lambda _: print("committed", flush=True))
+        embed_shard(context, shard, report=lambda _: print("committed", flush=True))
     print("done", flush=True)
 
 

@@ -12,7 +12,7 @@ from census_tf_dagster.config.cost import objections, utc_now
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.orchestration.approval_gate import approved, cost_metadata, last_shards
-from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_job
+from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_context
 from census_tf_dagster.orchestration.automation import is_automatic, whenever_planned
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
@@ -49,12 +49,12 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
         from census_tf_dagster.pipeline.cost_estimate import estimate, tokens_left
 
         release = context.partition_key
-        with partition_job(settings, release, census, store) as job:
-            found = read_plan(job.store, job.folder.plan)
+        with partition_context(settings, release, census, store) as opened:
+            found = read_plan(opened.store, opened.folder.plan)
             plan = found.totals.plan
             if config.plan not in ("", plan):
                 raise UserError(f"the plan to approve is {config.plan}, and {plan} is current: look at it first.")
-            cost = estimate(job, tokens_left(job, found), last_shards(context.instance, settings))
+            cost = estimate(opened, tokens_left(opened, found), last_shards(context.instance, settings))
         figures = {"plan": plan, **cost_metadata(cost, settings)}
         if not is_automatic(context.run.tags):
             yield dg.MaterializeResult(metadata={"approved_by": config.by or "a person, in Dagster", **figures})

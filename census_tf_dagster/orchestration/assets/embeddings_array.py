@@ -1,4 +1,4 @@
-"""The asset `embeddings_array`: one partition per release, materialized only when proved."""
+"""The asset `embeddings_array`: one partition per release, materialized only when verified."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from census_tf_dagster.orchestration.asset_support import (
     asset_of,
     console_link,
     final_failure,
-    partition_job,
+    partition_context,
 )
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import evaluations
@@ -39,7 +39,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
         kinds={"tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         description=(
-            f"The TileDB-SOMA array with the embedding of every planned cell of {settings.organism}, proved: exactly "
+            f"The TileDB-SOMA array with the embedding of every planned cell of {settings.organism}, verified: exactly "
             "the planned cells less those that were set aside, each with all its values, all finite."
         ),
     )
@@ -51,9 +51,9 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
         def show(done: int, of: int) -> None:
             context.log.info(f"read {done} of {of} shards again")
 
-        with partition_job(settings, context.partition_key, census, store) as job:
+        with partition_context(settings, context.partition_key, census, store) as opened:
             try:
-                summary = finish_array(job, full=config.full, report=show)
+                summary = finish_array(opened, full=config.full, report=show)
             except RuleError as error:
                 for evaluation in evaluations(settings, context.partition_key, error.findings):
                     if evaluation.check_name not in ("publication", "obs_ids"):

@@ -9,7 +9,7 @@ from census_tf_dagster.orchestration.approval_gate import cost_metadata, last_sh
 from census_tf_dagster.orchestration.asset_support import (
     asset_of,
     console_link,
-    partition_job,
+    partition_context,
 )
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
@@ -37,11 +37,11 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
         from census_tf_dagster.pipeline.cost_estimate import estimate, tokens_left
         from census_tf_dagster.pipeline.plan_release import make_plan
 
-        with partition_job(settings, context.partition_key, census, store) as job:
-            summary = make_plan(job)
-            tokens = tokens_left(job, read_plan(job.store, job.folder.plan))
-            cost = estimate(job, tokens, last_shards(context.instance, settings))
-            report_if_stale(context, settings, context.partition_key, job)
+        with partition_context(settings, context.partition_key, census, store) as opened:
+            summary = make_plan(opened)
+            tokens = tokens_left(opened, read_plan(opened.store, opened.folder.plan))
+            cost = estimate(opened, tokens, last_shards(context.instance, settings))
+            report_if_stale(context, settings, context.partition_key, opened)
         totals = summary.totals
         context.log.info(
             f"planned {totals.cells:,} cells ({totals.tokens:,} tokens) in {totals.shards} shards and "
@@ -62,7 +62,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 f"the array has TileDB storage version {ours}, the Census {theirs}: its curators refuse that. "
                 "docs/publish.md says how to create the array in theirs before any shard runs."
             )
-        here, there = store.s3_region, "" if is_local(job.release.uri) else job.release.storage.s3.region
+        here, there = store.s3_region, "" if is_local(opened.release.uri) else opened.release.storage.s3.region
         if here and there and here != there:
             context.log.warning(f"the Census is in {there}, the store in {here}: what crosses regions is paid for.")
         listed = census.listed(context.partition_key)
@@ -96,7 +96,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
                 "plan": totals.plan,
                 "identity": summary.identity,
                 "folder": dg.MetadataValue.path(summary.root),
-                "census": dg.MetadataValue.path(job.release.uri),
+                "census": dg.MetadataValue.path(opened.release.uri),
                 **console_link(summary.root, store),
             },
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.config.settings import SetSettings
-from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_job, shard_of
+from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_context, shard_of
 from census_tf_dagster.orchestration.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
@@ -50,7 +50,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         def show(progress: "CopySummary") -> None:
             nonlocal observed
             if progress.megabatches_copied == 1:
-                report_if_stale(context, settings, release, job)
+                report_if_stale(context, settings, release, opened)
             done, rate = progress.cells_before + progress.cells_copied, progress.cells_per_second()
             context.log.info(f"copied {done:,} of {progress.cells:,} cells, {rate:.0f} cells/s")
             if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
@@ -58,11 +58,11 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
                 metadata = {"cells_done": done, "cells": progress.cells, "cells_per_second": rate}
                 context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
 
-        with partition_job(settings, release, census, store) as job:
-            summary = copy_shard(job, shard, recompute=config.recompute, report=show)
+        with partition_context(settings, release, census, store) as opened:
+            summary = copy_shard(opened, shard, recompute=config.recompute, report=show)
             if summary.megabatches_copied:
-                # Once more: the array may have been proved between the first commit and the last.
-                report_if_stale(context, settings, release, job)
+                # Once more: the array may have been verified between the first commit and the last.
+                report_if_stale(context, settings, release, opened)
         return dg.MaterializeResult(
             metadata={
                 "cells": summary.cells,
@@ -73,8 +73,8 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
                 "source": summary.source.root if summary.source and summary.cells else "nothing to copy",
                 "plan": summary.plan,
                 "seconds_work": round(summary.seconds, 3),
-                "seconds_proof": round(summary.proof_seconds, 3),
-                "proved": summary.proved,
+                "seconds_verification": round(summary.verification_seconds, 3),
+                "verified": summary.verified,
             }
         )
 

@@ -15,7 +15,7 @@ from census_tf_dagster.orchestration.asset_support import (
     asset_key,
     asset_of,
     final_failure,
-    partition_job,
+    partition_context,
     shard_of,
 )
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
@@ -76,7 +76,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         def show(progress: ShardSummary) -> None:
             nonlocal observed
             if progress.megabatches_computed == 1:
-                report_if_stale(context, settings, release, job)
+                report_if_stale(context, settings, release, opened)
             done = progress.cells_before + progress.cells_computed
             rate, left = progress.cells_per_second(), progress.seconds_left()
             limit = progress.times.limit()
@@ -97,25 +97,25 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 if (whole := observe_release(context.instance, settings, release)) is not None:
                     context.log_event(whole)
 
-        with partition_job(settings, release, census, store, require_device=True) as job:
+        with partition_context(settings, release, census, store, require_device=True) as opened:
             if must_be_approved(context, settings):
                 # `embed_shard` does so too; what is left can be told only of an array that can be opened.
-                EmbeddingsArray.repair(job.folder.array, job.store, job.identity)
-                plan = read_plan(job.store, job.folder.plan)
-                require_approval(context, settings, release, plan.totals.plan, tokens_left(job, plan))
+                EmbeddingsArray.repair(opened.folder.array, opened.store, opened.identity)
+                plan = read_plan(opened.store, opened.folder.plan)
+                require_approval(context, settings, release, plan.totals.plan, tokens_left(opened, plan))
             try:
                 upstream = find_upstream()
-                summary = embed_shard(job, shard, recompute=config.recompute, upstream=upstream, report=show)
+                summary = embed_shard(opened, shard, recompute=config.recompute, upstream=upstream, report=show)
             except SetAsideError as error:
                 # A retry by itself would meet the same cells.
                 metadata = {"set_aside": error.details}
                 raise final_failure(str(error), metadata) from error
             if summary.megabatches_computed:
-                # Once more: the array may have been proved between the first commit and the last.
-                report_if_stale(context, settings, release, job)
+                # Once more: the array may have been verified between the first commit and the last.
+                report_if_stale(context, settings, release, opened)
         return dg.MaterializeResult(
             metadata=_figures(summary, settings.spending.usd_per_gpu_hour),
-            check_results=[shard_check(settings, summary.judgement)],
+            check_results=[shard_check(settings, summary.comparison)],
         )
 
     return shard_embeddings
@@ -135,8 +135,8 @@ def _figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[st
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "seconds_load": round(times.load, 3),
         "seconds_work": round(summary.seconds, 3),
-        "seconds_proof": round(summary.proof_seconds, 3),
-        "proved": summary.proved,
+        "seconds_verification": round(summary.verification_seconds, 3),
+        "verified": summary.verified,
         "cells_set_aside": len(summary.set_aside),
         "cells_fractional": summary.cells_fractional,
         "cells_widened": summary.cells_widened,
@@ -146,8 +146,8 @@ def _figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[st
         named = list(summary.set_aside.items())[:SET_ASIDE_NAMED]
         figures["set_aside"] = [f"joinid {joinid}: {why}" for joinid, why in named]
     if summary.megabatches_computed:
-        # What is paid for, from loading to the proof.
-        device_seconds = (times.load + summary.seconds + summary.proof_seconds) * len(times.devices)
+        # What is paid for, from loading to the verification.
+        device_seconds = (times.load + summary.seconds + summary.verification_seconds) * len(times.devices)
         if usd_per_gpu_hour is not None:
             figures["usd"] = round(device_seconds / 3600 * usd_per_gpu_hour, 4)
         figures |= {

@@ -1,7 +1,7 @@
 """The quality of a release as asset checks, with pictures. None of them blocks: they say whether to look, and where.
 
 They run as a step of their own after `embeddings_array` is materialized, so that no picture can hold up or undo a
-proof; to make them again, execute the checks. What they show stands on the asset's page: an observation carries the
+verification; to make them again, execute the checks. What they show stands on the asset's page: an observation carries the
 pictures.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from census_tf_dagster.config.settings import SetSettings
-from census_tf_dagster.orchestration.asset_support import asset_key, partition_job
+from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
 from census_tf_dagster.orchestration.partitions import RELEASES, shard_partitions
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.quality.thresholds import (
@@ -27,7 +27,7 @@ from census_tf_dagster.quality.thresholds import (
 
 if TYPE_CHECKING:
     from census_tf_dagster.quality.report import Report
-    from census_tf_dagster.quality.upstream_comparison import Judgement
+    from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
     from census_tf_dagster.quality.verdicts import Verdict
 
 CHECKS = {
@@ -72,17 +72,17 @@ def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
             from census_tf_dagster.quality.verdicts import Verdict
 
             run = context.op_execution_context
-            with partition_job(settings, run.partition_key, census, store) as job:
+            with partition_context(settings, run.partition_key, census, store) as opened:
                 try:
-                    report = assess(job, say=context.log.info)
+                    report = assess(opened, say=context.log.info)
                 except Exception as error:
-                    # The array is proved whether or not it can be pictured.
+                    # The array is verified whether or not it can be pictured.
                     context.log.exception("the quality report could not be made")
                     said = f"Not looked at: the quality report could not be made ({type(error).__name__}: {error})"
                     verdicts = dict.fromkeys(CHECKS, Verdict(False, said))
                 else:
                     verdicts = dict(report.verdicts)
-                    metadata = {**shown(report), "folder": dg.MetadataValue.path(job.folder.qc)}
+                    metadata = {**shown(report), "folder": dg.MetadataValue.path(opened.folder.qc)}
                     run.log_event(dg.AssetObservation(asset_key=asset, partition=run.partition_key, metadata=metadata))
             for name, verdict in verdicts.items():
                 if dg.AssetCheckKey(asset, name) in run.selected_asset_check_keys:
@@ -107,11 +107,11 @@ def shard_check_spec(settings: SetSettings) -> dg.AssetCheckSpec:
         )
 
 
-def shard_check(settings: SetSettings, judgement: "Judgement | None") -> dg.AssetCheckResult:
+def shard_check(settings: SetSettings, comparison: "UpstreamComparison | None") -> dg.AssetCheckResult:
     """Return what upstream's own code made of a shard; None: it has no cells."""
-    from census_tf_dagster.quality.verdicts import Verdict, of_judgement
+    from census_tf_dagster.quality.verdicts import Verdict, of_comparison
 
-    verdict = of_judgement(judgement) if judgement else Verdict(True, "The shard has no cells.")
+    verdict = of_comparison(comparison) if comparison else Verdict(True, "The shard has no cells.")
     return _result(asset_key(settings, "shard_embeddings"), SHARD_CHECK, verdict)
 
 

@@ -1,8 +1,8 @@
-"""The blocking checks of `embeddings_array`: whether its proof is fresh, and one check for each rule of the array.
+"""The blocking checks of `embeddings_array`: whether its verification is fresh, and one check for each rule of the array.
 
-Dagster leaves out its own staleness edge at 100 and more upstream partitions, so `proved` says it: it runs after each
-materialization and on demand, and whatever makes the proof stale reports it as failed: a shard that commits, another
-plan. The rules are checked together: from metadata and the shards' proofs, reading only what came after them.
+Dagster leaves out its own staleness edge at 100 and more upstream partitions, so `verified` says it: it runs after each
+materialization and on demand, and whatever makes the verification stale reports it as failed: a shard that commits, another
+plan. The rules are checked together: from metadata and the shards' verifications, reading only what came after them.
 """
 
 import warnings
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.config.settings import SetSettings
-from census_tf_dagster.orchestration.asset_support import asset_key, partition_job
+from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
-    from census_tf_dagster.pipeline.context import Job
+    from census_tf_dagster.pipeline.context import ReleaseContext
     from census_tf_dagster.store.rules import Finding
 
 RULES = {
@@ -34,15 +34,15 @@ RULES = {
 }
 """What `store.rules` checks, here so that definitions load without it."""
 
-CHECK = "proved"
+CHECK = "verified"
 MEANING = {
-    "proved": "The array is exactly the plan, and nothing was committed since that was proved.",
-    "stale": "Plan or commits have changed since the array was proved: materialize embeddings_array again.",
-    "unproved": "The array was never proved: materialize embeddings_array.",
+    "verified": "The array is exactly the plan, and nothing was committed since that was verified.",
+    "stale": "Plan or commits have changed since the array was verified: materialize embeddings_array again.",
+    "unverified": "The array was never verified: materialize embeddings_array.",
 }
 
 
-def build_proved_check(settings: SetSettings) -> dg.AssetChecksDefinition:
+def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
     """Build the blocking check of a set's final asset."""
     with warnings.catch_warnings():
         # Partitioned checks are marked as preview in Dagster 1.13; pinned, and covered by tests.
@@ -53,25 +53,29 @@ def build_proved_check(settings: SetSettings) -> dg.AssetChecksDefinition:
             name=CHECK,
             blocking=True,
             partitions_def=RELEASES,
-            description="The last proof covers the current plan and every commit. Reads metadata only.",
+            description="The last verification covers the current plan and every commit. Reads metadata only.",
         )
-        def proved(
+        def verified(
             context: dg.AssetCheckExecutionContext, census: CensusResource, store: StoreResource
         ) -> dg.AssetCheckResult:
             from census_tf_dagster.pipeline.finish_array import array_state
 
-            with partition_job(settings, context.op_execution_context.partition_key, census, store) as job:
-                state = array_state(job)
-            return dg.AssetCheckResult(passed=state == "proved", description=MEANING[state], metadata={"state": state})
+            with partition_context(settings, context.op_execution_context.partition_key, census, store) as opened:
+                state = array_state(opened)
+            return dg.AssetCheckResult(
+                passed=state == "verified", description=MEANING[state], metadata={"state": state}
+            )
 
-    return proved
+    return verified
 
 
-def report_if_stale(context: dg.AssetExecutionContext, settings: SetSettings, release: str, job: "Job") -> None:
-    """Mark a release's array as no longer proved, from within the run that made it so."""
+def report_if_stale(
+    context: dg.AssetExecutionContext, settings: SetSettings, release: str, opened: "ReleaseContext"
+) -> None:
+    """Mark a release's array as no longer verified, from within the run that made it so."""
     from census_tf_dagster.pipeline.finish_array import array_state
 
-    if array_state(job) != "stale":
+    if array_state(opened) != "stale":
         return
     # An event of the run: Dagster stores one evaluation a run, and a second without any run is an error.
     context.log_event(
@@ -104,9 +108,9 @@ def build_rule_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
             from census_tf_dagster.pipeline.finish_array import RuleError, verify_array
 
             run = context.op_execution_context
-            with partition_job(settings, run.partition_key, census, store) as job:
+            with partition_context(settings, run.partition_key, census, store) as opened:
                 try:
-                    findings = verify_array(job)
+                    findings = verify_array(opened)
                 except RuleError as error:
                     findings = error.findings
             for evaluation in evaluations(settings, run.partition_key, findings):

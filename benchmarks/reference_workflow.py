@@ -1,7 +1,7 @@
-"""The forerunner's way from a Census to an array, in upstream's environment; imports nothing of this project.
+"""The reference workflow's way from a Census to an array, in upstream's environment; imports nothing of this project.
 
-    python forerunner.py loop REQUEST.json       one shard; prints the stages' seconds as JSON
-    python forerunner.py put EMBEDDINGS.h5ad ARRAY
+    python reference_workflow.py loop REQUEST.json       one shard; prints the stages' seconds as JSON
+    python reference_workflow.py put EMBEDDINGS.h5ad ARRAY
 
 What tools/models/transcriptformer in chanzuckerberg/cellxgene-census does, in its order: for each megabatch
 `get_anndata` and an h5ad file; when the previous megabatch's inference has ended, a new `transcriptformer inference`
@@ -26,7 +26,7 @@ STAGES = ("start-up", "read", "tokens", "compute", "write", "other")
 
 
 def create_array(uri: str, features: int) -> None:
-    """Create the output array as the forerunner's workflow does."""
+    """Create the output array as the reference workflow does."""
     import pyarrow as pa
     import tiledbsoma
 
