@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+# MKL chooses a vector function's kernel when it is first called, and gives a thread one of half the digits when several
+# make that call at once (pytorch issue 188792). For one element there is one thread.
+torch.tanh(torch.zeros(1))
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 QUERY_BLOCK = 128
 """Queries per block on the CPU: keys after a block's last query are never multiplied."""

@@ -1,7 +1,10 @@
 """The packed attention path against the plain one, and its mask against the rule evaluated at every pair."""
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -124,3 +127,40 @@ def test_compiled_once_for_all_rows() -> None:
     for seed, lengths in enumerate(ROWS.values()):
         compare(lengths, projected, seed)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+MKL_FUNCTIONS = set(
+    "acos asin atan cos cosh erf erfc erfinv exp expm1 lgamma log log10 log1p sin sinh sqrt tan tanh trunc".split()
+)
+"""Unary functions that torch takes from MKL (`aten/src/ATen/cpu/vml.h`)."""
+
+RECORD = """
+import json, numpy, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Record(TorchDispatchMode):
+    calls = []
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor):
+            self.calls.append((function._schema.name.removeprefix("aten::").rstrip("_"), args[0].numel()))
+        return function(*args, **(kwargs or {}))
+
+torch.set_default_device("cpu")
+with Record():
+    from census_tf_dagster.inference.attention import plain_attention
+    from census_tf_dagster.inference.model import ACTIVATIONS
+    q, k, v, bias = (torch.ones(300, 2, 16), torch.ones(300, 2, 16), torch.ones(300, 2, 16), torch.ones(300))
+    plain_attention(q, k, v, bias, (0, 300), 10.0)
+    for activation in ACTIVATIONS.values():
+        activation(q)
+print(json.dumps(Record.calls))
+"""
+
+
+def test_no_two_threads_make_the_first_call_of_a_function_of_mkl() -> None:
+    """A first call by several threads at once may give values of half the digits, without a sign of it."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RECORD], capture_output=True, text=True, check=True)
+    first: dict[str, int] = {}
+    for name, elements in json.loads(done.stdout):
+        first.setdefault(name, elements)
+    assert {name: elements for name, elements in first.items() if name in MKL_FUNCTIONS} == {"tanh": 1}
