@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.config import variables
+from census_tf_dagster.config.dagster_names import PLAN
 from census_tf_dagster.config.placement import read_placement
 from census_tf_dagster.config.retention import Retention, read_retention
 from census_tf_dagster.config.settings import SetSettings
@@ -42,7 +43,7 @@ from census_tf_dagster.io.names import is_local
 from census_tf_dagster.orchestration.asset_support import release_context
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.orchestration.retention_job import build_retention
-from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_work, marking_executor
+from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_runs, marking_executor
 from census_tf_dagster.orchestration.sensors.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.set_files import require_right_files
 
@@ -105,12 +106,12 @@ def build_definitions(
         What becomes of old arrays; None: they are kept.
     """
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
-    plans = [key for asset in assets for key in asset.keys if key.path[-1] == "obs_id_plan"]
+    plans = [key for asset in assets for key in asset.keys if key.path[-1] == PLAN]
     return dg.Definitions.merge(
         sets,
         build_release_watch(kinds, plans),
         build_retention(retention or Retention()),
-        build_lost_work(),
+        build_lost_runs(),
         dg.Definitions(
             resources={"census": census, "store": store},
             executor=marking_executor,

@@ -12,6 +12,7 @@ import dagster as dg
 import tiledb
 import tiledbsoma
 
+from census_tf_dagster.config.dagster_names import APPROVAL, ARRAY, PLAN, REUSED, SHARDS
 from census_tf_dagster.definitions import load_sets
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint, build_pretrained_embeddings
@@ -31,7 +32,7 @@ concurrency:
   runs:
     # Shards of one machine share its devices.
     max_concurrent_runs: 1
-# A run that does not start, or does not end when it is cancelled, fails; the sensor lost_work ends those whose worker
+# A run that does not start, or does not end when it is cancelled, fails; the sensor lost_runs ends those whose worker
 # is gone.
 run_monitoring:
   enabled: true
@@ -164,16 +165,16 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
 
         for name in sorted({asset.key.path[0] for asset in assets}):
             started = time.monotonic()
-            plan = materialize(dg.AssetKey([name, "obs_id_plan"]), RELEASE)
+            plan = materialize(dg.AssetKey([name, PLAN]), RELEASE)
             print(f"{name}: planned {plan['cells']} cells in {plan['shards']} shards", flush=True)
-            materialize(dg.AssetKey([name, "approval"]), RELEASE)
+            materialize(dg.AssetKey([name, APPROVAL]), RELEASE)
             for shard in range(plan["shards"]):
-                done = materialize(dg.AssetKey([name, "shard_embeddings"]), f"{RELEASE}|{shard}")
+                done = materialize(dg.AssetKey([name, SHARDS]), f"{RELEASE}|{shard}")
                 print(f"{name}: shard {shard} has {done['cells']} cells", flush=True)
-                if (copies := dg.AssetKey([name, "reused_embeddings"])) in {asset.key for asset in assets}:
+                if (copies := dg.AssetKey([name, REUSED])) in {asset.key for asset in assets}:
                     done = materialize(copies, f"{RELEASE}|{shard}")
                     print(f"{name}: shard {shard} has {done['cells']} copied cells", flush=True)
-            array = materialize(dg.AssetKey([name, "embeddings_array"]), RELEASE)
+            array = materialize(dg.AssetKey([name, ARRAY]), RELEASE)
             rows.append({**array, "set": name, "seconds": time.monotonic() - started})
     return rows
 

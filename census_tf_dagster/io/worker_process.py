@@ -1,6 +1,6 @@
 """The process that does a run's work: how the run names it, and whether it is still there.
 
-Knows nothing of Dagster. `lost_work` acts on the answer; `status` only shows it.
+Knows nothing of Dagster. `lost_runs` acts on the answer; `status` only shows it.
 """
 
 import json
@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-WORKER_TAG = "census_tf/worker"
-"""On a run: the process that does its work. A retry inherits its parent's until it has a process of its own."""
+from census_tf_dagster.config.dagster_names import WORKER_TAG
 
 PROC = Path("/proc")
 

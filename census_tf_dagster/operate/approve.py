@@ -8,9 +8,10 @@ import sys
 import time
 from typing import Any
 
+from census_tf_dagster.config.dagster_names import APPROVAL, PLAN
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.remote_set import APPROVAL, PLAN, RemoteSet, find_set
+from census_tf_dagster.operate.remote_set import RemoteSet, find_set
 from census_tf_dagster.operate.runs import Materialization, failure_reason, fetch_runs, materializations
 
 POLL_SECONDS = 1.0

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from census_tf_dagster.config.dagster_names import APPROVAL, ARRAY, LAUNCH_TAG, PLAN, RECOMPUTE_TAG, REUSED, SHARDS
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.remote_set import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet
-from census_tf_dagster.operate.runs import RECOMPUTE_TAG
+from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.shard_ranges import compact, ranges
 
-LAUNCH_TAG = "census_tf/launch"
 GOING_ON = ("REQUESTED", "CANCELING", "FAILING")
 SUCCEEDED = ("COMPLETED_SUCCESS", "COMPLETED")
 

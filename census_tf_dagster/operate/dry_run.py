@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from census_tf_dagster.census.plan import Plan, to_compute
 from census_tf_dagster.config.cost import LAST_SHARDS, Cost, Throughput, utc_now
+from census_tf_dagster.config.dagster_names import SHARDS
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment
-from census_tf_dagster.operate.remote_set import SHARDS, find_set
+from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import materializations
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.cost_estimate import estimate

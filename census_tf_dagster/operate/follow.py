@@ -5,11 +5,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from census_tf_dagster.config.dagster_names import ARRAY, PLAN, REUSED, SHARDS
 from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import SUCCEEDED, Backfill, fetch
 from census_tf_dagster.operate.graphql import Deployment
-from census_tf_dagster.operate.remote_set import ARRAY, PLAN, REUSED, SHARDS, RemoteSet
+from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import (
     QUEUED,
     RUNNING,

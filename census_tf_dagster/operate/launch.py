@@ -5,12 +5,13 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
+from census_tf_dagster.config.dagster_names import LOST_RUNS, PLAN, REUSED, SHARDS
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.backfills import Backfill, LaunchScope, cancel, fetch, find_running, start
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
-from census_tf_dagster.operate.remote_set import PLAN, REUSED, SHARDS, RemoteSet, find_set
-from census_tf_dagster.operate.runs import LOST_WORK, RUNNING, fetch_runs, materializations
+from census_tf_dagster.operate.remote_set import RemoteSet, find_set
+from census_tf_dagster.operate.runs import RUNNING, fetch_runs, materializations
 from census_tf_dagster.operate.shard_ranges import compact, parse_shards
 from census_tf_dagster.operate.stuck_runs import find_stuck, nobody_mends
 
@@ -142,7 +143,7 @@ def _attach(deployment: Deployment, found: RemoteSet, release: str, backfill: Ba
         )
     print(f"attached to backfill {backfill.id} of {found.name} {release}, which goes on: {backfill.work}", flush=True)
     for one in stuck:
-        mends = f" (the sensor {LOST_WORK} mends this within minutes)" if one.mends_itself else ""
+        mends = f" (the sensor {LOST_RUNS} mends this within minutes)" if one.mends_itself else ""
         print(f"stuck: {one}{mends}", flush=True)
     return backfill
 

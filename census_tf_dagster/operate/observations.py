@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from census_tf_dagster.config.dagster_names import SHARDS
 from census_tf_dagster.operate.graphql import Deployment, expect
-from census_tf_dagster.operate.remote_set import SHARDS, RemoteSet
+from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import Run
 
 MOST_AT_ONCE = 200

@@ -4,12 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from census_tf_dagster.config.dagster_names import ARRAY, PLAN, REUSED, SHARDS
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.shard_ranges import compact
-
-PLAN, APPROVAL, ARRAY = "obs_id_plan", "approval", "embeddings_array"
-SHARDS, REUSED = "shard_embeddings", "reused_embeddings"
 
 CATALOG = """{
   assetNodes {

@@ -5,21 +5,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from census_tf_dagster.config.dagster_names import ASKED_AGAIN, RECOMPUTE_TAG, RETRIED_BY_TAG, WILL_RETRY_TAG
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.worker_process import WorkerProcess
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
 
 PAGE = 500
-RECOMPUTE_TAG = "census_tf/recompute"
-WILL_RETRY_TAG, RETRIED_BY_TAG = "dagster/will_retry", "dagster/auto_retry_run_id"
-"""Dagster's own: a failed run will be retried, and which run does so."""
-LOST_WORK = "lost_work"
-"""The sensor that ends runs whose worker is gone, and asks again for retries that were lost."""
-ASKED_AGAIN = "The retry of this run was lost"
-"""How the event begins with which that sensor asks for a retry."""
-LOOK_BACK_DAYS = 14
-"""A retry that was lost longer ago is not looked for."""
 QUEUED = frozenset({"QUEUED", "NOT_STARTED"})
 RUNNING = frozenset({"STARTING", "STARTED", "MANAGED", "SUSPENDED", "CANCELING"})
 

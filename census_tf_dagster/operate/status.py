@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
+from census_tf_dagster.config.dagster_names import APPROVAL, ARRAY, LOST_RUNS, PLAN, REUSED, SHARDS
 from census_tf_dagster.durations import duration
 from census_tf_dagster.operate.approve import approval_text
 from census_tf_dagster.operate.backfills import find_running
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.observations import progress_of
-from census_tf_dagster.operate.remote_set import APPROVAL, ARRAY, PLAN, REUSED, SHARDS, RemoteSet, find_set
+from census_tf_dagster.operate.remote_set import RemoteSet, find_set
 from census_tf_dagster.operate.runs import (
-    LOST_WORK,
     QUEUED,
     RUNNING,
     Materialization,
@@ -288,7 +288,7 @@ def describe(found: RemoteSet, status: ReleaseStatus) -> str:
     if status.to_switch_on:
         lines.append(f"  mends   nothing does: {status.to_switch_on}")
     elif any(one.mends_itself for one in status.stuck):
-        lines.append(f"  mends   the sensor {LOST_WORK} does, within minutes")
+        lines.append(f"  mends   the sensor {LOST_RUNS} does, within minutes")
     retried = {one.partition for one in status.stuck if one.asset == SHARDS}
     # Those would be waited for by a launch, which helps them no more than waiting without it.
     failed = [shard for shard in status.shards.failed if found.partition(status.release, shard) not in retried]

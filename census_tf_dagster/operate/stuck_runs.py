@@ -1,17 +1,18 @@
 """Runs that do not move: those whose worker is gone or silent, and those whose retry was lost.
 
-The sensor `lost_work` mends what it can; `status` and `launch` say what it has to do, and whether it does.
+The sensor `lost_runs` mends what it can; `status` and `launch` say what it has to do, and whether it does.
 """
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from census_tf_dagster.config.dagster_names import LOOK_BACK_DAYS, LOST_RUNS, SHARDS, WILL_RETRY_TAG
 from census_tf_dagster.durations import duration
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.observations import ShardProgress, progress_of
-from census_tf_dagster.operate.remote_set import SHARDS, RemoteSet
-from census_tf_dagster.operate.runs import LOOK_BACK_DAYS, LOST_WORK, WILL_RETRY_TAG, Run, fetch_runs
+from census_tf_dagster.operate.remote_set import RemoteSet
+from census_tf_dagster.operate.runs import Run, fetch_runs
 
 SILENT_SECONDS = 1800.0
 """A shard that works says so every half minute; loading a model takes minutes."""
@@ -31,7 +32,7 @@ class Stuck:
     partition: str
     why: str
     mends_itself: bool
-    """Whether the sensor `lost_work` can mend it."""
+    """Whether the sensor `lost_runs` can mend it."""
     page: str
     """The run in the web interface."""
 
@@ -93,11 +94,11 @@ def nobody_mends(deployment: Deployment, of: RemoteSet, stuck: Iterable[Stuck]) 
     selector = {
         "repositoryLocationName": of.location,
         "repositoryName": "__repository__",
-        "sensorName": LOST_WORK,
+        "sensorName": LOST_RUNS,
     }
     answer = deployment.ask(SENSOR, selector=selector)
     if answer["sensorOrError"].get("sensorState", {}).get("status") != "RUNNING":
-        return f"switch on the sensor {LOST_WORK} ({deployment.url}/automation)"
+        return f"switch on the sensor {LOST_RUNS} ({deployment.url}/automation)"
     if not answer["instance"]["daemonHealth"]["daemonStatus"]["healthy"]:
         return "start the dagster-daemon with the same DAGSTER_HOME"
     return None

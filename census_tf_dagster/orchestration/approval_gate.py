@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from census_tf_dagster.config.cost import LAST_SHARDS, Cost, Throughput, utc_now
+from census_tf_dagster.config.dagster_names import APPROVAL, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, final_failure
 from census_tf_dagster.orchestration.automation import CONDITION_TAG
@@ -29,7 +30,7 @@ class Approval:
 
 def last_shards(instance: dg.DagsterInstance, settings: SetSettings) -> list[Throughput]:
     """Return what the last shards of a set have done, from the metadata of their materializations."""
-    records = instance.fetch_materializations(asset_key(settings, "shard_embeddings"), limit=LAST_SHARDS).records
+    records = instance.fetch_materializations(asset_key(settings, SHARDS), limit=LAST_SHARDS).records
     found = [record.asset_materialization for record in records]
     return [one for event in found if event and (one := Throughput.of(_values(event.metadata)))]
 
@@ -65,7 +66,7 @@ def _rule(settings: SetSettings) -> str:
 
 def approved(instance: dg.DagsterInstance, settings: SetSettings, release: str) -> Approval | None:
     """Return the last approval of a release; None when there is none."""
-    wanted = dg.AssetRecordsFilter(asset_key=asset_key(settings, "approval"), asset_partitions=[release])
+    wanted = dg.AssetRecordsFilter(asset_key=asset_key(settings, APPROVAL), asset_partitions=[release])
     for record in instance.fetch_materializations(wanted, limit=1).records:
         event = record.asset_materialization
         figures = _values(event.metadata) if event else {}

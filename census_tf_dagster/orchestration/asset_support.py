@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import dagster as dg
 
+from census_tf_dagster.config.dagster_names import NO_RETRY_TAG
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import NUMERIC_VERSION
@@ -78,10 +79,6 @@ def console_link(uri: str, store: StoreResource) -> dict[str, Any]:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     page = f"https://s3.console.aws.amazon.com/s3/buckets/{bucket}?prefix={quote(prefix)}/"
     return {"console": dg.MetadataValue.url(page)}
-
-
-NO_RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
-"""Dagster's own. ``false`` on a run: its retries are for workers that are lost, not for what an asset raises."""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 
+from census_tf_dagster.config.dagster_names import ARRAY, PLAN, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.durations import duration
 from census_tf_dagster.orchestration.asset_support import asset_key
@@ -30,7 +31,7 @@ def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release
     settings, release
         Which release of which set.
     """
-    array, shards = asset_key(settings, "embeddings_array"), asset_key(settings, "shard_embeddings")
+    array, shards = asset_key(settings, ARRAY), asset_key(settings, SHARDS)
     now = time.time()
     if any(now - at < RELEASE_EVERY_SECONDS for at, _, _ in _observations(instance, array, [release], 1)):
         return None
@@ -63,7 +64,7 @@ def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release
 
 
 def _plan(settings: SetSettings) -> dg.AssetKey:
-    return asset_key(settings, "obs_id_plan")
+    return asset_key(settings, PLAN)
 
 
 def _observations(

@@ -17,9 +17,10 @@ from unittest import mock
 
 import pytest
 
+from census_tf_dagster.config.dagster_names import LAUNCH_TAG
 from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.operate.backfills import LAUNCH_TAG, cancel, find_running, start
+from census_tf_dagster.operate.backfills import cancel, find_running, start
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.launch import LaunchRequest, launch
 from census_tf_dagster.operate.remote_set import find_set

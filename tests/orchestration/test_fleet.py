@@ -17,7 +17,8 @@ import boto3
 import psutil
 import pytest
 
-from census_tf_dagster.operate.backfills import LAUNCH_TAG, LaunchScope, fetch, start
+from census_tf_dagster.config.dagster_names import LAUNCH_TAG
+from census_tf_dagster.operate.backfills import LaunchScope, fetch, start
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import materializations

@@ -21,18 +21,19 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.utils import make_new_run_id
 from dagster._daemon.auto_run_reexecution.event_log_consumer import _create_cursor_key
 
+from census_tf_dagster.config.dagster_names import LOST_RUNS, RETRIED_BY_TAG, SHARDS, WILL_RETRY_TAG, WORKER_TAG
 from census_tf_dagster.demo.run import INSTANCE
-from census_tf_dagster.io.worker_process import WORKER_TAG, WorkerProcess
+from census_tf_dagster.io.worker_process import WorkerProcess
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.observations import ShardProgress
-from census_tf_dagster.operate.remote_set import SHARDS, find_set
-from census_tf_dagster.operate.runs import LOST_WORK, RETRIED_BY_TAG, WILL_RETRY_TAG, Run, fetch_runs
+from census_tf_dagster.operate.remote_set import find_set
+from census_tf_dagster.operate.runs import Run, fetch_runs
 from census_tf_dagster.operate.stuck_runs import _judge
-from census_tf_dagster.orchestration.sensors import lost_runs as lost_work
+from census_tf_dagster.orchestration.sensors import lost_runs
 from census_tf_dagster.orchestration.sensors.lost_runs import (
     MOST_ASKED,
     ask_for_lost_retries,
-    build_lost_work,
+    build_lost_runs,
     end_lost_runs,
     marking_executor,
 )
@@ -165,7 +166,7 @@ def test_a_lost_retry_is_asked_for_until_it_comes_or_never_will(
     # What makes Dagster's backfill wait for ever.
     assert not backfill_runs_are_complete("running", instance, logging.getLogger())
     assert not list(ask_for_lost_retries(instance)), "it is not late yet"
-    monkeypatch.setattr(lost_work, "OWED_SECONDS", 0.0)
+    monkeypatch.setattr(lost_runs, "OWED_SECONDS", 0.0)
     for asked in range(MOST_ASKED):
         assert failures(instance, run) == 1 + asked
         (line,) = ask_for_lost_retries(instance)
@@ -180,7 +181,7 @@ def test_a_lost_retry_is_asked_for_until_it_comes_or_never_will(
 def test_no_retry_is_asked_for_that_was_made_or_that_nobody_waits_for(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lost_work, "OWED_SECONDS", 0.0)
+    monkeypatch.setattr(lost_runs, "OWED_SECONDS", 0.0)
     add_backfill(instance, "running", BulkActionStatus.REQUESTED)
     add_backfill(instance, "ended", BulkActionStatus.CANCELED)
     made = lose_retry(instance, "running")
@@ -192,10 +193,10 @@ def test_no_retry_is_asked_for_that_was_made_or_that_nobody_waits_for(
 
 
 def test_the_sensor_says_what_it_found(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
-    (sensor,) = build_lost_work().sensors or ()
+    (sensor,) = build_lost_runs().sensors or ()
     assert isinstance(sensor, dg.SensorDefinition)
     assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
-    monkeypatch.setattr(lost_work, "OWED_SECONDS", 0.0)
+    monkeypatch.setattr(lost_runs, "OWED_SECONDS", 0.0)
     said = []
     for _ in range(2):
         with dg.build_sensor_context(instance) as context:
@@ -276,7 +277,7 @@ def switch(operator: Operator, *, on: bool) -> None:
     selector = {
         "repositoryLocationName": operator.module,
         "repositoryName": "__repository__",
-        "sensorName": LOST_WORK,
+        "sensorName": LOST_RUNS,
     }
     if on:
         answer = deployment.ask(START, selector=selector)["startSensor"]
@@ -339,14 +340,14 @@ def test_status_says_what_does_not_move_and_who_mends_it(story: Story) -> None:
     assert lost["why"].startswith("has lost its worker (process ")
     assert "the retry that Dagster announced has not started" in owed["why"]
     assert f"  stuck   shard_embeddings {RELEASE}|0 has lost its worker" in story.shown
-    assert "  mends   the sensor lost_work does, within minutes\n" in story.shown
+    assert "  mends   the sensor lost_runs does, within minutes\n" in story.shown
     assert "  again   " not in story.shown, "a launch of the shard would only wait, too"
 
 
 def test_a_launch_does_not_wait_for_what_nothing_mends(story: Story) -> None:
     assert story.refused.returncode == 1
     assert "waits for what nothing mends: shard_embeddings" in story.refused.stderr
-    assert "switch on the sensor lost_work" in story.refused.stderr
+    assert "switch on the sensor lost_runs" in story.refused.stderr
 
 
 def test_a_launch_that_goes_on_says_what_is_stuck(story: Story) -> None:

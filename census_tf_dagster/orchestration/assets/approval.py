@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from census_tf_dagster.config.cost import objections, utc_now
+from census_tf_dagster.config.dagster_names import APPROVAL, PLAN
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.orchestration.approval_gate import approved, cost_metadata, last_shards
@@ -29,12 +30,12 @@ class ApprovalConfig(dg.Config):
 
 def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
     """Build a set's gate."""
-    key = asset_key(settings, "approval")
+    key = asset_key(settings, APPROVAL)
 
     @dg.asset(
-        **asset_of(settings, "approval"),
+        **asset_of(settings, APPROVAL),
         partitions_def=RELEASES,
-        deps=[asset_key(settings, "obs_id_plan")],
+        deps=[asset_key(settings, PLAN)],
         output_required=False,
         automation_condition=whenever_planned(settings.spending),
         description=(

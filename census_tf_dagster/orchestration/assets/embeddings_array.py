@@ -5,6 +5,7 @@ from typing import Any
 
 import dagster as dg
 
+from census_tf_dagster.config.dagster_names import ARRAY
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import (
     asset_key,
@@ -30,7 +31,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
     """Build a set's final asset."""
 
     @dg.asset(
-        **asset_of(settings, "embeddings_array"),
+        **asset_of(settings, ARRAY),
         partitions_def=RELEASES,
         deps=[
             dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE)

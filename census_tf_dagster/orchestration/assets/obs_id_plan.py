@@ -3,14 +3,11 @@
 import dagster as dg
 
 from census_tf_dagster.config.cost import utc_now
+from census_tf_dagster.config.dagster_names import PLAN
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.io.names import is_local
 from census_tf_dagster.orchestration.approval_gate import cost_metadata, last_shards
-from census_tf_dagster.orchestration.asset_support import (
-    asset_of,
-    console_link,
-    partition_context,
-)
+from census_tf_dagster.orchestration.asset_support import asset_of, console_link, partition_context
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
 from census_tf_dagster.orchestration.partitions import RELEASES
@@ -21,7 +18,7 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
     """Build a set's plan asset."""
 
     @dg.asset(
-        **asset_of(settings, "obs_id_plan"),
+        **asset_of(settings, PLAN),
         partitions_def=RELEASES,
         kinds={"tiledb", "parquet"},
         automation_condition=once_for_new_partitions(settings.spending),

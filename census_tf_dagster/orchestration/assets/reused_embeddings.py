@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from census_tf_dagster.config.dagster_names import PLAN, REUSED
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_context, shard_of
 from census_tf_dagster.orchestration.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
@@ -26,12 +27,12 @@ class CopyConfig(dg.Config):
 
 def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
     """Build the asset that copies a set's unchanged cells. It has no placement: it needs no GPU."""
-    key = asset_key(settings, "reused_embeddings")
+    key = asset_key(settings, REUSED)
 
     @dg.asset(
-        **asset_of(settings, "reused_embeddings"),
+        **asset_of(settings, REUSED),
         partitions_def=shard_partitions(settings.shards, COPIES),
-        deps=[dg.AssetDep(asset_key(settings, "obs_id_plan"), partition_mapping=BY_RELEASE)],
+        deps=[dg.AssetDep(asset_key(settings, PLAN), partition_mapping=BY_RELEASE)],
         kinds={"tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         description=(

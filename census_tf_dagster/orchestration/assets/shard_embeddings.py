@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from census_tf_dagster.config.dagster_names import SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.durations import duration
 from census_tf_dagster.orchestration.approval_gate import must_be_approved, require_approval
@@ -44,10 +45,10 @@ class ShardConfig(dg.Config):
 
 def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) -> dg.AssetsDefinition:
     """Build a set's GPU asset; the run coordinator carries the tags of its placement to its runs."""
-    key = asset_key(settings, "shard_embeddings")
+    key = asset_key(settings, SHARDS)
 
     @dg.asset(
-        **asset_of(settings, "shard_embeddings"),
+        **asset_of(settings, SHARDS),
         partitions_def=shard_partitions(settings.shards),
         deps=[
             dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in ("obs_id_plan", "approval")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from census_tf_dagster.config.dagster_names import ARRAY, SHARDS, UPSTREAM_CHECK
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
 from census_tf_dagster.orchestration.partitions import RELEASES, shard_partitions
@@ -48,14 +49,13 @@ CHECKS = {
 }
 """What `steps.quality` judges, here so that definitions load without it."""
 
-SHARD_CHECK = "same_as_upstream"
 MOST_ROWS = 50
 """Of a table in Dagster's event log; `qc/report.json` has all."""
 
 
 def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
     """Build the checks of a set's finished arrays; they run in one step."""
-    asset = asset_key(settings, "embeddings_array")
+    asset = asset_key(settings, ARRAY)
     with warnings.catch_warnings():
         # Partitioned checks are marked as preview in Dagster 1.13; pinned, and covered by tests.
         warnings.simplefilter("ignore", dg.PreviewWarning)
@@ -98,8 +98,8 @@ def shard_check_spec(settings: SetSettings) -> dg.AssetCheckSpec:
         # As above.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.AssetCheckSpec(
-            SHARD_CHECK,
-            asset=asset_key(settings, "shard_embeddings"),
+            UPSTREAM_CHECK,
+            asset=asset_key(settings, SHARDS),
             partitions_def=shard_partitions(settings.shards),
             description="A few of the shard's cells, embedded by upstream's own code in float32 on the shard's device, "
             f"are those of the array: none differs by more than {bound:.1e} of its norm. A warning where that could "
@@ -112,7 +112,7 @@ def shard_check(settings: SetSettings, comparison: "UpstreamComparison | None") 
     from census_tf_dagster.quality.verdicts import Verdict, of_comparison
 
     verdict = of_comparison(comparison) if comparison else Verdict(True, "The shard has no cells.")
-    return _result(asset_key(settings, "shard_embeddings"), SHARD_CHECK, verdict)
+    return _result(asset_key(settings, SHARDS), UPSTREAM_CHECK, verdict)
 
 
 def shown(report: "Report") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from census_tf_dagster.config.dagster_names import ARRAY, VERIFIED_CHECK
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
 from census_tf_dagster.orchestration.partitions import RELEASES
@@ -34,7 +35,6 @@ RULES = {
 }
 """What `store.rules` checks, here so that definitions load without it."""
 
-CHECK = "verified"
 MEANING = {
     "verified": "The array is exactly the plan, and nothing was committed since that was verified.",
     "stale": "Plan or commits have changed since the array was verified: materialize embeddings_array again.",
@@ -49,8 +49,8 @@ def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
         warnings.simplefilter("ignore", dg.PreviewWarning)
 
         @dg.asset_check(
-            asset=asset_key(settings, "embeddings_array"),
-            name=CHECK,
+            asset=asset_key(settings, ARRAY),
+            name=VERIFIED_CHECK,
             blocking=True,
             partitions_def=RELEASES,
             description="The last verification covers the current plan and every commit. Reads metadata only.",
@@ -80,8 +80,8 @@ def report_if_stale(
     # An event of the run: Dagster stores one evaluation a run, and a second without any run is an error.
     context.log_event(
         dg.AssetCheckEvaluation(
-            asset_key=asset_key(settings, "embeddings_array"),
-            check_name=CHECK,
+            asset_key=asset_key(settings, ARRAY),
+            check_name=VERIFIED_CHECK,
             passed=False,
             description=MEANING["stale"],
             metadata={"state": "stale"},
@@ -92,7 +92,7 @@ def report_if_stale(
 
 def build_rule_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
     """Build one blocking check for each rule that the final asset keeps; they run in one step."""
-    asset = asset_key(settings, "embeddings_array")
+    asset = asset_key(settings, ARRAY)
     with warnings.catch_warnings():
         # As above.
         warnings.simplefilter("ignore", dg.PreviewWarning)
@@ -136,7 +136,7 @@ def evaluations(
         wrong = faults.get(rule, ("not looked at: a rule that comes before is broken",))
         only_warns = rule == "storage_version" and settings.publication is None
         yield dg.AssetCheckEvaluation(
-            asset_key=asset_key(settings, "embeddings_array"),
+            asset_key=asset_key(settings, ARRAY),
             check_name=rule,
             passed=not wrong,
             severity=dg.AssetCheckSeverity.WARN if only_warns else dg.AssetCheckSeverity.ERROR,

@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from dagster._core.executor.in_process import InProcessExecutor
 
+from census_tf_dagster.config.dagster_names import (
+    ASKED_AGAIN,
+    LOOK_BACK_DAYS,
+    LOST_RUNS,
+    RETRIED_BY_TAG,
+    WILL_RETRY_TAG,
+)
 from census_tf_dagster.io.worker_process import WorkerProcess
-from census_tf_dagster.operate.runs import ASKED_AGAIN, LOOK_BACK_DAYS, LOST_WORK, RETRIED_BY_TAG, WILL_RETRY_TAG
 
 if TYPE_CHECKING:
     from dagster._core.events import DagsterEvent
@@ -53,22 +59,22 @@ marking_executor = dg.ExecutorDefinition(
 """Executes all steps in the run's own process, after naming that process on the run."""
 
 
-def build_lost_work() -> dg.Definitions:
+def build_lost_runs() -> dg.Definitions:
     """Build the sensor."""
 
     @dg.sensor(
-        name=LOST_WORK,
+        name=LOST_RUNS,
         minimum_interval_seconds=EVERY_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Ends runs whose worker is gone, and asks again for retries that Dagster has lost.",
     )
-    def lost_work(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    def lost_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         found = [*end_lost_runs(context.instance), *ask_for_lost_retries(context.instance)]
         for line in found:
             context.log.warning(line)
         return dg.SkipReason("; ".join(found) or "nothing was lost")
 
-    return dg.Definitions(sensors=[lost_work])
+    return dg.Definitions(sensors=[lost_runs])
 
 
 def end_lost_runs(instance: dg.DagsterInstance) -> Iterator[str]:
