@@ -130,7 +130,7 @@ def test_compiled_once_for_all_rows() -> None:
 
 
 MKL_FUNCTIONS = frozenset(
-    "acos asin atan cos cosh erf erfc erfinv exp expm1 lgamma log log10 log1p sin sinh sqrt tan tanh trunc".split()
+    "acos asin atan cos cosh erf erfc erfinv exp expm1 lgamma log log10 log1p sin sinh sqrt tan tanh trunc".split()  # noqa: SIM905
 )
 """Unary functions that torch takes from MKL (`aten/src/ATen/cpu/vml.h`)."""
 
