@@ -25,6 +25,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/.worker  ## docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from census_tf_dagster.config.dagster_names import WORKER_TAG
+WORKER_TAG = "census_tf/worker"
+"""On a run: the process that does its work. A retry inherits its parent's until it has a process of its own."""
 
 PROC = Path("/proc")
 

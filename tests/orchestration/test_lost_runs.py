@@ -21,9 +21,9 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.utils import make_new_run_id
 from dagster._daemon.auto_run_reexecution.event_log_consumer import _create_cursor_key
 
-from census_tf_dagster.config.dagster_names import LOST_RUNS, RETRIED_BY_TAG, SHARDS, WILL_RETRY_TAG, WORKER_TAG
+from census_tf_dagster.config.dagster_names import LOST_RUNS, RETRIED_BY_TAG, SHARDS, WILL_RETRY_TAG
 from census_tf_dagster.demo.run import INSTANCE
-from census_tf_dagster.io.worker_process import WorkerProcess
+from census_tf_dagster.io.worker_process import WORKER_TAG, WorkerProcess
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.observations import ShardProgress
 from census_tf_dagster.operate.remote_set import find_set
