@@ -16,6 +16,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--upstream", type=Path, help="upstream's `transcriptformer` command, in its own environment")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, so that no worker is left alone with one at the end."""
+
+    def seconds(item: pytest.Item) -> int:
+        marker = item.get_closest_marker("takes")
+        return marker.args[0] if marker else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 @pytest.fixture(scope="session")
 def upstream_command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UpstreamCommand:
     command = request.config.getoption("--upstream")
