@@ -81,6 +81,7 @@ def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
     (folder,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/qc")
     array, shards = (dg.AssetKey(["demo_human", name]) for name in ("embeddings_array", "shard_embeddings"))
     with dg.DagsterInstance.from_config(str(demo / "demo-data" / "dagster_home")) as instance:
+        assert not instance.nux_enabled, "no newsletter over the first page"
         (record,) = instance.fetch_observations(array, limit=10).records
         assert record.asset_observation is not None
         shown = record.asset_observation.metadata
