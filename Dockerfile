@@ -62,7 +62,7 @@ FROM python AS wheel
 COPY constraints.txt /build/
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install -c /build/constraints.txt hatchling
-COPY pyproject.toml README.md /build/
+COPY pyproject.toml README.md LICENSE /build/
 COPY census_tf_dagster /build/census_tf_dagster
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist /build
 
