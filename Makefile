@@ -1,4 +1,4 @@
-# The commands of this project. `make demo` and `make test` need Python 3.11 or 3.12 and nothing else.
+# The commands of this project. `make demo` and `make test` need only Python 3.11 or 3.12.
 PYTHON ?= python3
 PORT ?= 3000
 DAGSTER_HOME ?= $(CURDIR)/demo-data/dagster_home
@@ -9,16 +9,16 @@ PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo ui test soak lint docs screenshots wheels images clean
 
-demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dagster
-	$(BIN)/python -m census_tf_dagster demo
+demo: $(VENV)/.worker  ## take a small Census to finished arrays, with Dagster
+	$(BIN)/census-tf-dagster demo
 
-ui: $(VENV)/.worker  ## Dagster's web interface, on the demo unless DAGSTER_HOME says otherwise
+ui: $(VENV)/.worker  ## open Dagster's web interface, on the demo unless DAGSTER_HOME names another instance
 	DAGSTER_HOME="$(DAGSTER_HOME)" $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
-test: $(VENV)/.dev $(UPSTREAM)/.ready lint  ## everything that CI runs
+test: $(VENV)/.dev $(UPSTREAM)/.ready lint  ## run everything that CI runs
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not soak and not gpu" --upstream=$(UPSTREAM)/bin/transcriptformer tests
 
-soak: $(VENV)/.dev $(UPSTREAM)/.ready  ## the long, seeded trials
+soak: $(VENV)/.dev $(UPSTREAM)/.ready  ## run the long, seeded trials
 	$(BIN)/python -m pytest -m soak --upstream=$(UPSTREAM)/bin/transcriptformer tests
 
 lint: $(VENV)/.dev
@@ -27,26 +27,26 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-docs: $(VENV)/.worker  ## docs/configure.md from the schema
+docs: $(VENV)/.worker  ## write docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md
 
-screenshots: $(VENV)/.dev $(UPSTREAM)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
+screenshots: $(VENV)/.dev $(UPSTREAM)/.ready  ## take the pictures of the web interface in the browser test (Debian: chromium chromium-driver)
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \
 	    --upstream=$(UPSTREAM)/bin/transcriptformer tests/repository/test_browser.py
 
-wheels:  ## what benchmarks/gpu.sh needs on a machine without a network: .wheels/packages.tar.xz (55 MB, 4 minutes)
+wheels:  ## fetch what benchmarks/gpu.sh needs on a machine without a network: .wheels/packages.tar.xz (55 MB, 4 minutes)
 	rm -rf .wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	    $(addprefix --platform manylinux,_2_28_x86_64 _2_24_x86_64 _2_17_x86_64 2014_x86_64) \
 	    -c constraints.txt -r benchmarks/gpu-packages.txt -d .wheels
-	# Upstream's hydra needs this version, which has no wheel of its own.
+	# Upstream's hydra needs this version. PyPI has no wheel of it.
 	$(PYTHON) -m pip wheel --quiet --no-deps -w .wheels antlr4-python3-runtime==4.9.3
 	for wheel in .wheels/*.whl; do $(PYTHON) -m zipfile -e $$wheel .wheels/packages || exit 1; done
-	# One archive, and a dictionary that spans both copies of TileDB's library: two thirds of the wheels' size.
+	# One archive, with a dictionary that spans both copies of TileDB's library, has two thirds of the wheels' size.
 	tar -C .wheels/packages --sort=name --exclude=tests --exclude='*.pyi' -c . \
 	    | xz --lzma2=preset=6,dict=192MiB > .wheels/packages.tar.xz
 
-images:  ## census-tf-control and census-tf-worker, with buildah (docs/images.md)
+images:  ## build census-tf-control and census-tf-worker with buildah (docs/images.md)
 	deploy/images/build.sh
 
 clean:
@@ -63,7 +63,7 @@ $(VENV)/.dev: $(VENV)/.worker
 	touch $@
 
 $(UPSTREAM)/.ready: constraints-upstream.txt
-	@echo "Setting up $(UPSTREAM), upstream's own package to compare with: a few minutes, about 6.5 GB."
+	@echo "Setting up $(UPSTREAM) with upstream's own package, to compare with: a few minutes, about 6.5 GB."
 	$(PYTHON) -m venv $(UPSTREAM)
 	$(UPSTREAM)/bin/python $(PIP) -c constraints-upstream.txt transcriptformer==0.6.1
 	touch $@

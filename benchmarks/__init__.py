@@ -1,1 +1,1 @@
-"""Programs that measure; nothing here is asserted by tests."""
+"""Programs that measure. Tests assert nothing about them."""

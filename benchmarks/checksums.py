@@ -1,13 +1,14 @@
-"""What checksums of megabatches and files cost a shard: its work on the processor with them and without.
+"""Measure what checksums of megabatches and files cost a shard: its CPU time with and without them.
 
     python -m benchmarks.checksums [--quick] [--json]
 
-A shard's work but for the model: counts of a Census of 60,000 genes are read as megabatches and tokenized, made up
-values of 2,048 features are rounded and written, everything is read back. Without: no checksum is computed or stored in
-the files. Interleaved, CPU seconds of the process; peak memory in a process each.
+Does all the work of a shard except the model: it reads and tokenizes counts of a Census of 60,000 genes megabatch by
+megabatch, rounds and writes made-up values of 2,048 features, and reads everything back. *Without* means that no
+checksum is computed or stored in the files. Interleaved, CPU seconds of the process. Peak memory is measured in a
+process for each.
 
-The difference of the two is smaller than the noise of a shared machine, so the checksums are also timed alone: XXH3 where
-the shard computes it, and MD5 by hashlib over all files of the array, once as written and once as read.
+The difference of the two is smaller than the noise of a shared machine, so the checksums are also timed alone: XXH3
+where the shard computes it, and MD5 by hashlib over all files of the array, once as written and once as read.
 """
 
 import hashlib

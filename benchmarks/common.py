@@ -1,4 +1,4 @@
-"""What the benchmark programs share: models, cells, upstream as a process, and how figures are shown."""
+"""Shared by the benchmark programs: models, cells, upstream as a process, and how to show figures."""
 
 import argparse
 import contextlib

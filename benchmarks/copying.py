@@ -1,10 +1,11 @@
-"""What copying reused cells costs: a shard whose datasets stand in another order than in the earlier array.
+"""Measure what copying reused cells costs, in a shard whose datasets are in another order than in the earlier array.
 
     python -m benchmarks.copying [--quick] [--json]
 
-65,536 cells x 2,048 in megabatches of 16,384, bfloat16 storage, local disk. Datasets stay together and are put into
-another order (2,048 cells each); beside it every cell by itself, the worst that could be. Each in a process of its own;
-three rounds, interleaved, median (least to most). What the shard reads back afterwards is left out.
+65,536 cells x 2,048 in megabatches of 16,384, bfloat16 storage, local disk. The first case keeps the cells of a dataset
+together and changes the order of datasets (2,048 cells each). The second shuffles every cell, which is the worst case.
+Each runs in a process of its own: three rounds, interleaved, median (least to most). The time in which the shard reads
+back what it wrote is left out.
 """
 
 import json

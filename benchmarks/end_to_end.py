@@ -1,21 +1,22 @@
-"""From a Census to an array: one of our shard runs against the reference workflow's loop as its users run it.
+"""Measure the way from a Census to an array: one shard run of ours against the reference workflow's loop.
 
     python -m benchmarks.end_to_end [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
-The same cells of a synthetic Census of 60,000 genes, median 1,800 expressed; the vocabulary of tf_exemplar's shape
-holds the genes that are expressed most. Random weights: exemplar's shape on a GPU, an eighth as wide on a CPU. Each
-way is a process of its own, timed from its start to its end, and all its processes may use all cores.
+The reference workflow runs as its users run it. Both embed the same cells of a synthetic Census of 60,000 genes, median
+1,800 expressed. The vocabulary of tf_exemplar's shape has the genes that are expressed most. The weights are random, in
+exemplar's shape on a GPU, an eighth as wide on a CPU. Each way is a process of its own, timed from its start to its
+end, and all its processes may use all cores.
 
-Stages are reported apart, as a total alone would flatter us on a small model: a new process for each megabatch and
-slow tokens cost the reference workflow the same whatever the model. They are busy seconds and may overlap (the reference workflow
-reads and writes while it infers), so their sum may exceed the total.
+The stages are reported one by one, because a total alone would flatter us on a small model: a new process for each
+megabatch and slow tokens cost the reference workflow the same whatever the model. Seconds are busy seconds. Stages may
+overlap (the reference workflow reads and writes while it infers), so their sum may exceed the total.
 
 start-up   from starting a process to its first cell: imports, plan, array, vocabulary, weights
-read       counts out of the Census; the reference workflow's h5ad file too
-tokens     tokenizing; upstream's reading of the h5ad file too; with few cells, ours is the loading of compiled code
+read       counts from the Census; for the reference workflow also writing its h5ad file
+tokens     tokenizing; for upstream also reading the h5ad file; with few cells, ours is the loading of compiled code
 compute    the model
-write      into the array; the reference workflow's h5ad file of embeddings too
-other      reading back all that was written (ours), the trainer around the model (upstream), the ends of processes
+write      into the array; for the reference workflow also its h5ad file of embeddings
+other      reading back everything that was written (ours), the trainer around the model (upstream), ending processes
 """
 
 import json

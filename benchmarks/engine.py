@@ -1,18 +1,19 @@
-"""Compute alone: this project's engine against upstream's `run_inference`, on the same cells and checkpoint.
+"""Measure compute alone: this project's engine against upstream's `run_inference`, on the same cells and checkpoint.
 
     python -m benchmarks.engine [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
-Random weights in the shapes of the three models: as they are on a GPU; on a CPU an eighth as wide. Three length mixes.
-Ours and upstream take turns; cells are tokenized beforehand, upstream's seconds are those of its `predict_step` on its
-own batches (its padding, its heads), and both are warm and have the same number of threads. On a CPU upstream's
-attention is not compiled: it makes every score, masked or not, in many passes over memory. So its share of the seconds
-is shown, beside the ratio that FLOPs predict (which counts half of attention on both sides).
+The weights are random, in the shapes of the three models on a GPU, an eighth as wide on a CPU. There are three mixes of
+cell lengths. Ours and upstream take turns. Cells are tokenized beforehand. Upstream's seconds are those of its
+`predict_step` on its own batches (with its padding and its heads). Both are warm and have the same number of threads.
+On a CPU upstream's attention is not compiled: it computes every score, masked or not, in many passes over memory. So
+the program shows the share of attention in the seconds, beside the ratio that FLOPs predict (which counts half of
+attention on both sides).
 
 Useful FLOPs of a cell of n tokens are layers x (12 n d^2 + 2 n^2 d): the embedding alone, no padding, half of
-attention. They are given as a share of the device's rate at large matrix products, measured in the same run and the
-same precision. On a GPU float32, and errors against it, are measured on the first 96 cells alone, as it has no tensor
-cores. Errors are against upstream in full float32: RMS of the difference over RMS of the reference, and the
-cosine of each cell after the cells' mean was taken away (the smallest).
+attention. They are given as a share of the device's rate at large matrix products, which is measured in the same run
+and the same precision. On a GPU, float32 and the errors against it are measured on the first 96 cells only, because
+float32 uses no tensor cores. Errors are against upstream in full float32: the RMS of the difference over the RMS of the
+reference, and the cosine of each cell after subtracting the mean of all cells (the smallest).
 """
 
 import json

@@ -1,12 +1,12 @@
-"""What many fragments cost a reader, locally and over the S3 protocol, and what consolidating them changes.
+"""Measure what many fragments cost a reader, locally and over the S3 protocol, and what consolidating them changes.
 
     python -m benchmarks.fragments [--fragments 10 100 ...] [--quick] [--json]
 
-50,000 cells x 64 features in 10 to 5,000 fragments; opened by a fresh process which reads 10,000 contiguous cells and
-10,000 random ones, and listed as a shard does it. As written; with commits consolidated; with fragment metadata
-consolidated; with fragments consolidated to one (memory bounded to 1 GiB). The S3 server here waits 20 ms before each
-answer, as the real one does at best; requests are counted, and they carry over. States are interleaved; the median of
-three rounds (least, most), one round of 5,000 fragments.
+50,000 cells x 64 features in 10 to 5,000 fragments. A fresh process opens the array, reads 10,000 contiguous cells and
+10,000 random ones, and lists the fragments as a shard does. There are four states: as written, with commits
+consolidated, with fragment metadata consolidated, and with fragments consolidated to one (memory bounded to 1 GiB). The
+S3 server here waits 20 ms before each answer, as the real one does at best. The program counts requests; these carry
+over to the real one. States are interleaved: the median of three rounds (least, most), one round of 5,000 fragments.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""What the order of genes changes: embeddings of real cells in the release's order and in the vocabulary's.
+"""Measure what the order of genes changes: embeddings of real cells in the release's order and in the vocabulary's.
 
     python -m benchmarks.gene_order [--quick] [--json] FILE.h5ad [FILE.h5ad ...]
 
-The vocabulary lists the file's genes in a seeded random order. Random weights of one small model (attention bends as
-the demo's does), float32 on the CPU; once with the window of the published models and once with one of 63 genes, which
-many of these cells exceed, so that the order decides also which genes are seen. The difference of a second random order
-from the first is there as a measure: that is what happens between two releases with `gene_order: census`.
+The vocabulary lists the file's genes in a seeded random order. The weights are random, of one small model (the softcap
+bends its attention scores, as in the demo's model), float32 on the CPU. One run has the window of the published models.
+Another has a window of 63 genes, which many of these cells exceed, so that the order also decides which genes the model
+sees. For scale, the program also shows the difference between two random orders: this is what happens between two
+releases with `gene_order: census`.
 """
 
 import json

@@ -3,11 +3,11 @@
 #
 #   bash benchmarks/gpu.sh [sapiens|exemplar|metazoa] [OUTPUT_FOLDER]
 #
-# Packages that the machine lacks are taken from .wheels/packages.tar.xz (`make wheels` where there is a network). Runs
-# the equality tests on the GPU, then the engine at the true shape of the model (tf_exemplar by default) beside
+# Takes the packages that the machine lacks from .wheels/packages.tar.xz (`make wheels`, on a machine with a network).
+# Runs the equality tests on the GPU, then the engine at the true shape of the model (tf_exemplar by default) beside
 # upstream's, then, for the exemplar, the whole loop on 1,024 cells. Everything printed also goes to OUTPUT_FOLDER.
-# PARTS="engine" and the like runs a part of it, where a machine is lent for too short a time for all.
-# `DEVICE=cpu` rehearses it in small on such a machine without a GPU (of torch 2.11, one test of compiling fails there).
+# PARTS="engine" and the like runs only a part, if you have the machine for too short a time.
+# `DEVICE=cpu` rehearses it in small on a machine without a GPU (with torch 2.11, one test of compiling fails there).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-exemplar}

@@ -1,9 +1,9 @@
-"""Sizes of the images, what makes them, and how long a change of code takes to rebuild.
+"""Measure the sizes of the images and of their layers, and how long a change of code takes to rebuild.
 
     sudo python -m benchmarks.images    # with buildah; BASE as for deploy/images/build.sh
 
-Builds from a copy of the checkout's tracked files. Where packages are in buildah's store already, `first` is short: run
-`buildah rmi --all` before, to see what a first build takes.
+Builds from a copy of the checkout's tracked files. If buildah's store already has the packages, `first` is short. To
+see how long a first build takes, run `buildah rmi --all` before.
 """
 
 import argparse

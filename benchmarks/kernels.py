@@ -1,11 +1,11 @@
-"""What the GPU's kernels are compiled to, for GPUs that are not here: registers, shared memory, instructions.
+"""Show what the GPU's kernels compile to, for GPUs that are not here: registers, shared memory, instructions.
 
     python -m benchmarks.kernels [--quick] [--json] [--capabilities 80 86 89 90]
 
-Needs torch for CUDA, 2.11 or later, and gcc, no GPU and no driver: what torch asks of CUDA while compiling is answered
-by a library made here. Compiles a layer of tf_exemplar at its true width, as a worker does, and takes its attention
-kernel apart with Triton's own tools. It says what a kernel needs and whether a GPU has that, not how fast it is: only
-`benchmarks/gpu.sh` on a GPU can.
+Needs torch for CUDA, 2.11 or later, and gcc, but no GPU and no driver: a library that the program builds answers what
+torch asks of CUDA while it compiles. The program compiles a layer of tf_exemplar at its true width, as a worker does,
+and takes its attention kernel apart with Triton's own tools. It shows what a kernel needs and whether a GPU has that,
+not how fast the kernel is: only `benchmarks/gpu.sh` on a GPU can measure that.
 
 as torch does it   softcap by `torch.tanh`, tiles of torch's choice
 spilled            bytes a thread that do not fit its registers

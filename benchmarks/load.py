@@ -1,8 +1,9 @@
-"""How long the definitions take to load in webserver, daemon and code location, and what that leaves in memory.
+"""Measure how long the definitions take to load in webserver, daemon and code location, and how much memory that takes.
 
     python -m benchmarks.load [--quick] [--json]
 
-Each load is a fresh process, after one that fills the disk's cache. Beside it what importing Dagster alone takes.
+Each load is a fresh process, after one that fills the disk's cache. For comparison, the program also shows what
+importing Dagster alone takes.
 """
 
 import argparse

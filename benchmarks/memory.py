@@ -1,10 +1,10 @@
-"""Peak memory of one shard run against the number of cells in the shard.
+"""Measure the peak memory of one shard run against the number of cells in the shard.
 
     python -m benchmarks.memory [--quick] [--json]
 
-Each size is run in a process of its own, and one for the device whose peak is added, on a synthetic Census of 60,000
-genes, median 1,800 expressed, megabatches of 1,024 cells, a model of one small layer at the full window of 2,047 (the
-model is not what could grow).
+Each size runs in a process of its own, with another for the device, whose peak is added. The cells come from a
+synthetic Census of 60,000 genes, median 1,800 expressed, in megabatches of 1,024 cells. The model is one small layer at
+the full window of 2,047 (its memory could not grow with cells).
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Planning: time and peak memory, with and without an earlier release to reuse.
+"""Measure planning: time and peak memory, with and without an earlier release to reuse.
 
     python -m benchmarks.planning [--quick] [--json] [--largest CELLS]
 
-Three plans, each in a process of its own: 2 million cells against an earlier 1.8 million, 20 million against 18, and
-as many as the largest release (162 million) with nothing to reuse, once without `reuse` and once with (its keys are
-written then). A synthetic Census has obs with the columns that planning reads, in 1,000 datasets over 60,000 genes,
-half of which each dataset has; a tenth of the earlier datasets is withdrawn, a tenth revised, the rest stays, all in
-another order. X/raw holds just those cells that planning looks at. The earlier array is empty, and recorded as verified:
-planning reads nothing but its metadata. How many cells are reused is asserted.
+Three plans, each in a process of its own: 2 million cells against an earlier 1.8 million, 20 million against 18
+million, and as many as the largest release (162 million) with nothing to reuse. The last runs once without `reuse` and
+once with it (which writes its keys). A synthetic Census has obs with the columns that planning reads, in 1,000 datasets
+over 60,000 genes, half of which each dataset has. A tenth of the earlier datasets is withdrawn, a tenth revised; the
+rest stays, all in another order. X/raw has only the cells that planning looks at. The earlier array is empty, and
+recorded as verified: planning reads nothing but its metadata. The program asserts how many cells are reused.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""Error of each compute precision, and of upstream's default, against upstream in float32.
+"""Measure the error of each compute precision, and of upstream's default, against upstream in float32.
 
     python -m benchmarks.precision [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
-Random weights in tf_exemplar's shape: as it is on a GPU, an eighth as wide on a CPU. Upstream's default is fp16
-autocast (``16-mixed``). Relative RMS is that of the difference over that of the reference; the centred cosine is each
-cell's after the cells' mean was taken away (mean and smallest), as cells share a large mean. Before storage rounding.
+The weights are random, in tf_exemplar's shape on a GPU, an eighth as wide on a CPU. Upstream's default is fp16 autocast
+(``16-mixed``). The relative RMS is the RMS of the difference over the RMS of the reference. The centred cosine is each
+cell's after subtracting the mean of all cells (mean and smallest), because cells share a large mean. All this is before
+storage rounding.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""What the quality report of a finished array costs: time and peak memory, and how they grow with the array.
+"""Measure what the quality report of a finished array costs: time, peak memory, and how they grow with the array.
 
     python -m benchmarks.quality [--quick] [--json]
 
 100,000 and 1,000,000 synthetic cells x 2,048 features, 100 expressed genes a cell of 20,000, 100 cell types in 50
 datasets; bfloat16 storage, megabatches of 16,384, local disk. The report is made in a process of its own, so that its
-peak memory is its own; it reads the same number of sampled cells of both, and all of obs.
+peak memory is its own. For both sizes it reads the same number of sampled cells, and all of obs.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""How long a release's shards take from the backfill to the queue, and how much memory webserver and daemon hold.
+"""Measure how long the shards of a release take from the backfill to the queue, and the memory of webserver and daemon.
 
     python -m benchmarks.queueing [--quick] [--json] [--repeats N]
 
-deploy/ecs/dagster.yaml on a real PostgreSQL, a real webserver and a real daemon (with the doubles of the tests, so from
-a checkout with the `dev` extra). Nothing is launched: the limit on runs is 0, so every shard ends in the queue. The
-backfill's first look comes up to 30 s after it was asked for, whatever the number of shards: `to first` has that,
-`first to all` is the rest. Memory is the resident set of each server with its code server, when all are queued.
+Runs deploy/ecs/dagster.yaml on a real PostgreSQL with a real webserver and a real daemon (with the doubles of the
+tests, so from a checkout with the `dev` extra). Nothing is launched: the limit on runs is 0, so every shard ends in the
+queue. The daemon looks at a new backfill up to 30 s after it was requested, whatever the number of shards. `to first`
+includes that time; `first to all` is the rest. Memory is the resident set of each server with its code server, when all
+shards are queued.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""The reference workflow's way from a Census to an array, in upstream's environment; imports nothing of this project.
+"""Run the reference workflow from a Census to an array, in upstream's environment. Imports nothing of this project.
 
     python reference_workflow.py loop REQUEST.json       one shard; prints the stages' seconds as JSON
     python reference_workflow.py put EMBEDDINGS.h5ad ARRAY
 
-What tools/models/transcriptformer in chanzuckerberg/cellxgene-census does, in its order: for each megabatch
-`get_anndata` and an h5ad file; when the previous megabatch's inference has ended, a new `transcriptformer inference`
-process in the background; meanwhile the previous embeddings go to the array, by a process of their own. Differences:
-a local Census and array, on a CPU the switches that upstream's documentation gives for it, and a stopwatch around
-upstream's functions (`upstream.py timed`).
+Does what tools/models/transcriptformer in chanzuckerberg/cellxgene-census does, in its order. For each megabatch, it
+calls `get_anndata` and writes an h5ad file. When the inference of the previous megabatch has ended, it starts a new
+`transcriptformer inference` process in the background. Meanwhile a process of its own writes the previous embeddings to
+the array. The differences: a local Census and array, on a CPU the switches that upstream's documentation gives for it,
+and a stopwatch around upstream's functions (`upstream.py timed`).
 """
 
 import json

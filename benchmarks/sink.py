@@ -1,10 +1,11 @@
-"""Committing embeddings: this project's write against the reference workflow's, on the same values.
+"""Measure committing embeddings: this project's write against the reference workflow's, on the same values.
 
     python -m benchmarks.sink [--quick] [--json]
 
-The reference workflow (tools/models/transcriptformer in chanzuckerberg/cellxgene-census) writes a COO tensor of a scipy matrix
-into an array with tiledbsoma's default filters. Interleaved, one thread each; values are normal around a mean that all
-cells share, as embeddings are. CPU seconds of the process, so other work on the machine counts little.
+The reference workflow (tools/models/transcriptformer in chanzuckerberg/cellxgene-census) writes a COO tensor of a scipy
+matrix into an array with tiledbsoma's default filters. Interleaved, one thread each. Values are normal around a mean
+that all cells share, as embeddings are. Figures are CPU seconds of the process, so other work on the machine counts
+little.
 """
 
 import argparse

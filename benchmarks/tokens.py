@@ -1,12 +1,12 @@
-"""Tokens: this project's tokenizer against upstream's dataset, on the same counts.
+"""Measure tokenizing: this project's tokenizer against upstream's dataset, on the same counts.
 
     python -m benchmarks.tokens [--quick] [--json] [--upstream COMMAND]
 
 Cells of median 1,800 expressed genes on axes of 20,000 and 60,000 genes, nine tenths of which are in the vocabulary.
-One thread and one process each; CPU seconds, so other work on the machine counts little. Upstream gets the counts in
-memory (reading its file is not timed) and is timed from there to its collated batches; ours from CSR to packed
-tokens. Both end with the same tokens and counts, which is asserted gene by gene. Peak memory is that of the process,
-libraries and the counts themselves included; ``before`` is what it was when tokenizing began.
+Each has one thread and one process. Figures are CPU seconds, so other work on the machine counts little. Upstream gets
+the counts in memory (reading its file is not timed) and is timed from there to its collated batches; ours is timed from
+CSR to packed tokens. The program asserts gene by gene that both end with the same tokens and counts. Peak memory is
+that of the process, with libraries and the counts themselves; ``before`` is its value when tokenizing began.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Upstream's own inference with a stopwatch, in upstream's environment; imports nothing of this project.
+"""Run upstream's own inference with a stopwatch, in upstream's environment. Imports nothing of this project.
 
     python upstream.py serve                      JSON commands on stdin, one JSON answer a line on stdout
     python upstream.py timed FILE inference ...   upstream's command line; its stages' seconds go to FILE
 
-Nothing of upstream is reimplemented. `serve` calls its `run_inference` on configurations made by its command line;
-only vocabulary, model and weights are kept from one call to the next, so that a warm model is measured. Timers stand
-around its functions and change nothing else; `serve` also waits for the GPU before it reads the clock.
+Nothing of upstream is reimplemented. `serve` calls upstream's `run_inference` on configurations that upstream's command
+line makes. It keeps only vocabulary, model and weights from one call to the next, so that it measures a warm model.
+Timers wrap upstream's functions and change nothing else. `serve` also waits for the GPU before it reads the clock.
 """
 
 import contextlib

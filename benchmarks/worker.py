@@ -1,12 +1,12 @@
-"""A worker at the true size of a model: how soon it computes, and how much memory it takes.
+"""Measure a worker at the true size of a model: how soon it computes, and how much memory it takes.
 
     python -m benchmarks.worker [--quick] [--json] [--model metazoa] [--device cuda]
 
-One shard of two megabatches (of 16,384 cells unless said otherwise), 60,000 genes, median 1,800 expressed, embeddings
-of 2,048 values, random weights in the full width, depth and vocabulary of the model. So that a CPU can do it, the
-vocabulary holds three of the genes that cells express (and names of other species): a cell has about five tokens, and
-everything else is as large as in earnest, but for the rows on the device. Run twice: the first prepares the checkpoint,
-the second finds it prepared.
+One shard of two megabatches (of 16,384 cells by default), 60,000 genes, median 1,800 expressed, embeddings of 2,048
+values, random weights in the full width, depth and vocabulary of the model. So that a CPU can do it, the vocabulary has
+only three of the genes that cells express (and names of other species). A cell then has about five tokens, and
+everything else has its true size, except the rows on the device. The program runs the shard twice: the first run
+prepares the checkpoint, the second finds it prepared.
 """
 
 import argparse

@@ -51,7 +51,7 @@ class ReleaseFolder:
 
     def verification(self, plan: str, shard: int) -> str:
         """Return where the verification of a shard stands."""
-        return f"{self.root}/proofs/{plan}/{shard:05d}.json"
+        return f"{self.root}/verification/{plan}/{shard:05d}.json"
 
     def notes(self, plan: str, shard: int) -> str:
         """Return the folder where each run of a shard notes what it writes."""

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds census-tf-control and census-tf-worker with buildah, which needs no engine: a container may run this.
+# Builds census-tf-control and census-tf-worker with buildah, which needs no engine, so it works in a container too.
 # With Docker:  docker build --target control -t census-tf-control .    (and worker)
 #
-#   deploy/images/build.sh [TAG] [--build-arg=NAME=VALUE ...]      as the Dockerfile's head lists them
+#   deploy/images/build.sh [TAG] [--build-arg=NAME=VALUE ...]      the top of the Dockerfile lists the arguments
 #
 #   BASE=debootstrap   makes the base from Debian's packages instead of pulling an image
 #
-# What `pip config` says on this machine (registry, certificate, folders of wheels) holds in the build too. It is
-# mounted, and no layer, history or environment of an image has it.
+# The build uses the settings of `pip config` on this machine (registry, certificate, folders of wheels). They are
+# mounted, so no layer, history or environment of an image contains them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tag=latest
@@ -23,7 +23,7 @@ if [[ $base == debootstrap ]]; then
     base=localhost/census-tf-base:bookworm
     if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
         debootstrap --variant=minbase bookworm "$work/rootfs"
-        # What Debian's slim images leave out.
+        # Debian's slim images leave these out too.
         rm -rf "$work"/rootfs/var/{lib/apt/lists,cache/apt/archives}/* "$work"/rootfs/usr/share/{doc,man,locale}/*
         container=$(buildah from scratch)
         buildah add --quiet "$container" "$work/rootfs" /

@@ -1,7 +1,7 @@
-"""Write how pip reaches its registry here, as FOLDER/pip.conf for a build; print the mounts that it takes.
+"""Write this machine's pip settings to FOLDER/pip.conf for a build, and print the mounts that the build needs.
 
-FOLDER itself is mounted as /mnt, which every base has, and local folders of wheels below it: so that not even the names
-of mount points stay in an image.
+FOLDER itself is mounted as /mnt, which every base has, and local folders of wheels are mounted below it. So not even
+the names of mount points stay in an image.
 """
 
 import ast
@@ -15,7 +15,7 @@ INSIDE = Path("/mnt")
 
 
 def read_settings() -> dict[str, str]:
-    """Return what pip's files and its environment say, by key; the environment wins, as in pip."""
+    """Return the settings in pip's files and in its environment, by key. The environment wins, as in pip."""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     )
@@ -30,7 +30,7 @@ def read_settings() -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    """Write pip.conf, and print a mount a line."""
+    """Write pip.conf, and print one mount a line."""
     mounts = [f"--volume={folder}:{INSIDE}"]
     lines = ["[global]"]
     for key, value in read_settings().items():
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
                 shutil.copy(path, folder / "cert.pem")
                 words.append(str(INSIDE / "cert.pem"))
             elif path.is_absolute() and path.is_dir():
-                # An index may point at files beside it: what is mounted is the folder above.
+                # An index may point to files beside it, so the folder above it is mounted.
                 top = path.parent if word.startswith("file://") else path
                 inside = INSIDE / str(len(mounts))
                 mounts.append(f"--volume={top}:{inside}:ro")

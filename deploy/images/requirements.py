@@ -1,4 +1,7 @@
-"""Print what pyproject.toml names: `base`, and extras. The Dockerfile installs this before it copies the source."""
+"""Print the packages that pyproject.toml names: `base`, and extras.
+
+The Dockerfile installs them before it copies the source.
+"""
 
 import sys
 import tomllib

@@ -12,7 +12,8 @@ import pytest
 from census_tf_dagster.config_reference import configure_page
 from tests.support.project import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TOP = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES = [*TOP, *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?^ *```(?P<kind>\S*)\n(?P<code>.*?)^ *```$", re.M | re.S
 )
