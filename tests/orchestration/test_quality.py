@@ -126,7 +126,7 @@ def test_coverage_is_what_pandas_counts(good: Project) -> None:
 
 
 def test_a_shard_without_a_verification_counts_as_not_embedded(good: Project) -> None:
-    (verification, *_) = sorted((good.folder / "store").rglob("verifications/*/*.json"))
+    (verification, *_) = sorted((good.folder / "store").rglob("verification/*/*.json"))
     verification.unlink()
     report_of(good)
     rows = pd.DataFrame(stored(good)[1]["coverage"]["assay"])
