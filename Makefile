@@ -7,7 +7,7 @@ UPSTREAM := .venv-upstream
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo ui test soak lint docs screenshots wheels images clean
+.PHONY: demo ui test soak lint docs site screenshots wheels images clean
 
 demo: $(VENV)/.worker  ## a small Census, planned, embedded and finished by Dagster
 	$(BIN)/python -m census_tf_dagster demo
@@ -28,6 +28,9 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.worker  ## docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md
+
+site: $(VENV)/.dev  ## the documentation as a website, in site/: a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 screenshots: $(VENV)/.dev $(UPSTREAM)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \

@@ -111,6 +111,21 @@ def test_the_page_of_fields_is_the_schemas() -> None:
     assert (REPOSITORY / "docs" / "configure.md").read_text() == configure_page(), "run `make docs`"
 
 
+def test_the_website_builds(tmp_path: Path) -> None:
+    """A warning is an error: a broken link, a page that the navigation lacks or invents."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    pages = {"index.html", *(f"{page.stem}.html" for page in (REPOSITORY / "docs").glob("*.md"))}
+    assert pages <= built
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert {page for page in pages if f'href="{page}"' not in home} == set()
+    fetched = re.findall(r'(?:<link[^>]+href|<(?:script|img)[^>]+src)="?(https?:[^" >]+)', home)
+    assert fetched == [], "the site fetches nothing from elsewhere"
+
+
 def test_readme_is_of_one_screen() -> None:
     assert len(PAGES[0].read_text().splitlines()) <= 80
 
