@@ -30,7 +30,7 @@ docs: $(VENV)/.worker  ## docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md
 
 site: $(VENV)/.dev  ## the documentation as a website, in site/: a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 screenshots: $(VENV)/.dev $(UPSTREAM)/.ready  ## the pictures of the web interface, from the browser test (Debian: chromium chromium-driver)
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \
