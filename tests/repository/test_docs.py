@@ -17,7 +17,12 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?^ *```(?P<kind>\S*)\n(?P<code>.*?)^ *```$", re.M | re.S
 )
 
-PYTHON_RUN_BY = {"read.md": "tests/demo/test_demo.py", "use.md": "below", "publish.md": "tests/store/test_rules.py"}
+PYTHON_RUN_BY = {
+    "README.md": "below",
+    "read.md": "tests/demo/test_demo.py",
+    "use.md": "below",
+    "publish.md": "tests/store/test_rules.py",
+}
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,11 @@ def test_shell_blocks_run(demo_data: Path) -> None:
         if block.reason is None:
             run(demo_data, block.code)
     array = next((demo_data / "demo-data" / "store" / "demo_mouse").glob("*/*/embeddings"))
-    (python,) = [block.code for block in blocks() if block.page.name == "use.md" and block.kind == "python"]
-    program = demo_data / "use.py"
-    program.write_text(python.replace("<array path from the report>", str(array)))
-    run(demo_data, "python use.py")
+    for page in ("README.md", "use.md"):
+        (python,) = [block.code for block in blocks() if block.page.name == page and block.kind == "python"]
+        program = demo_data / f"{page}.py"
+        program.write_text(python.replace("<array path from the report>", str(array)))
+        run(demo_data, f"python {program}")
 
 
 def test_python_blocks_are_run_somewhere() -> None:
