@@ -52,7 +52,7 @@ images:  ## census-tf-control and census-tf-worker, with buildah (docs/images.md
 	deploy/images/build.sh
 
 clean:
-	rm -rf $(VENV) $(UPSTREAM) .wheels demo-data
+	rm -rf $(VENV) $(UPSTREAM) .wheels demo-data site
 
 $(VENV)/.worker: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, about 2.5 GB."
