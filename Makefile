@@ -7,7 +7,7 @@ UPSTREAM := .venv-upstream
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo ui test soak lint docs screenshots wheels images clean
+.PHONY: demo ui test soak lint docs site screenshots wheels images clean
 
 demo: $(VENV)/.worker  ## take a small Census to finished arrays, with Dagster
 	$(BIN)/census-tf-dagster demo
@@ -30,6 +30,9 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.worker  ## write docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md
 
+site: $(VENV)/.dev  ## build the documentation as a website, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 screenshots: $(VENV)/.dev $(UPSTREAM)/.ready  ## take the pictures of the web interface in the browser test (Debian: chromium chromium-driver)
 	CENSUS_TF_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m soak \
 	    --upstream=$(UPSTREAM)/bin/transcriptformer tests/repository/test_browser.py
@@ -50,7 +53,7 @@ images:  ## build census-tf-control and census-tf-worker with buildah (docs/imag
 	deploy/images/build.sh
 
 clean:
-	rm -rf $(VENV) $(UPSTREAM) .wheels demo-data
+	rm -rf $(VENV) $(UPSTREAM) .wheels demo-data site
 
 $(VENV)/.worker: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, about 2.5 GB."

@@ -18,7 +18,12 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?^ *```(?P<kind>\S*)\n(?P<code>.*?)^ *```$", re.M | re.S
 )
 
-PYTHON_RUN_BY = {"read.md": "tests/demo/test_demo.py", "use.md": "below", "publish.md": "tests/store/test_rules.py"}
+PYTHON_RUN_BY = {
+    "README.md": "below",
+    "read.md": "tests/demo/test_demo.py",
+    "use.md": "below",
+    "publish.md": "tests/store/test_rules.py",
+}
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,11 @@ def test_shell_blocks_run(demo_data: Path) -> None:
         if block.reason is None:
             run(demo_data, block.code)
     array = next((demo_data / "demo-data" / "store" / "demo_mouse").glob("*/*/embeddings"))
-    (python,) = [block.code for block in blocks() if block.page.name == "use.md" and block.kind == "python"]
-    program = demo_data / "use.py"
-    program.write_text(python.replace("<array path from the report>", str(array)))
-    run(demo_data, "python use.py")
+    for page in ("README.md", "use.md"):
+        (python,) = [block.code for block in blocks() if block.page.name == page and block.kind == "python"]
+        program = demo_data / f"{page}.py"
+        program.write_text(python.replace("<array path from the report>", str(array)))
+        run(demo_data, f"python {program}")
 
 
 def test_python_blocks_are_run_somewhere() -> None:
@@ -110,6 +116,21 @@ def test_figures_of_the_readme_are_in_their_files() -> None:
 
 def test_the_page_of_fields_is_the_schemas() -> None:
     assert (REPOSITORY / "docs" / "configure.md").read_text() == configure_page(), "run `make docs`"
+
+
+def test_the_website_builds(tmp_path: Path) -> None:
+    """A warning is an error: a broken link, a page that the navigation lacks or invents."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    pages = {"index.html", *(f"{page.stem}.html" for page in (REPOSITORY / "docs").glob("*.md"))}
+    assert pages <= built
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert {page for page in pages if f'href="{page}"' not in home} == set()
+    fetched = re.findall(r'(?:<link[^>]+href|<(?:script|img)[^>]+src)="?(https?:[^" >]+)', home)
+    assert fetched == [], "the site fetches nothing from elsewhere"
 
 
 def test_readme_is_of_one_screen() -> None:
