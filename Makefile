@@ -7,7 +7,7 @@ UPSTREAM := .venv-upstream
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo ui test soak lint docs site screenshots wheels images clean
+.PHONY: demo ui test test-fast soak lint docs site screenshots wheels images clean
 
 demo: $(VENV)/.worker  ## take a small Census to finished arrays, with Dagster
 	$(BIN)/census-tf-dagster demo
@@ -17,6 +17,10 @@ ui: $(VENV)/.worker  ## open Dagster's web interface, on the demo unless DAGSTER
 
 test: $(VENV)/.dev $(UPSTREAM)/.ready lint  ## run everything that CI runs
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not soak and not gpu" --upstream=$(UPSTREAM)/bin/transcriptformer tests
+
+test-fast: $(VENV)/.dev  ## run the quick tests of the data plane
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak and not gpu and not upstream and not takes" \
+	    $(addprefix tests/,census inference io quality store)
 
 soak: $(VENV)/.dev $(UPSTREAM)/.ready  ## run the long, seeded trials
 	$(BIN)/python -m pytest -m soak --upstream=$(UPSTREAM)/bin/transcriptformer tests
