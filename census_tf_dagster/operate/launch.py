@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from census_tf_dagster.config.dagster_names import LOST_RUNS, PLAN, REUSED, SHARDS
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import INTERRUPTED, UserError
 from census_tf_dagster.operate.backfills import Backfill, LaunchScope, cancel, fetch, find_running, start
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
@@ -14,9 +14,6 @@ from census_tf_dagster.operate.remote_set import RemoteSet, find_set
 from census_tf_dagster.operate.runs import RUNNING, fetch_runs, materializations
 from census_tf_dagster.operate.shard_ranges import compact, parse_shards
 from census_tf_dagster.operate.stuck_runs import find_stuck, nobody_mends
-
-INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended."""
 
 DAEMON = """{ instance { daemonHealth { daemonStatus(daemonType: "BACKFILL") { healthy } } } }"""
 

@@ -71,7 +71,7 @@ def test_expire_shows_first_and_wants_the_word(old: Project, tmp_path: Path) -> 
     word = shown.stdout.split("--confirm ")[1].strip()
     wrong = old.command("prune", "--confirm", "0123456789ab")
     assert wrong.returncode == 1
-    assert f"what would go is now {word}. Nothing was done" in wrong.stderr
+    assert f"expected {word}, the word of the present list. Nothing was done" in wrong.stderr
     store = old.folder / "store" / "tiny"
     assert len(list(store.glob("*/*/embeddings"))) == 5
     done = old.command("prune", "--confirm", word, "--json")
