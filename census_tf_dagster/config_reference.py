@@ -144,8 +144,8 @@ def _variables() -> str:
         [
             *table,
             "",
-            "Credentials come from the environment or the role, as for every AWS tool. None of these variables holds any,",
-            "and they never appear in run configuration, logs or metadata.",
+            "Credentials come from the environment or the role, as for every AWS tool. None of these variables holds",
+            "any, and they never appear in run configuration, logs or metadata.",
         ]
     )
 

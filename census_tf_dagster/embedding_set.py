@@ -89,8 +89,8 @@ class EmbeddingSet(dg.Component, dg.Model):
     )
     storage_precision: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",
-        description="bfloat16: values are rounded to 7 mantissa bits, as in the Census's own embeddings. float32: values "
-        "are not rounded.",
+        description="bfloat16: values are rounded to 7 mantissa bits, as in the Census's own embeddings. "
+        "float32: values are not rounded.",
     )
     gene_order: Literal["census", "vocabulary"] = Field(
         default="census",

@@ -38,8 +38,8 @@ MOST_SHOWN = 20
 MOST_ENTRIES, DEEPEST_FOLDER = 10_000, 20
 """The size above which a folder is not a folder of sets."""
 CODE = ("template_vars_module", "post_processing")
-"""Keys that Dagster allows and we refuse, because both can run code: Dagster imports the first, and evaluates the second
-as templates."""
+"""Keys that Dagster allows and we refuse, because both can run code. Dagster imports the first, and evaluates templates
+in the second."""
 
 
 class _Requirements(BaseModel):

@@ -10,7 +10,7 @@ REUSED = "reused_embeddings"
 ARRAY = "embeddings_array"
 
 VERIFIED_CHECK = "verified"
-"""Check of the array: it holds exactly the planned cells, and nothing was committed since its verification."""
+"""Check of the array: it agrees with the plan, and nothing was committed since its verification."""
 UPSTREAM_CHECK = "same_as_upstream"
 """Check of a shard and of the array: upstream's own code computes the same values for a few cells."""
 

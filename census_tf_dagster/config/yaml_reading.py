@@ -23,7 +23,7 @@ TEXT_REMEDY = (
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]{0,29})(\.[0-9]{1,30})?([eE][-+]?[0-9]{1,3})?")
-"""A plain decimal number. YAML 1.1 also reads other texts as numbers: 010 is 8, 1:30 is 90, 1_0 is 10, and .inf, .nan."""
+"""A plain decimal number. YAML 1.1 also reads other texts as numbers: 010 is 8, 1:30 is 90, 1_0 is 10, .inf, .nan."""
 
 _TIMESTAMP, _NUMBERS = "tag:yaml.org,2002:timestamp", ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 

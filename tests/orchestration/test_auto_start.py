@@ -228,8 +228,8 @@ def test_above_the_budget_shards_wait(story: Story) -> None:
     asked = str(story.waiting.approved)
     assert asked.startswith(f"The shards of dear {RELEASE} wait for your approval: it costs ")
     assert "USD above the budget of 1.00 USD a release" in asked
-    assert "ASSUMED: 25% of the arithmetic that a L40S can do" in asked
-    assert f"census_tf_dagster approve dear {RELEASE}" in asked
+    assert "ASSUMED: 25% of the peak arithmetic of the L40S" in asked
+    assert f"census-tf-dagster approve dear {RELEASE}" in asked
 
 
 def test_an_approval_lets_them_go_on(story: Story) -> None:

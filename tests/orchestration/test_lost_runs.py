@@ -170,9 +170,9 @@ def test_a_lost_retry_is_asked_for_until_it_comes_or_never_will(
     for asked in range(MOST_ASKED):
         assert failures(instance, run) == 1 + asked
         (line,) = ask_for_lost_retries(instance)
-        assert "was asked for again" in line
+        assert "was requested again" in line
     (line,) = ask_for_lost_retries(instance)
-    assert "no retry of it comes any more" in line
+    assert "it will not be retried any more" in line
     assert failures(instance, run) == 1 + MOST_ASKED
     assert backfill_runs_are_complete("running", instance, logging.getLogger())
     assert not list(ask_for_lost_retries(instance))
@@ -203,7 +203,7 @@ def test_the_sensor_says_what_it_found(instance: dg.DagsterInstance, monkeypatch
             said.append(sensor.evaluate_tick(context).skip_message)
         if len(said) == 1:
             run = lose_retry(instance, "deleted")
-    assert said == ["nothing was lost", f"run {run}: no retry of it comes any more"]
+    assert said == ["nothing was lost", f"run {run}: it will not be retried any more"]
 
 
 def running_run(worker: WorkerProcess | None, asset: str = SHARDS) -> Run:

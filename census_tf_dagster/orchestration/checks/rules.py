@@ -26,8 +26,8 @@ RULES = {
     "schema": "The array is a sparse SOMA array of two dimensions, with int64 coordinates, float32 values and no "
     "duplicate coordinates.",
     "shape": "The array has as many rows as the Census's obs, and as many columns as the model's embedding has values.",
-    "storage_version": "The array has the TileDB storage version of the Census, which its curators require. This is only "
-    "a warning when the set has no `publication`.",
+    "storage_version": "The array has the TileDB storage version of the Census, which its curators require. This is "
+    "only a warning when the set has no `publication`.",
     "cells": "The array has at least one cell, and exactly the planned cells except those that were set aside.",
     "features": "Each cell has each feature exactly once.",
     "values": "All values are finite and equal to those that were written, and no cell is all zero (START is always "
@@ -38,7 +38,7 @@ RULES = {
 """The rules that `store.rules` checks. They are here so that definitions load without that module."""
 
 MEANING = {
-    "verified": "The array holds exactly the planned cells, and nothing was committed since its verification.",
+    "verified": "The array agrees with the plan, and nothing was committed since its verification.",
     "stale": "The plan or the committed values have changed since the array was verified. Materialize embeddings_array "
     "again.",
     "unverified": "The array was never verified. Materialize embeddings_array.",
@@ -56,7 +56,7 @@ def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
             name=VERIFIED_CHECK,
             blocking=True,
             partitions_def=RELEASES,
-            description="The last verification covers the current plan and every commit. This check reads only metadata.",
+            description="The last verification covers the current plan and every commit. The check reads metadata only.",
         )
         def verified(
             context: dg.AssetCheckExecutionContext, census: CensusResource, store: StoreResource
