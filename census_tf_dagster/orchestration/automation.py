@@ -51,7 +51,7 @@ def is_automatic(tags: Mapping[str, str]) -> bool:
 
 
 def automation_sensor(name: str, spending: Spending) -> dg.AutomationConditionSensorDefinition | None:
-    """Return the sensor that evaluates the conditions of the set `name`; None when the set does not start automatically.
+    """Return the sensor that evaluates the conditions of a set; None when the set does not start automatically.
 
     Each set has its own sensor, so that no run mixes assets of two sets. The sensor is on from the start, because the
     set's YAML asked for it.

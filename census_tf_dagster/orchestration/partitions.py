@@ -8,8 +8,8 @@ RELEASES = dg.DynamicPartitionsDefinition(name="census_release")
 """All sets share the releases. The web interface, `release add` and a sensor add them."""
 
 COPIES = "shard_to_copy"
-"""The dimension of shards in `reused_embeddings`. It differs from that of `shard_embeddings`, because Dagster runs assets
-with equal partitions in one run: cells would be copied on a GPU node while the GPU waits."""
+"""The dimension of shards in `reused_embeddings`. It differs from that of `shard_embeddings`: Dagster runs assets with
+equal partitions in one run, so cells would be copied on a GPU node while the GPU waits."""
 
 
 def shard_partitions(shards: int, dimension: str = "shard") -> dg.MultiPartitionsDefinition:

@@ -13,8 +13,8 @@ def build_retention(retention: Retention) -> dg.Definitions:
     """Build the job that applies a retention policy, and its schedule."""
 
     @dg.op(
-        description="Lists the plans and arrays that the policy covers, and removes or archives those that were listed a "
-        "week ago.",
+        description="Lists the plans and arrays that the policy covers, and removes or archives those that were listed "
+        "a week ago.",
     )
     def prune_old_arrays(context: dg.OpExecutionContext, store: StoreResource) -> None:
         from census_tf_dagster.store.prune import announce, apply, candidates

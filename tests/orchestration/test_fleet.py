@@ -183,7 +183,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             looked = time.monotonic()
             left = [run for run in cluster.known.values() if run["status"] not in ENDED]
             ways = {way_in(cluster.known[task.run_id]) for task in on.ecs.tasks if task.run_id in cluster.known}
-            return not left and ways >= WAYS and not fetch(deployment, of, RELEASE, backfill).going_on
+            return not left and ways >= WAYS and not fetch(deployment, of, RELEASE, backfill).is_running
 
         until(told, "the backfill and every way in")
         assert launched.end()[0] == 0

@@ -28,7 +28,7 @@ from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.observations import ShardProgress
 from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import Run, fetch_runs
-from census_tf_dagster.operate.stuck_runs import _judge
+from census_tf_dagster.operate.stuck_runs import why_stuck
 from census_tf_dagster.orchestration.sensors import lost_runs
 from census_tf_dagster.orchestration.sensors.lost_runs import (
     MOST_ASKED,
@@ -215,16 +215,16 @@ def running_run(worker: WorkerProcess | None, asset: str = SHARDS) -> Run:
 def test_a_silent_run_is_shown_where_its_worker_cannot_be_seen() -> None:
     here = WorkerProcess.this("a")
     elsewhere = replace(here, host="other")
-    assert _judge(running_run(here), None) is None
-    lost = _judge(running_run(replace(here, started="1")), None)
+    assert why_stuck(running_run(here), None) is None
+    lost = why_stuck(running_run(replace(here, started="1")), None)
     assert lost == (f"has lost its worker (process {os.getpid()} on {here.host})", True)
-    silent = _judge(running_run(elsewhere), None)
+    silent = why_stuck(running_run(elsewhere), None)
     assert silent is not None
-    assert silent[0].startswith("has said nothing for 60 min, and its worker (process ")
+    assert silent[0].startswith("has reported nothing for 60 min, and its worker (process ")
     assert silent[1] is False
-    assert _judge(running_run(None), ShardProgress(1, 1.0, "read", time.time() - 2000)) is not None
-    assert _judge(running_run(elsewhere), ShardProgress(1, 1.0, "read", time.time())) is None
-    assert _judge(running_run(elsewhere, "embeddings_array"), None) is None
+    assert why_stuck(running_run(None), ShardProgress(1, 1.0, "read", time.time() - 2000)) is not None
+    assert why_stuck(running_run(elsewhere), ShardProgress(1, 1.0, "read", time.time())) is None
+    assert why_stuck(running_run(elsewhere, "embeddings_array"), None) is None
 
 
 CELLS = 160
@@ -237,7 +237,7 @@ SENSOR_ID = """query Id($selector: SensorSelector!) {
 
 @dataclass
 class Story:
-    """A machine that stops in the middle of a release, and what is seen of it afterwards."""
+    """A machine stops in the middle of a release, and this is what an operator sees afterwards."""
 
     operator: Operator
     status: dict[str, Any]
@@ -334,21 +334,21 @@ def test_a_release_survives_that_its_machine_restarts(story: Story, tmp_path: Pa
     assert story.operator.status("tiny")["stuck"] == []
 
 
-def test_status_says_what_does_not_move_and_who_mends_it(story: Story) -> None:
+def test_status_shows_stuck_runs_and_what_repairs_them(story: Story) -> None:
     lost, owed = sorted(story.status["stuck"], key=lambda one: str(one["partition"]))
     assert (lost["partition"], owed["partition"]) == (f"{RELEASE}|0", f"{RELEASE}|1")
     assert lost["why"].startswith("has lost its worker (process ")
     assert "the retry that Dagster announced has not started" in owed["why"]
     assert f"  stuck   shard_embeddings {RELEASE}|0 has lost its worker" in story.shown
-    assert "  mends   the sensor lost_runs does, within minutes\n" in story.shown
+    assert "  repair  the sensor lost_runs repairs this within minutes\n" in story.shown
     assert "  again   " not in story.shown, "a launch of the shard would only wait, too"
 
 
-def test_a_launch_does_not_wait_for_what_nothing_mends(story: Story) -> None:
+def test_a_launch_does_not_wait_for_a_run_that_nothing_repairs(story: Story) -> None:
     assert story.refused.returncode == 1
-    assert "waits for what nothing mends: shard_embeddings" in story.refused.stderr
+    assert "is stuck, and nothing repairs it: shard_embeddings" in story.refused.stderr
     assert "switch on the sensor lost_runs" in story.refused.stderr
 
 
-def test_a_launch_that_goes_on_says_what_is_stuck(story: Story) -> None:
+def test_a_running_launch_reports_stuck_runs(story: Story) -> None:
     assert " stuck (`status` says why)" in story.launched[1]

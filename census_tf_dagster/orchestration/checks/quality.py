@@ -43,8 +43,8 @@ CHECKS = {
     "If not, do not compare cells of the two releases before you know the reason.",
     "gene_ids_fit_counts": "Genes that nearly every cell needs (ribosome, respiratory chain) are expressed in more "
     f"cells than other genes, in at least {LEAST_RANK:.0%} of pairs, and `var` and X agree on which genes are "
-    "expressed. If not, the genes are in the wrong order or of another species. `same_as_upstream` cannot show this, because it "
-    "reads the same `var`.",
+    "expressed. If not, the genes are in the wrong order or of another species. `same_as_upstream` cannot show this, "
+    "because it reads the same `var`.",
     "same_as_upstream": "Upstream's own code embedded a few cells of every shard again, and its values agree with the "
     "array within the bound of the set's precision.",
 }
@@ -103,8 +103,8 @@ def shard_check_spec(settings: SetSettings) -> dg.AssetCheckSpec:
             asset=asset_key(settings, SHARDS),
             partitions_def=shard_partitions(settings.shards),
             description="Upstream's own code embeds a few of the shard's cells in float32 on the shard's device. No "
-            f"cell differs from the array by more than {bound:.1e} of its norm. If this cannot be done, the result is a "
-            "warning.",
+            f"cell differs from the array by more than {bound:.1e} of its norm. If this cannot be done, the result is "
+            "a warning.",
         )
 
 

@@ -56,7 +56,7 @@ def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
             name=VERIFIED_CHECK,
             blocking=True,
             partitions_def=RELEASES,
-            description="The last verification covers the current plan and every commit. The check reads metadata only.",
+            description="The last verification covers the current plan and every commit. Reads metadata only.",
         )
         def verified(
             context: dg.AssetCheckExecutionContext, census: CensusResource, store: StoreResource
