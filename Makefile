@@ -16,7 +16,7 @@ ui: $(VENV)/.worker  ## Dagster's web interface, on the demo unless DAGSTER_HOME
 	DAGSTER_HOME="$(DAGSTER_HOME)" $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
 test: $(VENV)/.dev $(UPSTREAM)/.ready lint  ## everything that CI runs
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not soak and not gpu" --upstream=$(UPSTREAM)/bin/transcriptformer tests
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not soak and not gpu" --upstream=$(UPSTREAM)/bin/transcriptformer tests
 
 soak: $(VENV)/.dev $(UPSTREAM)/.ready  ## the long, seeded trials
 	$(BIN)/python -m pytest -m soak --upstream=$(UPSTREAM)/bin/transcriptformer tests
@@ -25,6 +25,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/.worker  ## docs/configure.md from the schema
 	$(BIN)/python -m census_tf_dagster.config_reference > docs/configure.md

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from census_tf_dagster.pipeline.upstream import find_upstream
 from tests.support.moto_servers import moto_server
 from tests.support.project import SHARED_DATA, Project, UpstreamCommand
 
@@ -13,14 +14,24 @@ os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--upstream", type=Path, help="upstream's `transcriptformer` command, in its own environment")
+    parser.addoption("--upstream", type=Path, help="upstream's `transcriptformer` command, in another environment")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, so that no worker is left alone with one at the end."""
+
+    def seconds(item: pytest.Item) -> int:
+        marker = item.get_closest_marker("takes")
+        return marker.args[0] if marker else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(scope="session")
 def upstream_command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UpstreamCommand:
-    command = request.config.getoption("--upstream")
+    command = request.config.getoption("--upstream") or find_upstream()
     if command is None:
-        pytest.skip("no --upstream given")
+        pytest.skip("upstream is not in this environment, and no --upstream is given")
     assert command.exists(), f"--upstream {command} does not exist"
     return UpstreamCommand(command.absolute(), tmp_path_factory.mktemp("upstream"))
 

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.census.release import Genes
+from census_tf_dagster.config.thresholds import LEAST_CORRELATION, LEAST_RANK
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.quality.thresholds import LEAST_CORRELATION, LEAST_RANK
 
 PREFIXES = {
     "homo_sapiens": "ENSG",

@@ -28,6 +28,9 @@ GENES = 20_000
 ESM_DIM = 96
 INSTANCE = """telemetry:
   enabled: false
+# No newsletter over the first page.
+nux:
+  enabled: false
 concurrency:
   runs:
     # Shards of one machine share its devices.

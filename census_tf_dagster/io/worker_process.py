@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from census_tf_dagster.config.dagster_names import WORKER_TAG
+WORKER_TAG = "census_tf/worker"
+"""On a run: the process that does its work. A retry carries its parent's value until its own process starts."""
 
 PROC = Path("/proc")
 

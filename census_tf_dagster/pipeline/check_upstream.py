@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.plan import Plan, to_compute
+from census_tf_dagster.config.thresholds import upstream_bound
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.upstream import upstream_running
 from census_tf_dagster.quality.sample import SEED, read_embeddings
-from census_tf_dagster.quality.thresholds import upstream_bound
 from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.write_notes import read_notes

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from census_tf_dagster.census.gene_check import GeneEvidence
-from census_tf_dagster.quality.measures import Agreement, Dimensions, Drift
-from census_tf_dagster.quality.thresholds import (
+from census_tf_dagster.config.thresholds import (
     LEAST_DEVIATIONS,
     LEAST_EXCESS,
     LEAST_LABELLED,
     MOST_SHIFT,
     MOST_SPREAD,
 )
+from census_tf_dagster.quality.measures import Agreement, Dimensions, Drift
 from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 
 NAMED = 10

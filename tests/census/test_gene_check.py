@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from census_tf_dagster.census.gene_check import GeneEvidence, housekeeping_genes, look_at_genes, require_organism
 from census_tf_dagster.census.release import Genes
+from census_tf_dagster.config.thresholds import LEAST_RANK
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.run import GENES, ORGANISMS
@@ -18,7 +19,6 @@ from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
 from census_tf_dagster.pipeline.plan_release import make_plan, survey
-from census_tf_dagster.quality.thresholds import LEAST_RANK
 from tests.support.builders import fill, tiny
 from tests.support.project import RELEASE, REPOSITORY, SHARED_DATA, Project
 

@@ -8,6 +8,8 @@ from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.support.builders import tiny
 from tests.support.project import RELEASE, Project
 
+pytestmark = pytest.mark.takes(200)
+
 
 def test_release_add_and_list(project: Project) -> None:
     tiny(project)

@@ -104,6 +104,7 @@ def code_server(project: Project) -> Iterator[int]:
         except subprocess.TimeoutExpired:
             # Dagster's server may wait for ever for a process of its own.
             server.kill()
+            server.wait()
 
 
 RELOAD = """mutation Reload($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) {

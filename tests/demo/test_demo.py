@@ -15,12 +15,15 @@ import dagster as dg
 import numpy as np
 import pytest
 
+from census_tf_dagster.config.dagster_names import VERIFIED_CHECK
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.orchestration.checks.quality import CHECKS
-from census_tf_dagster.orchestration.checks.rules import CHECK, RULES
+from census_tf_dagster.orchestration.checks.rules import RULES
 from tests.support.project import BOUND, RELEASE, REPOSITORY, SHARED_DATA, UpstreamCommand, read_array, relative_errors
+
+pytestmark = pytest.mark.takes(450)
 
 TRAIN = {"homo_sapiens", "mus_musculus", "callithrix_jacchus"}
 
@@ -78,6 +81,7 @@ def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
     (folder,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/qc")
     array, shards = (dg.AssetKey(["demo_human", name]) for name in ("embeddings_array", "shard_embeddings"))
     with dg.DagsterInstance.from_config(str(demo / "demo-data" / "dagster_home")) as instance:
+        assert not instance.nux_enabled, "no newsletter over the first page"
         (record,) = instance.fetch_observations(array, limit=10).records
         assert record.asset_observation is not None
         shown = record.asset_observation.metadata
@@ -90,7 +94,7 @@ def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
         assert sum(row.data["embedded"] for row in tissues) == sum(row.data["cells"] for row in tissues) == 400
         log = instance.event_log_storage
         passed = {}
-        for key in [dg.AssetCheckKey(array, name) for name in (*CHECKS, *RULES, CHECK)]:
+        for key in [dg.AssetCheckKey(array, name) for name in (*CHECKS, *RULES, VERIFIED_CHECK)]:
             (evaluated,) = log.get_asset_check_execution_history(key, limit=10)
             assert evaluated.evaluation is not None
             passed[key.name] = evaluated.evaluation.passed

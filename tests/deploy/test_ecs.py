@@ -26,6 +26,8 @@ from tests.support.on_s3 import reader_config
 from tests.support.postgres import postgres
 from tests.support.project import RELEASE, REPOSITORY, Project, read_array
 
+pytestmark = pytest.mark.takes(180)
+
 SETS, PLACEMENT = REPOSITORY / "deploy" / "sets", REPOSITORY / "deploy" / "ecs"
 ACCOUNT = "123456789012"
 

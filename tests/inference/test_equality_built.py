@@ -26,7 +26,7 @@ GENES = [f"ENSG{i:011d}" for i in range(N_GENES)]
 KNOWN = np.arange(N_GENES) % 10 != 3
 ASSAYS = ("10x 3' v3", "Smart-seq2")
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.takes(340)]
 
 
 def built_cells() -> Cells:

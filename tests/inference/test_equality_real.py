@@ -26,6 +26,8 @@ from tests.support.project import (
     relative_errors,
 )
 
+pytestmark = pytest.mark.takes(480)
+
 ORGANISMS = {
     "mouse_merfish_500": ("mus_musculus", "Mus musculus"),
     "human_10x_chr21": ("homo_sapiens", "Homo sapiens"),

@@ -32,6 +32,8 @@ from tests.support.ecs_double import Task
 from tests.support.postgres import PASSWORD
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
 
+pytestmark = pytest.mark.takes(260)
+
 CELLS, SHARDS = 480, 4
 FALSELY_LOST = 1
 STRIKES = {0: signal.SIGKILL, FALSELY_LOST: signal.SIGSTOP, 2: signal.SIGTERM}

@@ -21,9 +21,9 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.utils import make_new_run_id
 from dagster._daemon.auto_run_reexecution.event_log_consumer import _create_cursor_key
 
-from census_tf_dagster.config.dagster_names import LOST_RUNS, RETRIED_BY_TAG, SHARDS, WILL_RETRY_TAG, WORKER_TAG
+from census_tf_dagster.config.dagster_names import LOST_RUNS, RETRIED_BY_TAG, SHARDS, WILL_RETRY_TAG
 from census_tf_dagster.demo.run import INSTANCE
-from census_tf_dagster.io.worker_process import WorkerProcess
+from census_tf_dagster.io.worker_process import WORKER_TAG, WorkerProcess
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.observations import ShardProgress
 from census_tf_dagster.operate.remote_set import find_set
@@ -38,8 +38,10 @@ from census_tf_dagster.orchestration.sensors.lost_runs import (
     marking_executor,
 )
 from tests.support.builders import tiny
-from tests.support.deployment import Operator, running, until
-from tests.support.project import RELEASE, Project, read_array
+from tests.support.deployment import QUICK, Operator, running, until
+from tests.support.project import RELEASE, REPOSITORY, Project, read_array
+
+pytestmark = pytest.mark.takes(250)
 
 HOLD = "import sys; print('here', flush=True); sys.stdin.read()"
 
@@ -289,13 +291,14 @@ def switch(operator: Operator, *, on: bool) -> None:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    project = tiny(Project(tmp_path_factory.mktemp("lost")), cells=CELLS, shards=2, megabatch_size=1)
+    quick = Project(tmp_path_factory.mktemp("lost"), {"PYTHONPATH": str(REPOSITORY)})
+    project = tiny(quick, cells=CELLS, shards=2, megabatch_size=1)
     home = Path(project.env["DAGSTER_HOME"])
     (home / "dagster.yaml").write_text(INSTANCE.replace("max_concurrent_runs: 1", "max_concurrent_runs: 2"))
     assert project.command("release", "add", RELEASE).returncode == 0
     planned = project.materialize("tiny/obs_id_plan", RELEASE)
     assert planned.returncode == 0, planned.stderr[-3000:]
-    with running(project, daemon=True) as operator:
+    with running(project, daemon=True, module=QUICK) as operator:
         launched = operator.begin("launched", "launch", "tiny", RELEASE, "--shards", "0-1")
         launched.says("launched backfill")
         deployment = Deployment.at(operator.url)

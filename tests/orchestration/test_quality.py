@@ -31,6 +31,8 @@ from tests.support.builders import N_GENES, tiny
 from tests.support.in_process import Deployment
 from tests.support.project import RELEASE, Project, read_array
 
+pytestmark = pytest.mark.takes(160)
+
 CELLS = 900
 LATER = "2026-05-08"
 Values = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from census_tf_dagster.pipeline.copy_shard import copy_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
@@ -13,6 +14,8 @@ from tests.support.deployment import running_locally
 from tests.support.on_s3 import on_s3, reader_config
 from tests.support.project import RELEASE, Project, read_array
 from tests.support.releases import EARLIER, fill_planned, two_releases, verify_earlier
+
+pytestmark = pytest.mark.takes(160)
 
 
 def test_a_launch_plans_copies_computes_and_verifies_once(project: Project, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from tests.support.census_edits import rewrite, set_counts
 from tests.support.processes import children, gone_within
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
 
+pytestmark = pytest.mark.takes(240)
+
 CELLS = 400
 
 

@@ -20,6 +20,8 @@ from census_tf_dagster.store.verification import VerificationError, verify_shard
 from tests.support.builders import tiny
 from tests.support.project import Project, read_array
 
+pytestmark = pytest.mark.takes(190)
+
 
 def run_all(context: ReleaseContext) -> None:
     make_plan(context)

@@ -25,6 +25,8 @@ from tests.support.moto_servers import REGION, client, moto_server, s3_proxy, up
 from tests.support.on_s3 import on_s3, reader_config
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
 
+pytestmark = pytest.mark.takes(700)
+
 SECRET = "a-secret-that-nobody-may-see"
 
 

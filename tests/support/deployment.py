@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from census_tf_dagster.config.dagster_names import UPSTREAM_CHECK
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
-from census_tf_dagster.orchestration.checks.quality import SHARD_CHECK
 from tests.support.project import RELEASE, Project
 
 POLL = 0.7
 """Seconds between looks: each takes CPU from the servers that it waits for."""
+QUICK = "tests.support.quick_definitions"
+"""Definitions whose sensors look every 5 s."""
 PATIENCE = 600.0
 """Seconds that any one wait may take on a machine with other work."""
 
@@ -168,11 +170,13 @@ def running(project: Project, *, daemon: bool, module: str = "census_tf_dagster.
 
 
 @contextmanager
-def running_locally(project: Project, *, daemon: bool) -> Iterator[Operator]:
+def running_locally(
+    project: Project, *, daemon: bool, module: str = "census_tf_dagster.definitions"
+) -> Iterator[Operator]:
     """Run them with runs as processes of the daemon, two at once."""
     with (project.folder / "dagster_home" / "dagster.yaml").open("a") as file:
         file.write("concurrency:\n  runs:\n    max_concurrent_runs: 2\n")
-    with running(project, daemon=daemon) as operator:
+    with running(project, daemon=daemon, module=module) as operator:
         yield operator
 
 
@@ -188,7 +192,7 @@ def materialize(deployment: Deployment, of: RemoteSet, shard: int, **own_tags: s
             "pipelineName": "__ASSET_JOB",
             "assetSelection": [of.key("shard_embeddings")],
             # The interface names the checks that an asset makes of itself, and no others.
-            "assetCheckSelection": [{"assetKey": of.key("shard_embeddings"), "name": SHARD_CHECK}],
+            "assetCheckSelection": [{"assetKey": of.key("shard_embeddings"), "name": UPSTREAM_CHECK}],
         },
         "mode": "default",
         "runConfigData": "{}",

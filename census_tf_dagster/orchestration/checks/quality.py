@@ -14,10 +14,7 @@ import dagster as dg
 
 from census_tf_dagster.config.dagster_names import ARRAY, SHARDS, UPSTREAM_CHECK
 from census_tf_dagster.config.settings import SetSettings
-from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
-from census_tf_dagster.orchestration.partitions import RELEASES, shard_partitions
-from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
-from census_tf_dagster.quality.thresholds import (
+from census_tf_dagster.config.thresholds import (
     LEAST_DEVIATIONS,
     LEAST_EXCESS,
     LEAST_RANK,
@@ -25,6 +22,9 @@ from census_tf_dagster.quality.thresholds import (
     MOST_SPREAD,
     upstream_bound,
 )
+from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
+from census_tf_dagster.orchestration.partitions import RELEASES, shard_partitions
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
     from census_tf_dagster.quality.report import Report
