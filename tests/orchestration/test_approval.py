@@ -1,4 +1,4 @@
-"""The gate before money: what it lets pass, what it asks, and for which plan an approval holds."""
+"""The asset `approval`: when it approves by itself, when it asks a person, and which plans an approval covers."""
 
 import json
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ class Gate:
         )
 
     def decide(self) -> tuple[dict[str, Any] | None, str]:
-        """Run the approval by automation; return what it gave, and what it asked last."""
+        """Run the approval by automation. Return the approval's metadata and the last request for a person."""
         result = self.run("approval", person=False)
         assert result.success
         observed = self.instance.fetch_observations(APPROVAL, limit=1).records

@@ -1,4 +1,4 @@
-"""Every way in places its runs, and a fleet that loses workers ends with the right array.
+"""Every way to start a run places it, and a fleet that loses workers still ends with the right array.
 
 deploy/ecs/dagster.yaml on a real PostgreSQL, with a real webserver and daemon; in front of moto's ECS a double that
 runs what is launched, each command in processes of its own. The set `tiny` is done for real; `gpu` and `auto` need a
@@ -40,7 +40,7 @@ STRIKES = {0: signal.SIGKILL, FALSELY_LOST: signal.SIGSTOP, 2: signal.SIGTERM}
 """What happens to the first worker of a shard. The frozen one is declared lost, and goes on once another works on its
 shard."""
 OVERRIDES_LIMIT = 8192
-"""Characters, by ECS."""
+"""In characters; a limit of ECS."""
 
 RUNS = """{ runsOrError(limit: 1000) { ... on Runs { results {
   runId status creationTime endTime assetSelection { path } tags { key value }
@@ -84,7 +84,7 @@ class Cluster:
         return found
 
     def look(self) -> None:
-        """Give every new task a node or, where it would do nothing here, an end."""
+        """Give every new task a node, or end it if it would do nothing here."""
         self.known = self.runs()
         for task in list(self.on.ecs.tasks):
             if task.run_id in self.seen or task.run_id not in self.known:

@@ -1,4 +1,4 @@
-"""Runs whose worker is gone and retries that were lost, on a real instance; and a deployment killed all at once."""
+"""Runs whose worker is gone, retries that were lost, and a deployment whose processes are all killed at once."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def worker_of(run: str, process: subprocess.Popen[bytes]) -> WorkerProcess:
-    """Name another process as this one names itself."""
+    """Return the record of another process."""
     ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
     return replace(WorkerProcess.this(run), pid=process.pid, started=ticks)
 
@@ -143,7 +143,7 @@ def test_only_a_run_whose_worker_is_gone_is_ended(
 
 
 def lose_retry(instance: dg.DagsterInstance, backfill: str) -> str:
-    """Make a failed run that is announced as retried, which no daemon looks at."""
+    """Create a failed run whose retry is announced, without a daemon that reads it."""
     run = instance.create_run_for_job(asking, status=dg.DagsterRunStatus.STARTED, tags={"dagster/backfill": backfill})
     instance.report_run_failed(run)
     return run.run_id
@@ -262,7 +262,7 @@ def kill_everything(operator: Operator) -> None:
 
 
 def lose_the_retry_of(operator: Operator, run: str) -> None:
-    """Fail a run as Dagster does, and let Dagster's daemon have looked a moment too early."""
+    """Fail a run as Dagster does, as if Dagster's daemon had read it a moment too early."""
     with dg.DagsterInstance.from_config(operator.project.env["DAGSTER_HOME"]) as instance:
         found = instance.get_run_by_id(run)
         assert found is not None

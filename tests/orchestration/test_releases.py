@@ -1,4 +1,4 @@
-"""Releases are noticed: the directory, played by a local HTTP server, the sensor and the schedule's job."""
+"""New releases are found: a local HTTP server is the directory; the sensor and the schedule's job read it."""
 
 import time
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def server() -> Iterator[DirectoryServer]:
 
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    """One that is opened anew with what it had stored."""
+    """An instance that can be opened again with its stored state."""
     with dg.DagsterInstance.local_temp(str(tmp_path)) as opened:
         yield opened
 

@@ -1,4 +1,4 @@
-"""Old plans and arrays: kept by default, expired or archived by policy, never what is needed."""
+"""Old plans and arrays are kept by default, and deleted or archived by policy; needed ones never are."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.support.project import RELEASE, Project, read_array
 
 DAY = 86400
 OTHERS = ("2023-05-15", "2023-12-15", "2024-07-01", "2025-01-30")
-"""Releases with copies of the one real array; names are all that a policy tells releases apart by."""
+"""Releases with copies of one real array. A policy distinguishes releases only by name."""
 
 
 def age(folder: Path, days: float) -> None:

@@ -1,4 +1,4 @@
-"""What a run gets of its steps' placement: agreement, the run's own tags, retries, plans that cannot be read."""
+"""The placement that a run gets from its steps: disagreeing steps, the run's own tags, retries, unreadable plans."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ NEWER = Placement.model_validate(PLACEMENT | {"memory_gib": 60}).tags()
 
 
 def placed(platform: str, step: dict[str, str], **run: str) -> dict[str, str]:
-    """What one step's run is given, without the coordinator's own notes."""
+    """Return the placing tags of a run of one step, without the coordinator's own tags."""
     tags = place(platform, {"shard": step}, run)
     return {name: value for name, value in tags.items() if name not in (ASKED_TAG, PLACED_TAG)}
 

@@ -1,4 +1,4 @@
-"""README and docs: commands are run or say why not, links lead somewhere, and the page of fields is the schema's."""
+"""README and docs: commands run or have a reason why not, links resolve, and the page of fields agrees with the schema."""
 
 import os
 import re
@@ -116,6 +116,6 @@ def test_readme_is_of_one_screen() -> None:
 
 
 def test_no_benchmark_hides_a_module_of_python() -> None:
-    """Upstream's python runs scripts of that folder, and so finds what stands beside them first."""
+    """Upstream's Python runs scripts of that folder, so it imports modules beside them first."""
     names = {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")}
     assert not names & sys.stdlib_module_names
