@@ -212,7 +212,7 @@ def test_a_cancelled_backfill_is_no_success(story: Story) -> None:
     assert (story.without_waiting.returncode, story.without_waiting.stderr) == (0, "")
     launched, look, follow = story.without_waiting.stdout.splitlines()
     assert launched.startswith("launched backfill ")
-    assert look.startswith("  look:   python -m census_tf_dagster status broken")
+    assert look.startswith("  look:   census-tf-dagster status broken")
     assert follow.startswith("  follow: the same launch command again")
     code, said = story.cancelled
     assert code == 1

@@ -1,4 +1,4 @@
-"""README and docs: commands run or have a reason why not, links resolve, and the page of fields agrees with the schema."""
+"""README and docs: commands run or have a reason why not, links resolve, and the page of fields fits the schema."""
 
 import os
 import re
