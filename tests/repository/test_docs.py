@@ -1,4 +1,4 @@
-"""README and docs: commands run or have a reason why not, links resolve, and the page of fields fits the schema."""
+"""README and docs: commands are run or say why not, links lead somewhere, and the page of fields is the schema's."""
 
 import os
 import re
@@ -12,7 +12,8 @@ import pytest
 from census_tf_dagster.config_reference import configure_page
 from tests.support.project import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TOP = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES = [*TOP, *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?^ *```(?P<kind>\S*)\n(?P<code>.*?)^ *```$", re.M | re.S
 )
@@ -116,6 +117,6 @@ def test_readme_is_of_one_screen() -> None:
 
 
 def test_no_benchmark_hides_a_module_of_python() -> None:
-    """Upstream's Python runs scripts of that folder, so it imports modules beside them first."""
+    """Upstream's python runs scripts of that folder, and so finds what stands beside them first."""
     names = {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")}
     assert not names & sys.stdlib_module_names
