@@ -84,12 +84,12 @@ def test_the_plan_says_what_it_takes(project: Project, instance: dg.DagsterInsta
     hours = shown["tokens"] / shown["tokens_per_second_of_a_gpu"] / 3600
     assert shown["cost_usd"] == pytest.approx(hours * 1e9, rel=1e-3)
     assert shown["cost_usd"] > 1
-    assert shown["rate"].startswith("ASSUMED: 25% of the arithmetic that a L40S can do")
+    assert shown["rate"].startswith("ASSUMED: 25% of the peak arithmetic of the L40S")
     assert (shown["auto_start"], shown["release_deleted_from"]) == ("up to 1.00 USD a release", "stays")
     dry = project.command("launch", "tiny", RELEASE, "--dry-run", "--url", "http://127.0.0.1:9")
     assert f"{shown['tokens']:,} tokens to compute" in dry.stdout
     assert f"{shown['cost_usd']:,.2f} USD" in dry.stdout
-    assert "started now, shards would be done on 20" in dry.stdout
+    assert "if started now, the shards finish on 20" in dry.stdout
 
 
 def test_within_the_budget_it_is_given_by_itself(project: Project, instance: dg.DagsterInstance) -> None:
