@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = ("control", "worker")
-CHANGED = "census_tf_dagster/cli.py"
+CHANGED = "census_tf_dagster/cli/__init__.py"
 TRIES = 3
 PACKAGES = "opt/census_tf/venv/lib/python3*/site-packages"
 

@@ -21,7 +21,7 @@ import psycopg2
 import yaml
 
 from benchmarks.common import spread
-from census_tf_dagster.operate.backfills import Work, start
+from census_tf_dagster.operate.backfills import LaunchScope, start
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.remote_set import find_set
 from tests.support.builders import tiny
@@ -96,7 +96,7 @@ def _queued(operator: Operator, before: int, shards: int) -> tuple[float, float]
         dbname=env["DAGSTER_PG_DB"],
     )
     connection.autocommit = True
-    work = Work(plan=False, shards=tuple(range(shards)), array=False, recompute=False)
+    work = LaunchScope(plan=False, shards=tuple(range(shards)), array=False, recompute=False)
     start(deployment, find_set(deployment, "tiny"), RELEASE, work)
     asked, first = time.monotonic(), 0.0
     with connection.cursor() as cursor:

@@ -1,4 +1,4 @@
-"""`python -m census_tf_dagster`."""
+"""Lets `python -m census_tf_dagster` run the same commands as the installed `census-tf-dagster`."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""docs/configure.md: every field of a set's YAML, of placement and publication, from the schema that loading uses.
+"""Writes docs/configure.md: every field of sets, placement and publication, from the schema that loading uses.
 
-``python -m census_tf_dagster.config_reference > docs/configure.md`` writes it (`make docs`); a test compares.
+Run ``python -m census_tf_dagster.config_reference > docs/configure.md`` (or `make docs`). A test compares the result
+with the page. The descriptions of fields belong to the models; only the frame of the page is here.
 """
 
 import re
@@ -19,10 +20,9 @@ from census_tf_dagster.embedding_set import EmbeddingSet
 
 INTRODUCTION = """# Configure
 
-*Written by `make docs` from the schema that loading uses; edit the descriptions there.*
+*For operators who declare the sets of a deployment: every field of the YAML files, and every environment variable.*
 
-A deployment is a folder of sets, and variables that say where Census and store are. Each set is one file,
-`FOLDER/<set>/defs.yaml`:
+A set is one file, `FOLDER/<set>/defs.yaml`, in the deployment's folder of sets:
 
 ```yaml
 type: census_tf_dagster.embedding_set.EmbeddingSet
@@ -34,26 +34,30 @@ attributes:
   shards: 96
 ```
 
-Texts may hold `{{ env.NAME }}`, a variable of the process that loads them. No other template is understood and nothing
-is evaluated, so whoever may write these files cannot run code with them. You see all mistakes of all files at once,
-each with file, line, value and remedy: when Dagster loads them, and by
+Check the files after each change. The command prints all mistakes of all files at once, each with its file, line,
+value and remedy; Dagster prints the same when it loads the files.
 
 ```bash
-python -m census_tf_dagster check
+census-tf-dagster check
 ```
 
-`dg check yaml census_tf_dagster/defs/demo_human` shows file, line and value of what the schema alone can tell, in an
-editor too (Dagster's own tool; name one set, since it checks one file of a type when given none).
+A text may contain `{{ env.NAME }}`: the value of an environment variable of the process that loads the file. No other
+template is supported and nothing is evaluated, so the authors of these files cannot run code with them.
+
+In an editor, Dagster's own `dg check yaml census_tf_dagster/defs/demo_human` reports file, line and value of the
+mistakes that the schema alone can show. Name one set: without a name it checks only one file of each type.
+
+*`make docs` writes this page from the schema that loading uses. To change a description, edit it in the code.*
 """
 TITLES: dict[type[BaseModel], str] = {
     EmbeddingSet: "A set: `attributes`",
-    Publication: "`publication`, and what [publish](publish.md) makes of it",
+    Publication: "`publication` ([publish](publish.md))",
     Placement: "`placement`, in a set and in `FOLDER/placement.yaml` ([placement](placement.md))",
 }
 
 
 def configure_page() -> str:
-    """Return the whole page."""
+    """Return the text of the page."""
     sections = [INTRODUCTION.rstrip()]
     written: set[type[BaseModel]] = set()
     for model, title in TITLES.items():
@@ -126,21 +130,22 @@ def _default(field: FieldInfo) -> str:
 
 
 def _variables() -> str:
-    """Return the table of variables from the docstring of `definitions`, where they are read."""
+    """Return the table of variables, taken from the docstring of `definitions`, where they are read."""
     rows = [line for line in str(definitions.__doc__).splitlines() if line.startswith("CENSUS_TF_")]
     parts = [re.split(r"\s{2,}", row.replace("``", "`").strip()) for row in rows]
     table = ["| variable | meaning | default |", "|---|---|---|"]
     table += [f"| `{name}` | {meaning} | {default} |" for name, meaning, default in parts]
     table += [
-        "| `CENSUS_TF_DAGSTER_URL` | address of the webserver, for `launch` and `status` | http://127.0.0.1:3000 |",
+        "| `CENSUS_TF_DAGSTER_URL` | address of the webserver, for `launch`, `approve` and `status` "
+        "| http://127.0.0.1:3000 |",
         "| `DAGSTER_HOME` | folder of the Dagster instance (Dagster's own) | none |",
     ]
     return "\n".join(
         [
             *table,
             "",
-            "Credentials come from the environment or the role, as for every AWS tool; they are never among these, and",
-            "never in run configuration, logs or metadata.",
+            "Credentials come from the environment or the role, as for every AWS tool. None of these variables holds",
+            "any, and they never appear in run configuration, logs or metadata.",
         ]
     )
 

@@ -1,24 +1,25 @@
-"""What Dagster loads: the sets of this deployment, and where its Census and store are.
+"""What Dagster loads: the sets of this deployment, its Census and its store.
 
-Reads the variables of a deployment (the command line reads only where Dagster is). Unset, they mean the demo:
+This module reads the variables of a deployment; the command line adds only DAGSTER_HOME and the webserver's address.
+Without any variable you get the demo:
 
 =============================  ==========================================  =============================
 variable                       meaning                                     default
 =============================  ==========================================  =============================
-CENSUS_TF_SETS                 folder or S3 prefix of set/defs.yaml files  the demo sets of this package
+CENSUS_TF_SETS                 folder or S3 prefix of <set>/defs.yaml      the demo sets of this package
 CENSUS_TF_CENSUS               ``public``, or a location with {release}    demo-data/census/{release}
-CENSUS_TF_CENSUS_DIRECTORY     where public releases are listed            as cellxgene_census
-CENSUS_TF_RELEASES             ``lts``, or ``weekly``: those as well       lts
+CENSUS_TF_CENSUS_DIRECTORY     address of the list of public releases      as in cellxgene_census
+CENSUS_TF_RELEASES             ``lts``, or ``weekly``: both kinds          lts
 CENSUS_TF_CENSUS_S3_REGION     region of the Census's bucket               us-west-2
 CENSUS_TF_CENSUS_S3_ENDPOINT   S3-compatible server of the Census          AWS
-CENSUS_TF_CENSUS_S3_SIGNED     1: with this machine's credentials          anonymous
+CENSUS_TF_CENSUS_S3_SIGNED     1: use this machine's credentials           anonymous
 CENSUS_TF_STORE                folder or S3 prefix of plans and arrays     demo-data/store
-CENSUS_TF_STORE_S3_REGION      region of the store's bucket                as AWS's own settings say
+CENSUS_TF_STORE_S3_REGION      region of the store's bucket                as in AWS's own settings
 CENSUS_TF_STORE_S3_ENDPOINT    S3-compatible server of the store           AWS
-CENSUS_TF_CACHE                local folder of checkpoints                 ~/.cache/census-tf-dagster
+CENSUS_TF_CACHE                local folder for fetched checkpoints        ~/.cache/census-tf-dagster
 =============================  ==========================================  =============================
 
-Credentials come from the environment or the role, as for every AWS tool; they are never among these.
+Credentials come from the environment or the role, as for every AWS tool. None of these variables holds any.
 """
 
 import os
@@ -57,7 +58,7 @@ def load_sets(folder: Path) -> dg.Definitions:
     Raises
     ------
     UserError
-        When there is none, or with every mistake in them.
+        When there is no set, or a file has mistakes. The message lists all of them.
     """
     with _component_tree(folder) as tree:
         return tree.build_defs()
@@ -73,13 +74,13 @@ def load_settings(folder: Path) -> dict[str, SetSettings]:
 @contextmanager
 def _component_tree(folder: Path) -> Iterator[dg.ComponentTree]:
     require_right_files(folder)
-    # The folder may be mounted from anywhere; Dagster's component loader wants it to be a package.
+    # The folder may be mounted anywhere, but Dagster's component loader expects a package.
     package = ModuleType("census_tf_sets")
     package.__file__ = None
     package.__path__ = [str(folder.absolute())]
     sys.modules[package.__name__] = package
     with warnings.catch_warnings():
-        # Dagster's own code references, attached to what it loads, are still marked beta.
+        # Dagster attaches code references, which it still marks as beta, to everything it loads.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         yield dg.ComponentTree.from_module(package, project_root=folder.absolute())
@@ -97,13 +98,13 @@ def build_definitions(
     Parameters
     ----------
     sets
-        Their assets and checks.
+        The assets and checks of all sets.
     census, store
-        Where they are.
+        The resources of the deployment.
     kinds
-        Releases that are added by themselves.
+        Which releases are added automatically.
     retention
-        What becomes of old arrays; None: they are kept.
+        The policy for old plans and arrays; None: they are kept.
     """
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
     plans = [key for asset in assets for key in asset.keys if key.path[-1] == PLAN]
@@ -120,7 +121,7 @@ def build_definitions(
 
 
 def sets_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of this deployment's sets; those on S3 are fetched."""
+    """Return the folder of this deployment's sets. Sets on S3 are fetched to a local folder first."""
     sets = variables.location(environment, "CENSUS_TF_SETS", str(Path(__file__).parent / "defs"))
     if is_local(sets):
         return Path(sets.removeprefix("file://")).expanduser()
@@ -132,7 +133,7 @@ def sets_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def census_resource(environment: Mapping[str, str] = os.environ) -> CensusResource:
-    """Return this deployment's Census."""
+    """Return the Census of this deployment."""
     return CensusResource(
         location=variables.census_location(environment, "CENSUS_TF_CENSUS", "demo-data/census/{release}"),
         directory=variables.web_address(environment, "CENSUS_TF_CENSUS_DIRECTORY"),
@@ -143,7 +144,7 @@ def census_resource(environment: Mapping[str, str] = os.environ) -> CensusResour
 
 
 def store_resource(environment: Mapping[str, str] = os.environ) -> StoreResource:
-    """Return this deployment's store."""
+    """Return the store of this deployment."""
     return StoreResource(
         location=variables.location(environment, "CENSUS_TF_STORE", "demo-data/store"),
         s3_region=variables.region(environment, "CENSUS_TF_STORE_S3_REGION", ""),
@@ -159,11 +160,14 @@ def deployed_context(set_name: str, release: str) -> Iterator["ReleaseContext"]:
     Raises
     ------
     UserError
-        When there is no such set, or as `open_context` does.
+        When there is no such set, or as in `open_context`.
     """
     sets = load_settings(sets_folder())
     if set_name not in sets:
-        raise UserError(f"there is no set {set_name!r}; this deployment has {', '.join(sorted(sets))}.")
+        raise UserError(
+            f"there is no set {set_name!r}; expected one of this deployment: {', '.join(sorted(sets))}. Correct the "
+            "name, or set CENSUS_TF_SETS to the folder that has it."
+        )
     with release_context(sets[set_name], release, census_resource(), store_resource()) as opened:
         yield opened
 

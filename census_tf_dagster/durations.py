@@ -1,4 +1,4 @@
-"""Time spans as a person reads them."""
+"""Writes time spans for people. Parsing them does not belong here."""
 
 
 def duration(seconds: float) -> str:

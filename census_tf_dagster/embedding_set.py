@@ -1,4 +1,7 @@
-"""The component behind a set's YAML: organism x model, from which its assets come."""
+"""The component behind a set's YAML: one organism, one checkpoint, and the assets that follow from them.
+
+The fields and their limits are declared here. What the assets do belongs to `orchestration`.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -24,13 +27,13 @@ from census_tf_dagster.orchestration.checks.quality import build_quality_checks
 from census_tf_dagster.orchestration.checks.rules import build_rule_checks, build_verified_check
 
 NAME = "^[A-Za-z0-9_]{1,100}$"
-"""What Dagster allows in a group's name, and a folder's."""
+"""The characters that Dagster allows in the name of a group."""
 
 Owner = Annotated[
     str,
     Field(pattern=r"^(team:[A-Za-z0-9_-]+|[A-Za-z0-9_][A-Za-z0-9._%+-]*@[A-Za-z0-9.-]+\.[A-Za-z]{2,7})$"),
 ]
-"""What Dagster takes as an owner (`dagster._core.utils.is_valid_email`), so that a set it refuses is refused here."""
+"""The owners that Dagster accepts (`dagster._core.utils.is_valid_email`)."""
 
 
 class EmbeddingSet(dg.Component, dg.Model):
@@ -40,85 +43,95 @@ class EmbeddingSet(dg.Component, dg.Model):
 
     name: str = Field(
         pattern=NAME,
-        description="Name of the set (letters, digits and _): asset key prefix, asset group and folder in the store.",
+        description="Name of the set (letters, digits and _). It is the prefix of asset keys, the asset group, and the "
+        "folder in the store.",
     )
     organism: str = Field(pattern=NAME, description="Key of the organism under census_data, such as homo_sapiens.")
     checkpoint: Location = Field(
-        description="Checkpoint as `transcriptformer download` makes it: a folder, or an S3 prefix."
+        description="Folder or S3 prefix of the checkpoint, as `transcriptformer download` creates it."
     )
     checkpoint_fingerprint: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
-        description="What the checkpoint must be (the identity's checkpoint_fingerprint); another one is refused.",
+        description="Required fingerprint of the checkpoint (checkpoint_fingerprint in the identity). A checkpoint "
+        "with another fingerprint is refused.",
     )
     pretrained_embeddings: list[Location] = Field(
         default_factory=list,
         max_length=100,
         description="Gene embedding files (.h5) for a species outside the checkpoint's vocabulary.",
     )
-    shards: int = Field(default=96, ge=1, le=9999, description="Shards of a release: one Dagster partition each.")
+    shards: int = Field(
+        default=96, ge=1, le=9999, description="Number of shards of a release. Each shard is one Dagster partition."
+    )
     value_filter: str | None = Field(
         default=None,
-        description="SOMA filter over obs columns; only matching cells are embedded. Comparisons and `in [...]`, "
-        "joined by and, or, & and |.",
+        description="SOMA filter over obs columns: only matching cells are embedded. It consists of comparisons and "
+        "`in [...]`, joined by and, or, & and |.",
     )
     mod: int = Field(
-        default=1, ge=1, le=10**9, description="Keep joinids divisible by this: a trial run on 1 cell in mod."
+        default=1,
+        ge=1,
+        le=10**9,
+        description="Embed only cells whose soma_joinid is divisible by this number, for a trial run on 1 cell in mod.",
     )
     megabatch_size: int = Field(
-        default=16384, ge=1, le=131072, description="Cells read, embedded and committed together."
+        default=16384, ge=1, le=131072, description="Number of cells that are read, embedded and committed together."
     )
     batch_size: int | None = Field(
         default=None,
         ge=1,
         le=131072,
-        description="Cells in a row of the model at most; left out: as many as free memory holds.",
+        description="Most cells in one row of the model. Default: as many as the free memory holds.",
     )
     compute_precision: Literal["fp32", "fp16", "bf16"] = Field(
         default=DEFAULT_COMPUTE_PRECISION, description="Precision of weights and activations."
     )
     storage_precision: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",
-        description="bfloat16: values rounded to 7 mantissa bits, as Census embeddings are.",
+        description="bfloat16: values are rounded to 7 mantissa bits, as in the Census's own embeddings. "
+        "float32: values are not rounded.",
     )
     gene_order: Literal["census", "vocabulary"] = Field(
         default="census",
-        description="Order in which the model sees a cell's genes. census: as in var, as upstream has it. "
-        "vocabulary: as in the checkpoint, so that it is the same in each release.",
+        description="Order in which the model sees a cell's genes. census: the order of var, as upstream uses it. "
+        "vocabulary: the order of the checkpoint, which is the same in every release.",
     )
     reuse: bool = Field(
         default=False,
-        description="Copy cells that an earlier release's array of this set has already (docs/reuse.md): adds the "
-        "asset reused_embeddings.",
+        description="Copy the embeddings of cells that are already in the array of an earlier release of this set "
+        "(docs/reuse.md). Adds the asset reused_embeddings.",
     )
     fractional_counts: Literal["embed", "set_aside"] = Field(
         default="embed",
-        description="Cells with counts that are no whole numbers. embed: as they are, as upstream does. set_aside: no "
-        "embedding.",
+        description="What to do with cells whose counts are not whole numbers. embed: embed them unchanged, as "
+        "upstream does. set_aside: leave them without an embedding.",
     )
-    device: Literal["cuda", "cpu"] = Field(default="cuda", description="cuda, or cpu for small trials.")
+    device: Literal["cuda", "cpu"] = Field(
+        default="cuda", description="Device of the model: cuda, or cpu for small trials."
+    )
     auto_start: Literal["off", "on"] | bool | Budget = Field(
         default="off",
-        description="Whether new releases start by themselves: off, on, or {budget: US dollars a release}; what costs "
-        "more waits for a person's approval.",
+        description="Whether new releases start automatically: off, on, or {budget: US dollars per release}. A release "
+        "that costs more than the budget waits for a person's approval.",
     )
     owners: list[Owner] = Field(
         default_factory=list,
         max_length=100,
-        description="Whom Dagster shows as owners: addresses, or teams as `team:name`.",
+        description="Owners shown in Dagster: e-mail addresses, or teams as `team:name`.",
     )
     publication: Publication | None = Field(
         default=None,
-        description="What the array says of itself once it is published (CxG_embedding_info). May be added later.",
+        description="Description of the published array (CxG_embedding_info). You can add it later.",
     )
     placement: Placement | None = Field(
-        default=None, description="Which node a shard runs on, where it differs from the deployment's placement.yaml."
+        default=None, description="Entries of the placement that differ from the deployment's placement.yaml."
     )
 
     @model_validator(mode="wrap")
     @classmethod
     def _resolved(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Resolve ``{{ env.NAME }}`` in texts, whoever loads them: `check`, Dagster, or another Dagster project."""
+        """Replace ``{{ env.NAME }}`` in texts, for every loader: `check`, Dagster, and other Dagster projects."""
         return validate_resolved(value, handler)
 
     @field_validator("value_filter")
@@ -130,12 +143,12 @@ class EmbeddingSet(dg.Component, dg.Model):
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
-        """Return the schema: the set itself, so that `dg check yaml` is as strict as loading is."""
+        """Return this class as the schema, so that `dg check yaml` is as strict as loading."""
         return cls
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:  # noqa: ARG003
-        """Return the validated attributes. Dagster's templates are not evaluated: they can run code."""
+        """Return the validated attributes. Dagster's templates are not evaluated, because they can run code."""
         if not isinstance(attributes, cls):
             raise TypeError(f"attributes are {type(attributes).__name__}; expected {cls.__name__}")
         return attributes
@@ -146,7 +159,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         Parameters
         ----------
         deployment
-            The placement that its own replaces entries of: prices and fleet are taken from it.
+            The deployment's placement. The set's own replaces single entries; prices and fleet come from the result.
         """
         return SetSettings(
             name=self.name,
@@ -174,8 +187,8 @@ class EmbeddingSet(dg.Component, dg.Model):
         budget = self.auto_start.budget if isinstance(self.auto_start, Budget) else None
         if budget is not None and nodes.usd_per_gpu_hour is None:
             raise UserError(
-                f"set {self.name!r}: auto_start has a budget of {budget:,.2f} USD, and nothing says what an hour of a "
-                "GPU costs: set usd_per_gpu_hour in placement.yaml, or in the set's own `placement`."
+                f"set {self.name!r}: auto_start has a budget of {budget:,.2f} USD, and the price of a GPU hour is "
+                "unknown; set usd_per_gpu_hour in placement.yaml, or in the set's own `placement`."
             )
         return Spending(
             # YAML reads an unquoted on or off as true or false.
@@ -187,7 +200,7 @@ class EmbeddingSet(dg.Component, dg.Model):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Build the set's assets, one more where it reuses cells, the checks of the last, and what starts them."""
+        """Build the set's assets, the checks of its array, and the sensor that starts it automatically."""
         deployment = read_placement(context.defs_module_path)
         settings = self.settings(deployment)
         placement = shard_tags(self.device, self.placement, deployment)

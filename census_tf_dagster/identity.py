@@ -1,4 +1,7 @@
-"""What decides whether two pieces of work belong to one array."""
+"""The identity of an array: everything that decides its values and which cells it holds.
+
+Facts that do not decide values, such as package versions, hosts and timings, do not belong here.
+"""
 
 import hashlib
 import json
@@ -8,18 +11,17 @@ from typing import Any
 from census_tf_dagster.errors import UserError
 
 NUMERIC_VERSION = 2
-"""Raised by hand when the code of this project may produce other values than before."""
+"""The version of the numeric code. Raise it by hand when the code may produce other values than before."""
 
 RELEASE_FIELDS = {"census_uri", "census_build_date", "value_filter", "mod", "gene_fingerprint"}
-"""Fields that may differ between two arrays of which one has values that the other can take."""
+"""The fields that may differ between two arrays when one of them reuses values of the other."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """All that decides an embedding's value and a cell's place in the array.
+    """Everything that decides an embedding's value and a cell's place in the array.
 
-    Two runs with equal identities may write into one array; any difference means another array. What
-    does not decide values (package versions, hosts, timings) is the *record* and stands elsewhere.
+    Two runs with equal identities may write into the same array. Any difference requires another array.
     """
 
     census_uri: str
@@ -37,14 +39,14 @@ class Identity:
     numeric_version: int = NUMERIC_VERSION
 
     def to_json(self) -> str:
-        """Serialise with sorted keys: equal identities give equal strings."""
+        """Serialise with sorted keys, so that equal identities give equal strings."""
         return json.dumps(asdict(self), sort_keys=True)
 
     def values_differ(self, other: "Identity") -> list[str]:
-        """Return the fields that differ of those that decide a cell's value, whatever release it is in.
+        """Return the differing fields among those that decide a cell's value in any release.
 
-        The others say which release and which of its cells; of the genes' order, which is a matter of each dataset,
-        `census.cell_keys` takes care.
+        The other fields only say which release it is and which of its cells are embedded. The order of the genes
+        depends on the dataset; `census.cell_keys` compares it.
         """
         names = (field.name for field in fields(self) if field.name not in RELEASE_FIELDS)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
@@ -55,12 +57,12 @@ class Identity:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def require_equal(self, stored_json: str, where: str) -> None:
-        """Compare with an identity found in the store.
+        """Refuse an identity from the store that differs from this one.
 
         Raises
         ------
         UserError
-            With the stored and the present value of each differing field side by side.
+            When they differ. The message shows the stored and the present value of each differing field.
         """
         if stored_json == self.to_json():
             return
@@ -75,5 +77,5 @@ class Identity:
         ]
         raise UserError(
             f"{where} belongs to another identity; nothing was written:\n" + "\n".join(rows) + "\n"
-            "Use another set name or store, or restore the inputs that the array was made with."
+            "Use another set name or another store, or restore the inputs with which the array was made."
         )

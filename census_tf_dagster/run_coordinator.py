@@ -1,7 +1,8 @@
-"""The run coordinator that carries a shard's placement from its asset to its run, however the run was started.
+"""The run coordinator that copies a shard's placement from its asset to its run.
 
-Dagster's launchers read the tags of a *run*; what an asset asks for stands in the tags of a *step*. The persisted
-execution plan has both: whoever submits a run (web interface, daemon, `launch`) comes through here.
+Dagster's launchers read the tags of a *run*, but an asset's placement is in the tags of a *step*. Every submitted run
+(from the web interface, the daemon or `launch`) passes through the coordinator, which reads the steps from the run's
+execution plan. `config.placement` makes the tags; this module only carries them.
 """
 
 import hashlib
@@ -26,20 +27,20 @@ PLACED_BY: dict[str, dict[str, str]] = {
     ),
     "kubernetes": {"dagster-k8s/config": "{}"},
 }
-"""The tags with which a launcher places a run, each with a value that says nothing; first the one that names a node."""
+"""The tags with which each launcher places a run, each with its neutral value. The first one names the node."""
 
 SIZES = ("ecs/cpu", "ecs/memory")
 SIZE_RESOURCES = ("cpu", "memory", "ephemeral-storage")
-"""What a tag of the run itself may change."""
+"""The sizes that a run's own tags may change."""
 
 ASKED_TAG, PLACED_TAG = "census_tf/placement_asked", "census_tf/placement_digest"
-"""On a run that was placed: what its own tags asked for, and a digest of what came out. A retry inherits both."""
+"""On a run that was placed: the run's own placing tags, and a digest of the result. A retry inherits both."""
 
 
 class PlacingRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
-    """Dagster's queue, with runs placed when they are submitted.
+    """Dagster's queue, which places each run when it is submitted.
 
-    `dagster.yaml` names it under ``run_coordinator`` with the deployment's ``platform`` (``ecs`` or ``kubernetes``).
+    Configure it in `dagster.yaml` under ``run_coordinator``, with ``platform``: ``ecs`` or ``kubernetes``.
     """
 
     def __init__(self, platform: Platform, inst_data: ConfigurableClassData | None = None, **queue: Any) -> None:
@@ -48,13 +49,13 @@ class PlacingRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
 
     @classmethod
     def config_type(cls) -> Any:
-        """Return what `dagster.yaml` may say."""
+        """Return the configuration that `dagster.yaml` may have."""
         platforms = dg.Enum("Platform", [dg.EnumValue(name) for name in PLACED_BY])
         return {**super().config_type(), "platform": dg.Field(platforms)}  # type: ignore[dict-item]
 
     @classmethod
     def from_config_value(cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]) -> Self:
-        """Make one of what `dagster.yaml` says."""
+        """Make a coordinator from the configuration in `dagster.yaml`."""
         return cls(inst_data=inst_data, **config_value)
 
     def submit_run(self, context: SubmitRunContext) -> dg.DagsterRun:
@@ -63,7 +64,8 @@ class PlacingRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         Raises
         ------
         UserError
-            When its plan cannot be read, its steps disagree, or its own tags would move it; Dagster marks it as failed.
+            When the run's plan cannot be read, its steps disagree, or its own tags would move it to another node.
+            Dagster marks the run as failed.
         """
         run = context.dagster_run
         if run.status == dg.DagsterRunStatus.NOT_STARTED:
@@ -71,7 +73,7 @@ class PlacingRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
                 steps = step_tags(self._instance, run)
                 self._instance.add_run_tags(run.run_id, place(self._platform, steps, run.tags))
             except UserError:
-                # Dagster would submit it again and again, to be refused each time.
+                # Otherwise Dagster would submit the run again and again, and each time it would be refused.
                 self._instance.add_run_tags(run.run_id, {"dagster/max_retries": "0"})
                 raise
         return super().submit_run(context)
@@ -83,45 +85,45 @@ def step_tags(instance: DagsterInstance, run: dg.DagsterRun) -> dict[str, Tags]:
     Raises
     ------
     UserError
-        When there is no plan that can be read: such a run might need a GPU.
+        When the plan cannot be read. Such a run might need a GPU, so it must not start.
     """
     try:
         if run.execution_plan_snapshot_id is None:
-            raise LookupError("it has none")
+            raise LookupError("the run has no plan")
         plan = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
         steps = {step.key: step.tags or {} for step in plan.steps}
         return {key: steps[key] for key in plan.step_keys_to_execute}
     except Exception as error:
         raise UserError(
-            f"run {run.run_id}: its execution plan cannot be read ({type(error).__name__}: {error}), so nobody knows "
-            "which node it needs. It was not started; launch it again."
+            f"run {run.run_id}: its execution plan cannot be read ({type(error).__name__}: {error}), so its node is "
+            "unknown. The run was not started; launch it again."
         ) from error
 
 
 def place(platform: str, steps: Mapping[str, Tags], run: Tags) -> dict[str, str]:
-    """Work out the tags that place a run.
+    """Return the tags that place a run.
 
-    Steps that ask for nothing go where the others do.
+    Steps without a placement run on the node of the other steps.
 
     Parameters
     ----------
     platform
-        Whose tags count.
+        The platform whose tags are used.
     steps
-        Tags of each step.
+        The tags of each step, by step key.
     run
-        The run's own tags; those of a retry hold what its parent's placement was.
+        The run's own tags. A retry's tags include the placement of its parent.
 
     Raises
     ------
     UserError
-        When steps disagree, a step needs a GPU and no placement for this platform is declared, or the run's own tags
-        change more than sizes.
+        When steps disagree, when a step needs a GPU and no placement for this platform is declared, or when the run's
+        own tags change more than sizes.
     """
     names = PLACED_BY[platform]
     own = {name: run[name] for name in names if run.get(name)}
     if run.get(PLACED_TAG) == _digest(own):
-        # Inherited from a run that was placed: the plan may say something newer.
+        # A retry inherited these tags from its parent. The plan may have a newer placement, so they are dropped.
         own = json.loads(run[ASKED_TAG])
         stale = {name: nothing for name, nothing in names.items() if run.get(name)} | {NODE_TAG: "cpu"}
     else:
@@ -142,7 +144,7 @@ def place(platform: str, steps: Mapping[str, Tags], run: Tags) -> dict[str, str]
 
 
 def _agreed(platform: str, steps: Mapping[str, Tags]) -> Tags:
-    """Return what the one step that asks for a node, or all that do, ask for."""
+    """Return the placing tags that all steps with a placement have; none when no step has one."""
     names = (NODE_TAG, *PLACED_BY[platform])
     asks = {key: {name: tags[name] for name in names if name in tags} for key, tags in steps.items()}
     asking = {key: tags for key, tags in asks.items() if tags}
@@ -152,19 +154,19 @@ def _agreed(platform: str, steps: Mapping[str, Tags]) -> Tags:
     for key, tags in others:
         if tags != wanted:
             raise UserError(
-                f"steps {first} and {key} ask for different nodes, and a run has one: {wanted} and {tags}. Launch "
-                "them as runs of their own."
+                f"steps {first} and {key} ask for different nodes: {wanted} and {tags}; a run has only one node. "
+                "Launch them as separate runs."
             )
     if NODE_TAG in wanted and names[1] not in wanted:
         raise UserError(
-            f"step {first} needs a GPU, and no placement of this deployment says where on {platform}: declare it in "
+            f"step {first} needs a GPU, and this deployment has no placement for {platform}. Declare it in "
             "placement.yaml in the folder of sets (docs/placement.md)."
         )
     return wanted
 
 
 def _resized(name: str, wanted: str, own: str) -> str:
-    """Return a placing tag with the sizes that a run's own tag asks for."""
+    """Return the asset's placing tag with the sizes of the run's own tag."""
     if name in SIZES or own == wanted:
         return own
     if name == "dagster-k8s/config":
@@ -177,14 +179,14 @@ def _resized(name: str, wanted: str, own: str) -> str:
         if _within(asked, config):
             return json.dumps(config, sort_keys=True)
     raise UserError(
-        f"the run's own tag {name} would move it from the node that its asset asks for: {own}, where the asset asks "
-        f"for {wanted or 'nothing'}. A run's tag may change sizes only ({', '.join(SIZES)}; in dagster-k8s/config the "
-        f"resources {', '.join(SIZE_RESOURCES)}). Change the set's placement instead."
+        f"the run's own tag {name} is {own}, but its asset's is {wanted or 'not set'}, so the run would move to "
+        f"another node. Expected tags that change sizes only ({', '.join(SIZES)}; in dagster-k8s/config the resources "
+        f"{', '.join(SIZE_RESOURCES)}). Change the set's placement instead."
     )
 
 
 def _within(part: Any, whole: Any) -> bool:
-    """Tell whether everything in `part` stands in `whole` with the same value."""
+    """Tell whether everything in `part` is also in `whole`, with the same value."""
     if isinstance(part, dict) and isinstance(whole, dict):
         return all(
             _within(value, whole.get(key, {} if isinstance(value, dict) else None)) for key, value in part.items()

@@ -1,7 +1,7 @@
-"""The files of a deployment's sets, judged before Dagster loads them: all mistakes at once, each with its remedy.
+"""Checks the files of a deployment's sets before Dagster loads them, and reports all mistakes at once with remedies.
 
-`dg check yaml` knows the schema alone; what it cannot say is said here: two sets of one name, templates, filters,
-placement, and what to write instead.
+`dg check yaml` checks only the schema. This module also checks what the schema cannot express: names used twice,
+templates, filters, placement, and files that Dagster would ignore. It suggests what to write instead.
 """
 
 import os
@@ -29,15 +29,17 @@ from census_tf_dagster.errors import UserError
 
 TYPE = f"{EmbeddingSet.__module__}.{EmbeddingSet.__name__}"
 TOP = ("type", "attributes", "requirements")
-"""What a set's file has at its top, of what Dagster allows there."""
+"""The keys that a set's file may have at its top level. Dagster allows more."""
 SET_FILE = "defs.yaml"
 COMPONENT_FILES = (SET_FILE, "defs.yml", "component.yaml")
-"""What Dagster loads, wherever it is."""
+"""The file names that Dagster loads in any folder."""
 MOST_SHOWN = 20
-"""Mistakes of one file."""
+"""The most mistakes of one file that are shown."""
 MOST_ENTRIES, DEEPEST_FOLDER = 10_000, 20
+"""The size above which a folder is not a folder of sets."""
 CODE = ("template_vars_module", "post_processing")
-"""What Dagster allows as well: it imports the first, and evaluates the second as templates that can run code."""
+"""Keys that Dagster allows and we refuse, because both can run code. Dagster imports the first, and evaluates templates
+in the second."""
 
 
 class _Requirements(BaseModel):
@@ -47,12 +49,12 @@ class _Requirements(BaseModel):
 
 
 def require_right_files(folder: Path) -> None:
-    """Refuse a folder of sets with any mistake.
+    """Refuse a folder of sets that has any mistake.
 
     Raises
     ------
     UserError
-        Naming each mistake by file, line, value and remedy; or that there are no sets.
+        When there are mistakes, each with file, line, value and remedy; or when there are no sets.
     """
     problems = find_problems(folder)
     if problems:
@@ -66,11 +68,11 @@ def find_problems(folder: Path) -> list[Problem]:
     Raises
     ------
     UserError
-        When there is no such folder, or no set in it.
+        When the folder does not exist, or has no set.
     """
     expected = f"expected files such as {folder}/human_tf_sapiens/defs.yaml (CENSUS_TF_SETS names the folder)"
     if not folder.is_dir():
-        raise UserError(f"there is no folder of sets {folder}: {expected}.")
+        raise UserError(f"the folder of sets {folder} does not exist; {expected}.")
     files, problems = _files_of_sets(folder)
     if not files and not problems:
         raise UserError(f"no sets in {folder}: {expected}.")
@@ -83,7 +85,7 @@ def find_problems(folder: Path) -> list[Problem]:
         documents, unreadable = read_documents(file)
         found += unreadable
         if not documents and not unreadable:
-            remedy = f"It needs `type: {TYPE}` and `attributes:`; docs/configure.md shows a whole one."
+            remedy = f"It needs `type: {TYPE}` and `attributes:`; docs/configure.md shows a complete example."
             found.append(Problem(file, 1, "the file is empty", remedy))
         for document in documents:
             own = list(_document_problems(document))
@@ -96,12 +98,12 @@ def find_problems(folder: Path) -> list[Problem]:
 def _at_most(found: list[Problem]) -> list[Problem]:
     if len(found) <= MOST_SHOWN:
         return found
-    more = Problem(found[0].file, 1, f"the file has {len(found) - MOST_SHOWN} more mistakes", "Mend these first.")
+    more = Problem(found[0].file, 1, f"the file has {len(found) - MOST_SHOWN} more mistakes", "Correct these first.")
     return [*found[:MOST_SHOWN], more]
 
 
 def _files_of_sets(folder: Path) -> tuple[list[Path], list[Problem]]:
-    """Return the files of sets, and what Dagster would pass over, or run without these checks."""
+    """Return the files of sets, and a problem for each file that Dagster would ignore, or load without these checks."""
     files: list[Path] = []
     problems: list[Problem] = []
     entries = 0
@@ -111,10 +113,10 @@ def _files_of_sets(folder: Path) -> tuple[list[Path], list[Problem]]:
         if entries > MOST_ENTRIES or len(here.relative_to(folder).parts) > DEEPEST_FOLDER:
             raise UserError(
                 f"the folder of sets {folder} holds more than {MOST_ENTRIES} entries or {DEEPEST_FOLDER} levels; "
-                f"expected a folder of files such as {folder}/human_tf_sapiens/defs.yaml. CENSUS_TF_SETS names it."
+                f"expected a folder of files such as {folder}/human_tf_sapiens/defs.yaml. Set CENSUS_TF_SETS to it."
             )
-        # As Dagster does; a mounted ConfigMap has ..data.
-        folders[:] = sorted(one for one in folders if not one.startswith(".") and one != "__pycache__")
+        # Dagster ignores the same folders. A mounted ConfigMap has a folder ..data.
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted([*names, *folders]):
             path = here / name
             if name == SET_FILE and here.parent == folder:
@@ -124,7 +126,7 @@ def _files_of_sets(folder: Path) -> tuple[list[Path], list[Problem]]:
                 where = (
                     f"a set in a file named {name} is not loaded"
                     if here.parent == folder or here == folder
-                    else ("a set in a folder of a folder is not loaded")
+                    else "a set in a folder inside a set's folder is not loaded"
                 )
                 problems.append(Problem(path, 1, where, f"Name it {right}."))
     return files, problems
@@ -171,7 +173,7 @@ def _document_problems(document: Document) -> Iterator[Problem]:
 
 
 def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
-    """Return what of a set's own placement and the deployment's do not fit together."""
+    """Return the problems of a set's own placement together with the deployment's."""
     attributes = document.value["attributes"]
     one = EmbeddingSet.model_validate(attributes)
     try:
@@ -184,7 +186,7 @@ def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
     try:
         one.settings(read_placement(folder))
     except UserError:
-        what = f"attributes.auto_start is {show(attributes['auto_start'])}; nothing says what a GPU hour costs"
+        what = f"attributes.auto_start is {show(attributes['auto_start'])}; the price of a GPU hour is unknown"
         remedy = f"Set usd_per_gpu_hour in {folder / placement.FILE}, or in this set's own placement."
         return [document.problem(("attributes", "auto_start"), what, remedy)]
     return []
@@ -200,5 +202,5 @@ def _named_before(document: Document, named: dict[str, Problem], *, resolved: bo
     first = named.setdefault(name, here)
     if first is here:
         return []
-    what = f"{here.what}, which is the name of the set in {first.file}:{first.line}, too"
+    what = f"{here.what}, and the set in {first.file}:{first.line} has the same name"
     return [Problem(here.file, here.line, what, "Give one of them another name.")]

@@ -1,1 +1,5 @@
-"""What a deployment declares: settings, placement, publication, retention and cost, validated where they enter."""
+"""What a deployment declares: sets, placement, publication, retention, spending and variables.
+
+Each value is checked here, where it enters, and passed on as plain values. Code that opens the Census, the checkpoint
+or the store does not belong here.
+"""

@@ -1,4 +1,8 @@
-"""What a set may spend by itself, and what its work costs: rates, prices, and the answer of the gate."""
+"""The cost of a set's work, and what it may spend without approval.
+
+This module computes with rates, prices and budgets. The Dagster asset `approval` uses the answer; reading records and
+counting tokens belong elsewhere.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,25 +14,25 @@ from pydantic import BaseModel, ConfigDict, Field
 GpuType = Literal["L4", "A10G", "L40S", "A100", "H100", "H200"]
 
 ROOF_TFLOPS: dict[str, float] = {"L4": 121, "A10G": 70, "L40S": 362, "A100": 312, "H100": 989, "H200": 790}
-"""Dense 16-bit arithmetic a second: NVIDIA's data sheets, for the H200 what was measured."""
+"""Peak dense 16-bit arithmetic per second, from NVIDIA's data sheets; for the H200 a measured value."""
 
 FLOP_PER_TOKEN = 1.14e12 / 1802
-"""Of the real checkpoints' shape: counted for a cell of 1,800 genes, assay and START (docs/performance.md)."""
+"""For the shape of the real checkpoints, counted for a cell of 1,800 genes, assay and START (docs/performance.md)."""
 
 ASSUMED_SHARE = 0.25
-"""Of the roof, where nothing was measured. A guess, on the careful side: replace it with a canary."""
+"""The share of the peak that is assumed before anything was measured. It is a cautious guess; a canary replaces it."""
 
-
-NO_RATE = "no shard has run, no canary, and no gpu_type is declared, in placement.yaml or in the set's `placement`"
+NO_RATE = "no shard and no canary has run, and neither placement.yaml nor the set's `placement` declares gpu_type"
 
 LONGEST_DAYS = 36525.0
+"""Finish times later than this are not computed (a hundred years)."""
 
 LAST_SHARDS = 96
-"""How many of the last shards of a set a rate is taken from."""
+"""A measured rate is the mean of at most this many of a set's last shards."""
 
 
 class Budget(BaseModel):
-    """Start by itself what costs no more than this."""
+    """The most that a release may cost and still start automatically."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -36,26 +40,26 @@ class Budget(BaseModel):
         gt=0,
         le=1_000_000_000,
         allow_inf_nan=False,
-        description="US dollars that one release of this set may cost without being asked.",
+        description="US dollars that one release of this set may cost without a person's approval.",
     )
 
 
 @dataclass(frozen=True)
 class Spending:
-    """A set's rule for starting by itself, and what its work is priced with.
+    """A set's rule for automatic starts, and the prices of its work.
 
     Attributes
     ----------
     auto_start
-        Whether new releases start by themselves.
+        Whether new releases start automatically.
     budget_usd
-        What one release may cost then; None: no limit.
+        What one release may cost without approval; None: no limit.
     gpu_type
-        The fleet's GPU; None when the deployment does not say.
+        GPU type of the fleet; None when it is not declared.
     usd_per_gpu_hour
-        Price of an hour of one GPU with its node; None when the deployment does not say.
+        Price of an hour of one GPU, its share of the node included; None when it is not declared.
     fleet_gpus
-        GPUs that work at once; None when the deployment does not say.
+        GPUs that work at the same time; None when it is not declared.
     """
 
     auto_start: bool = False
@@ -67,7 +71,7 @@ class Spending:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What some device has done of a set, paid time included."""
+    """How many tokens of a set some devices have computed, and the paid time that they took."""
 
     tokens: float
     seconds: float
@@ -76,7 +80,7 @@ class Throughput:
 
     @classmethod
     def of(cls, figures: Mapping[str, Any]) -> Self | None:
-        """Make one of the figures that a shard's materialization shows; None when it computed nothing."""
+        """Read it from the metadata of a shard's materialization; None when the shard computed nothing."""
         try:
             devices = str(figures["devices"]).split(", ")
             seconds = sum(float(figures[f"seconds_{name}"]) for name in ("load", "work", "verification"))
@@ -87,7 +91,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast one GPU works on a set, and who says so."""
+    """How fast one GPU works on a set, and the source of that figure."""
 
     tokens_per_second: float
     source: str
@@ -96,17 +100,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What some tokens of a set take. None stands for what nobody can say yet."""
+    """The GPU time, money and days that some tokens of a set take. None: not known yet."""
 
     tokens: int
     rate: Rate | None
     gpu_hours: float | None
     usd: float | None
     days: float | None
-    """With the whole fleet at work."""
+    """Days with the whole fleet at work."""
 
     def finish(self, now: datetime) -> datetime | None:
-        """Return when the fleet would be done if it started now; never later than in a hundred years."""
+        """Return when the fleet would finish if it started now, at most a hundred years from now; None: not known."""
         return None if self.days is None else now + timedelta(days=min(self.days, LONGEST_DAYS))
 
     def __str__(self) -> str:
@@ -118,16 +122,16 @@ class Cost:
 
 
 def choose_rate(shards: Iterable[Throughput], canary: Throughput | None, gpu_type: str | None) -> Rate | None:
-    """Take the best known rate of one GPU: what shards of the set did, else its canary, else an assumption.
+    """Choose the rate of one GPU: measured by shards of the set, else by its canary, else assumed; None: not known.
 
     Parameters
     ----------
     shards
-        What the last shards did.
+        Figures of the set's last shards.
     canary
-        What the set's canary did.
+        Figures of the set's canary.
     gpu_type
-        The fleet's; what another type has done says nothing about it.
+        GPU type of the fleet. Figures of other types are ignored.
     """
     fitting = [one for one in shards if one.tokens and _is_of(one.device, gpu_type)]
     if fitting:
@@ -140,7 +144,7 @@ def choose_rate(shards: Iterable[Throughput], canary: Throughput | None, gpu_typ
         return Rate(rate, f"measured: the canary of this set on {canary.device}", measured=True)
     if gpu_type in ROOF_TFLOPS:
         rate = ROOF_TFLOPS[gpu_type] * 1e12 * ASSUMED_SHARE / FLOP_PER_TOKEN
-        source = f"ASSUMED: {ASSUMED_SHARE:.0%} of the arithmetic that a {gpu_type} can do; run a canary to know"
+        source = f"ASSUMED: {ASSUMED_SHARE:.0%} of the peak arithmetic of the {gpu_type}; run a canary to measure it"
         return Rate(rate, source, measured=False)
     return None
 
@@ -150,7 +154,7 @@ def _is_of(device: str, gpu_type: str | None) -> bool:
 
 
 def cost_of(tokens: int, rate: Rate | None, spending: Spending) -> Cost:
-    """Work out what `tokens` take at a rate, at the set's prices."""
+    """Return what `tokens` cost at a rate and at the set's prices."""
     hours = 0.0 if not tokens else None if rate is None else tokens / rate.tokens_per_second / 3600
     price, fleet = spending.usd_per_gpu_hour, spending.fleet_gpus
     return Cost(
@@ -163,7 +167,7 @@ def cost_of(tokens: int, rate: Rate | None, spending: Spending) -> Cost:
 
 
 def objections(cost: Cost, spending: Spending) -> list[str]:
-    """Say why money may not be spent without a person; nothing when it may."""
+    """Return the reasons why a person must approve this cost; an empty list when nobody must."""
     budget = spending.budget_usd
     if not spending.auto_start:
         return ["`auto_start` of this set is off"]
@@ -177,5 +181,5 @@ def objections(cost: Cost, spending: Spending) -> list[str]:
 
 
 def utc_now() -> datetime:
-    """Return the time."""
+    """Return the present time in UTC."""
     return datetime.now(UTC)

@@ -1,6 +1,6 @@
-"""Names under which Dagster knows our assets, checks, sensors and tags: written once, for all who name them.
+"""The names of our assets, checks, sensors and tags in Dagster. Each name is written once, here.
 
-Imports nothing, so that commands on a running deployment can use them without Dagster.
+This module imports nothing, so that the commands for a running deployment can use the names without Dagster.
 """
 
 PLAN = "obs_id_plan"
@@ -10,22 +10,22 @@ REUSED = "reused_embeddings"
 ARRAY = "embeddings_array"
 
 VERIFIED_CHECK = "verified"
-"""Check of the array: it is exactly the plan, and nothing was committed since that was verified."""
+"""Check of the array: it agrees with the plan, and nothing was committed since its verification."""
 UPSTREAM_CHECK = "same_as_upstream"
-"""Check of a shard and of the array: cells embedded again by upstream's own code have the same values."""
+"""Check of a shard and of the array: upstream's own code computes the same values for a few cells."""
 
 LOST_RUNS = "lost_runs"
-"""The sensor that ends runs whose worker is gone, and retries runs whose retry was lost."""
+"""The sensor that ends runs whose worker is gone, and requests retries that Dagster lost."""
 ASKED_AGAIN = "The retry of this run was lost"
-"""How the event begins with which that sensor retries a run."""
+"""The first words of the event with which that sensor requests a retry."""
 LOOK_BACK_DAYS = 14
-"""A retry that was lost longer ago is not looked for."""
+"""The sensor ignores retries that were lost longer ago."""
 
 LAUNCH_TAG = "census_tf/launch"
 """On a backfill: the set and release that `launch` started it for."""
 RECOMPUTE_TAG = "census_tf/recompute"
 """On a backfill and its runs: ``true`` when all cells are computed again."""
 WILL_RETRY_TAG, RETRIED_BY_TAG = "dagster/will_retry", "dagster/auto_retry_run_id"
-"""Dagster's own: a failed run will be retried, and which run does so."""
+"""Dagster's own tags: a failed run will be retried, and the id of the retry."""
 NO_RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
-"""Dagster's own. ``false`` on a run: its retries are for workers that are lost, not for what an asset raises."""
+"""Dagster's own tag. ``false`` on a run: Dagster retries it when its worker is lost, not when an asset raises."""

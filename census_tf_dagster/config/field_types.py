@@ -1,4 +1,4 @@
-"""Texts as fields of YAML files have them: of a sensible length, and without control characters."""
+"""The types of text fields in YAML files. They limit the length and refuse control characters."""
 
 from typing import Annotated
 
@@ -7,13 +7,13 @@ from pydantic import AfterValidator, Field
 from census_tf_dagster.io.names import CONTROL_CHARACTERS, check_location
 
 LONGEST_LINE, LONGEST_TEXT = 1024, 10_000
-"""Characters. Not pydantic's `max_length`, which would replace a field's own that is smaller."""
+"""In characters. pydantic's `max_length` is not used here, because it would replace a smaller limit of the field."""
 
 
 def _one_line(text: str) -> str:
     _check_length(text, LONGEST_LINE)
     if CONTROL_CHARACTERS.search(text):
-        raise ValueError("It has a control character or line break. Write it in one line")
+        raise ValueError("It has a control character or line break. Write it on one line")
     return text
 
 
@@ -26,7 +26,7 @@ def _lines(text: str) -> str:
 
 def _check_length(text: str, longest: int) -> None:
     if len(text) > longest:
-        raise ValueError(f"It has {len(text)} characters. Expected {longest} at most")
+        raise ValueError(f"It has {len(text)} characters. Expected at most {longest}")
 
 
 def _location(text: str) -> str:
@@ -35,13 +35,13 @@ def _location(text: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_one_line)]
-"""A text in one line; may be empty."""
+"""A text of one line. It may be empty."""
 
 Name = Annotated[Line, Field(min_length=1, pattern=r"\S")]
-"""A text in one line that says something."""
+"""A text of one line that is not blank."""
 
 Lines = Annotated[str, AfterValidator(_lines)]
 """A text that may have several lines."""
 
 Location = Annotated[str, AfterValidator(_location)]
-"""A path, or an S3 prefix or object."""
+"""A local path, or an S3 prefix or object."""

@@ -1,7 +1,7 @@
-"""Value filters, judged before anything is read: what `check_filter` takes, tiledbsoma 2.3.0 takes and answers.
+"""Checks value filters before any data is read. tiledbsoma 2.3.0 evaluates every filter that `check_filter` accepts.
 
-The grammar is that of `tiledbsoma/_query_condition.py`, without what goes wrong there: ``not (a == 1 or b == 2)`` is a
-segmentation fault, a comparison behind `in` is ignored, and a sign in the middle of a chain counts twice.
+The grammar is that of `tiledbsoma/_query_condition.py`, without the parts that fail there: ``not (a == 1 or b == 2)``
+is a segmentation fault, a comparison after `in` is ignored, and a sign in the middle of a chain is applied twice.
 """
 
 import ast
@@ -13,32 +13,38 @@ from census_tf_dagster.io.names import CONTROL_CHARACTERS
 EXAMPLE = "is_primary_data == True and tissue_general in ['blood', 'lung']"
 
 LONGEST = 32_768
-"""Characters of a filter. Measured: reading with a list of 3,000 values (23,000 characters) takes 0.04 s."""
+"""The longest filter, in characters. Measured: a list of 3,000 values (23,000 characters) takes 0.04 s to read."""
 MOST_COMPARISONS = 250
-"""Time grows with their square: 200 take 0.6 s, 400 take 1.0 s, 800 take 3.3 s and meet Python's recursion limit."""
+"""The time grows with the square of their number: 200 take 0.6 s, 400 take 1.0 s, 800 take 3.3 s and reach Python's
+recursion limit."""
 DEEPEST = 100
-"""Conditions within conditions; ``a | b | c`` is one deeper for each ``|``. tiledbsoma fails at about 480."""
+"""How deep conditions may nest. Each ``|`` of ``a | b | c`` adds one level. tiledbsoma fails at about 480 levels."""
 SHOWN = 80
+"""How many characters of a filter an error shows."""
 
 _INTEGERS = (-(2**63), 2**64 - 1)
 _COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
 def check_filter(text: str) -> None:
-    """Refuse a filter that tiledbsoma cannot take, whatever columns there are.
+    """Refuse a filter that tiledbsoma cannot evaluate on any columns.
+
+    Planning checks later, with the Census, whether the columns exist and have the right types.
 
     Raises
     ------
     ValueError
-        Quoting the part. Only a Census can say whether a column exists and has the type: planning does.
+        When the filter is invalid. The message quotes the invalid part.
     """
     if len(text) > LONGEST:
-        raise _refusal(f"it has {len(text)} characters, and can have {LONGEST}; list values as `column in [...]`")
+        raise _refusal(
+            f"it has {len(text)} characters, and at most {LONGEST} are allowed; list values as `column in [...]`"
+        )
     if "\x00" in text:
         raise _refusal("it has a NUL character")
     try:
         with warnings.catch_warnings():
-            # Python will refuse what it warns of now, such as the escape sequence \d.
+            # Python only warns about some texts today, such as the escape sequence \d, and will refuse them later.
             warnings.simplefilter("error")
             tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError) as error:
@@ -60,9 +66,9 @@ def check_filter(text: str) -> None:
                 comparisons += len(node.ops)
                 _check_comparison(text, node)
             case ast.UnaryOp(op=ast.Not()):
-                raise _refusal(f"{_part(text, node)} has `not`, which can end the process; write != or `not in`")
+                raise _refusal(f"{_part(text, node)} has `not`, which can crash the process; write != or `not in`")
             case _:
-                raise _refusal(f"{_part(text, node)} compares nothing")
+                raise _refusal(f"{_part(text, node)} is not a comparison")
         if comparisons > MOST_COMPARISONS:
             raise _refusal(f"it has more than {MOST_COMPARISONS} comparisons; list values as `column in [...]`")
 
@@ -88,16 +94,16 @@ def _check_comparison(text: str, node: ast.Compare) -> None:
 
 def _check_membership(text: str, column: ast.expr, values: ast.expr) -> None:
     if not _is_column(column):
-        raise _refusal(f"{_part(text, column)} stands before `in` and is not a column")
+        raise _refusal(f"{_part(text, column)} is before `in` and is not a column")
     if not isinstance(values, ast.List) or not values.elts:
-        raise _refusal(f"{_part(text, values)} stands behind `in` and is not a list such as ['blood', 'lung']")
+        raise _refusal(f"{_part(text, values)} is after `in` and is not a list such as ['blood', 'lung']")
     for value in values.elts:
         _check_value(text, value, signed=False)
     constants = [_constant(value) for value in values.elts]
     if any(isinstance(one, bool) for one in constants):
         raise _refusal(f"{_part(text, values)} has True or False; write column == True")
     if len({isinstance(one, str) for one in constants}) > 1:
-        raise _refusal(f"{_part(text, values)} has texts and numbers; a column has only one of them")
+        raise _refusal(f"{_part(text, values)} mixes texts and numbers; a column has only one of the two")
 
 
 def _is_column(node: ast.expr) -> bool:
@@ -126,7 +132,9 @@ def _check_value(text: str, node: ast.expr, *, signed: bool) -> None:
             raise _refusal(f"{_part(text, node)} is not a number")
         value = -number if isinstance(node.op, ast.USub) else number
     elif isinstance(node, ast.BinOp):
-        raise _refusal(f"{_part(text, node)} stands for a value; put each comparison beside | or & in parentheses")
+        raise _refusal(
+            f"{_part(text, node)} is in the place of a value; put each comparison beside | or & in parentheses"
+        )
     else:
         value = _constant(node)
     match value:
@@ -147,4 +155,4 @@ def _part(text: str, node: ast.expr) -> str:
 
 
 def _refusal(what: str) -> ValueError:
-    return ValueError(f"no SOMA filter: {what}; expected such as: {EXAMPLE}")
+    return ValueError(f"invalid SOMA filter: {what}; expected, for example: {EXAMPLE}")

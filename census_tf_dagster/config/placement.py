@@ -1,7 +1,7 @@
-"""On which nodes the shards of a set run: declared once, rendered to the tags that Dagster's launchers read.
+"""The nodes on which the shards of a set run, and the tags with which Dagster's launchers choose them.
 
-The defaults of a deployment stand in ``placement.yaml`` in its folder of sets; a set's own YAML replaces single
-entries. `run_coordinator` carries the tags from the asset to each of its runs.
+``placement.yaml`` in the folder of sets holds the deployment's defaults. A set's own YAML replaces single entries.
+`run_coordinator` copies the tags from the asset to each of its runs; nothing here talks to Dagster.
 """
 
 import json
@@ -17,10 +17,10 @@ from census_tf_dagster.config.yaml_problems import read_mapping
 from census_tf_dagster.errors import UserError
 
 FILE, PAGE = "placement.yaml", "docs/placement.md"
-"""In the folder of sets, and what shows it."""
+"""The file in the folder of sets, and the page that shows an example."""
 
 NODE_TAG = "census_tf/node"
-"""On runs that take a place in the fleet of GPU nodes: ``gpu``. What caps the fleet counts it."""
+"""``gpu`` on each run that needs a GPU node. The limit on the size of the fleet counts this tag."""
 
 Purchase = Literal["on_demand", "spot"]
 T = TypeVar("T")
@@ -31,96 +31,108 @@ class _Strict(BaseModel):
 
 
 class Network(_Strict):
-    """Where a task of network mode ``awsvpc`` gets its address."""
+    """The network of a task whose network mode is ``awsvpc``."""
 
     subnets: list[Name] = Field(min_length=1, description="Subnets of the GPU nodes.")
     security_groups: list[Name] = Field(min_length=1, description="Security groups of the task.")
 
 
 class Disk(_Strict):
-    """An EBS volume that ECS makes with the task and deletes with it."""
+    """An EBS volume that ECS creates for the task and deletes with it."""
 
-    volume: Name = Field(description="Name of the worker task definition's volume that is configured at launch.")
-    role_arn: Name = Field(description="Role with which ECS makes the volume.")
+    volume: Name = Field(
+        description="Name of the volume that the worker's task definition marks as configured at launch."
+    )
+    role_arn: Name = Field(description="Role with which ECS creates the volume.")
 
 
 class Ecs(_Strict):
-    """Nodes and worker of an ECS deployment."""
+    """The GPU nodes and the worker of a deployment on ECS."""
 
     task_definition: Name = Field(
-        description="Registered task definition with the worker's image, for EC2; its container has the name that the "
-        "launcher expects. Family, family:revision or ARN."
+        description="Task definition for EC2 with the worker's image: family, family:revision or ARN. Its container "
+        "must have the name that the launcher expects."
     )
     capacity_providers: dict[Purchase, Name] = Field(
         min_length=1, description="Capacity provider of each kind of purchase."
     )
     network: Network | None = Field(
-        default=None, description="For a task definition of network mode awsvpc; left out: mode bridge or host."
+        default=None,
+        description="Needed when the task definition's network mode is awsvpc. Leave it out for bridge or host.",
     )
-    disk: Disk | None = Field(default=None, description="What disk_gib is made of; left out: the node's own disk.")
+    disk: Disk | None = Field(
+        default=None, description="Volume for disk_gib. Default: the task uses the node's own disk."
+    )
 
 
 class Toleration(_Strict):
-    """A taint that pods of shards tolerate."""
+    """A taint that the pods of shards tolerate."""
 
     key: Name = Field(description="The taint's key.")
-    operator: Literal["Exists", "Equal"] = Field(default="Exists", description="Equal: `value` must be the taint's.")
-    value: Line | None = Field(default=None, description="The taint's value, for Equal.")
+    operator: Literal["Exists", "Equal"] = Field(
+        default="Exists", description="Exists: the key is enough. Equal: `value` must also match the taint."
+    )
+    value: Line | None = Field(default=None, description="The taint's value; needed for Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="The taint's effect; left out: any."
+        default=None, description="The taint's effect. Default: any effect."
     )
 
 
 class NodeKind(_Strict):
-    """How nodes of one kind of purchase are found."""
+    """The labels and taints of nodes of one kind of purchase."""
 
     node_selector: dict[Name, Line] = Field(min_length=1, description="Labels of the GPU nodes.")
     tolerations: list[Toleration] = Field(default_factory=list, description="Taints of the GPU nodes.")
 
 
 class Kubernetes(_Strict):
-    """Nodes and worker of a Kubernetes deployment."""
+    """The GPU nodes and the worker of a deployment on Kubernetes."""
 
     image: Name = Field(description="The worker's image.")
     nodes: dict[Purchase, NodeKind] = Field(min_length=1, description="Nodes of each kind of purchase.")
-    service_account: Name | None = Field(default=None, description="Left out: that of all runs.")
+    service_account: Name | None = Field(
+        default=None, description="Service account of the pods. Default: the one of all runs."
+    )
 
 
 class Placement(_Strict):
-    """What a shard asks for. Every entry can be left out, so a set's own may name only what differs."""
+    """The node that a shard needs. Every entry is optional, so a set's own placement names only what differs."""
 
-    gpus: int = Field(default=1, ge=0, le=16, description="GPUs of a shard.")
-    cpu: float | None = Field(default=None, gt=0, le=4096, allow_inf_nan=False, description="Cores of a shard.")
-    memory_gib: int | None = Field(default=None, ge=1, le=65536, description="Memory of a shard.")
-    disk_gib: int | None = Field(default=None, ge=1, le=65536, description="Disk of a shard.")
-    purchase: Purchase = Field(default="on_demand", description="Kind of node.")
+    gpus: int = Field(default=1, ge=0, le=16, description="GPUs of each shard.")
+    cpu: float | None = Field(default=None, gt=0, le=4096, allow_inf_nan=False, description="CPU cores of each shard.")
+    memory_gib: int | None = Field(default=None, ge=1, le=65536, description="Memory of each shard, in GiB.")
+    disk_gib: int | None = Field(default=None, ge=1, le=65536, description="Disk of each shard, in GiB.")
+    purchase: Purchase = Field(default="on_demand", description="How the nodes are bought.")
     gpu_type: GpuType | None = Field(
-        default=None, description="GPU of these nodes: what is assumed of its speed before anything was measured."
+        default=None, description="GPU type of these nodes. Its speed is assumed until one was measured."
     )
     usd_per_gpu_hour: float | None = Field(
         default=None,
         gt=0,
         le=1_000_000_000,
         allow_inf_nan=False,
-        description="Price of an hour of such a node, divided by its GPUs: what costs are told with.",
+        description="Price of an hour of such a node, divided by its number of GPUs. Without it costs are unknown.",
     )
     fleet_gpus: int | None = Field(
-        default=None, ge=1, le=100_000, description="GPUs that work at once: what finish times are told with."
+        default=None,
+        ge=1,
+        le=100_000,
+        description="GPUs that work at the same time. Without it finish times are unknown.",
     )
-    ecs: Ecs | None = Field(default=None, description="For a deployment on ECS.")
-    kubernetes: Kubernetes | None = Field(default=None, description="For a deployment on Kubernetes.")
+    ecs: Ecs | None = Field(default=None, description="Settings for a deployment on ECS.")
+    kubernetes: Kubernetes | None = Field(default=None, description="Settings for a deployment on Kubernetes.")
 
     def replaced_by(self, own: "Placement") -> Self:
-        """Return this with every entry that `own` names."""
+        """Return a copy with every entry that `own` names taken from `own`."""
         return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
     def tags(self) -> dict[str, str]:
-        """Render what a step, and by the run coordinator a run, carries.
+        """Return the tags of a step. The run coordinator copies them to the run.
 
         Raises
         ------
         UserError
-            When the kind of purchase has no nodes, or disk is asked for and ECS was told no way to make it.
+            When the kind of purchase has no nodes, or `disk_gib` is set and `ecs.disk` is missing.
         """
         tags = {NODE_TAG: "gpu"} if self.gpus else {}
         if self.ecs is not None:
@@ -134,7 +146,7 @@ class Placement(_Strict):
         network = ecs.network and {
             "awsvpcConfiguration": {"subnets": ecs.network.subnets, "securityGroups": ecs.network.security_groups}
         }
-        # The launcher would give its own network, which asks for a public address that EC2 refuses; null takes it away.
+        # The launcher would add its own network with a public address, which EC2 refuses. null removes it.
         run_task: dict[str, Any] = {
             "taskDefinition": ecs.task_definition,
             "capacityProviderStrategy": [{"capacityProvider": provider, "weight": 1}],
@@ -143,8 +155,8 @@ class Placement(_Strict):
         if self.disk_gib is not None:
             if ecs.disk is None:
                 raise UserError(
-                    f"placement: disk_gib is {self.disk_gib} and ecs.disk is missing: on EC2 a task has the disk of "
-                    "its node. Name the volume and the role to make one (ecs.disk), or leave disk_gib out."
+                    f"placement: disk_gib is {self.disk_gib} and ecs.disk is missing; on EC2 a task uses the disk of "
+                    "its node. Set ecs.disk (volume and role) to get a volume, or leave disk_gib out."
                 )
             ebs = {"sizeInGiB": self.disk_gib, "roleArn": ecs.disk.role_arn, "filesystemType": "ext4"}
             run_task["volumeConfigurations"] = [{"name": ecs.disk.volume, "managedEBSVolume": ebs}]
@@ -152,7 +164,7 @@ class Placement(_Strict):
         if self.gpus:
             gpus = {"resourceRequirements": [{"type": "GPU", "value": str(self.gpus)}]}
             tags["ecs/container_overrides"] = json.dumps(gpus)
-        # Empty: those of the task definition. Without a tag the launcher would give the sizes of CPU runs.
+        # Empty: the sizes of the task definition. Without a tag the launcher would use the sizes of CPU runs.
         tags["ecs/cpu"] = "" if self.cpu is None else str(round(self.cpu * 1024))
         tags["ecs/memory"] = "" if self.memory_gib is None else str(self.memory_gib * 1024)
         return tags
@@ -176,41 +188,44 @@ class Placement(_Strict):
         return {
             "container_config": {"image": kubernetes.image, "resources": resources},
             "pod_spec_config": pod,
-            # A deep merge would leave the node selector of CPU runs beside this one, and no node has both.
+            # A deep merge would keep the node selector of CPU runs beside this one, and no node matches both.
             "merge_behavior": "SHALLOW",
         }
 
     def _of_purchase(self, kinds: Mapping[Purchase, T], where: str) -> T:
         if self.purchase not in kinds:
-            raise UserError(f"placement: purchase is {self.purchase}, and {where} has only {', '.join(sorted(kinds))}.")
+            raise UserError(
+                f"placement: purchase is {self.purchase}, and {where} has only {', '.join(sorted(kinds))}. Add the "
+                "missing kind there, or change purchase."
+            )
         return kinds[self.purchase]
 
 
 def read_placement(folder: Path) -> Placement | None:
-    """Read the placement of a deployment from its folder of sets; None when there is none.
+    """Read a deployment's ``placement.yaml`` from its folder of sets; None when there is no such file.
 
     Raises
     ------
     UserError
-        Naming file, line, value and remedy of each mistake.
+        When the file has mistakes. The message gives file, line, value and remedy of each.
     """
     return read_mapping(folder / FILE, Placement, PAGE)
 
 
 def shard_tags(device: str, own: Placement | None, deployment: Placement | None) -> dict[str, str]:
-    """Return the tags of a set's GPU asset.
+    """Return the placing tags of a set's asset `shard_embeddings`.
 
     Parameters
     ----------
     device
-        The set's. One on the CPU is placed only when its YAML has a placement.
+        The set's device. A set on the CPU is placed only when its own YAML has a placement.
     own, deployment
-        The set's placement, and the one that its entries replace.
+        The set's placement, and the deployment's, whose entries it replaces.
 
     Raises
     ------
     UserError
-        As `Placement.tags` does.
+        As in `Placement.tags`.
     """
     if device == "cpu" and own is None:
         return {}
@@ -218,5 +233,5 @@ def shard_tags(device: str, own: Placement | None, deployment: Placement | None)
 
 
 def effective(own: Placement | None, deployment: Placement | None) -> Placement:
-    """Return a deployment's placement with what a set's own replaces."""
+    """Return a deployment's placement with the entries that a set's own placement replaces."""
     return (deployment or Placement()).replaced_by(own or Placement())

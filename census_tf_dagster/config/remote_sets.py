@@ -1,4 +1,7 @@
-"""Sets that stand on S3: fetched when definitions are loaded, so that a changed YAML needs no new image."""
+"""Fetches the files of sets from S3 when definitions are loaded, so that a changed YAML needs no new image.
+
+The files are only copied here; `set_files` checks them.
+"""
 
 import tempfile
 from functools import cache
@@ -12,45 +15,51 @@ from census_tf_dagster.io.s3 import S3Objects, S3Settings
 
 SET_FILE = "defs.yaml"
 LARGEST = MOST_BYTES
-"""Bytes of a file at most: whoever points at the wrong prefix is told so at once."""
+"""The largest file, in bytes. A wrong prefix with large objects is refused before anything is fetched."""
 
 _FETCHED: list[tempfile.TemporaryDirectory[str]] = []
-"""Kept until this process ends."""
+"""The fetched folders. They exist until this process ends."""
 
 
 @cache
 def fetch_sets(uri: str, s3: S3Settings) -> Path:
-    """Copy the sets below an S3 prefix to a folder of this process: ``placement.yaml`` and ``<set>/defs.yaml``.
+    """Copy ``placement.yaml`` and each ``<set>/defs.yaml`` below an S3 prefix to a folder of this process.
 
-    A process sees one state of them, however often it asks. Other objects below the prefix are left alone.
+    A process fetches a prefix once, so that it always sees the same state. Other objects are ignored.
 
     Parameters
     ----------
     uri
         ``s3://bucket/prefix``.
     s3
-        How it is reached.
+        How to reach S3.
 
     Raises
     ------
     UserError
-        When there is no set below `uri`, a file is larger than a YAML can be, or access is denied.
+        When there is no set below `uri`, a file is too large, or access is denied.
     """
     objects = S3Objects(s3)
     prefix = uri.rstrip("/")
     wanted = {name: size for name, size in objects.list_below(prefix).items() if _is_set_file(name)}
     if not any(name != FILE for name in wanted):
-        raise UserError(f"no sets below {prefix}: expected objects such as {prefix}/human_tf_sapiens/{SET_FILE}.")
+        raise UserError(
+            f"no sets below {prefix}: expected objects such as {prefix}/human_tf_sapiens/{SET_FILE}. "
+            "Upload the sets, or correct CENSUS_TF_SETS."
+        )
     for name, size in wanted.items():
         if size > LARGEST:
-            raise UserError(f"{prefix}/{name} has {size} bytes, and the YAML of a set has {LARGEST} at most.")
+            raise UserError(
+                f"{prefix}/{name} has {size} bytes; expected the YAML of a set, of at most {LARGEST} bytes. Correct "
+                "the file, or CENSUS_TF_SETS."
+            )
     held = temporary_folder()
     _FETCHED.append(held)
     folder = Path(held.name)
     for name in wanted:
         content = objects.read(f"{prefix}/{name}")
         if content is None:
-            raise UserError(f"{prefix}/{name} went away while sets were fetched; load them again.")
+            raise UserError(f"{prefix}/{name} was deleted while the sets were fetched. Reload the code location.")
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     return folder

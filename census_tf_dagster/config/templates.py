@@ -1,6 +1,6 @@
-"""``{{ env.NAME }}`` in the texts of a YAML file: the only template that is understood.
+"""Replaces ``{{ env.NAME }}`` in the texts of a YAML file. No other template is supported.
 
-The text is searched with a regular expression and never evaluated: whoever may write a set's file must not run code.
+The text is searched with a regular expression and never evaluated, so the author of a set's file cannot run code.
 """
 
 import os
@@ -19,30 +19,31 @@ Where = tuple[str | int, ...]
 OPENINGS = ("{{", "{%", "{#")
 VARIABLE = re.compile(r"\{\{[ \t]*env\.([A-Za-z_][A-Za-z0-9_]*)[ \t]*\}\}")
 
-NOT_UNDERSTOOD = (
-    "{{ env.NAME }} is the only template that is understood. Close each {{ with }}, and write the value itself where "
-    "it is not one variable of the environment"
+NOT_SUPPORTED = (
+    "{{ env.NAME }} is the only template that is supported. Close each {{ with }}, and write anything else as a plain "
+    "value"
 )
 HIDDEN = (
-    "With its variables put in, the value is refused (it is not shown here). Check the variables where Dagster runs"
+    "The value is invalid once its variables are inserted (it may hold a secret, so it is not shown). Check the "
+    "variables where Dagster runs"
 )
 
 
 def is_template(value: object) -> bool:
-    """Tell whether a value is a text with a template in it."""
+    """Tell whether a value is a text that contains a template."""
     return isinstance(value, str) and any(opening in value for opening in OPENINGS)
 
 
 def resolve_text(text: str) -> str:
-    """Replace each ``{{ env.NAME }}`` by that variable of this process.
+    """Replace each ``{{ env.NAME }}`` by the value of that environment variable of this process.
 
     Raises
     ------
     ValueError
-        When a variable is not set, or the text has any other template.
+        When a variable is not set, or the text has another template.
     """
     if any(opening in VARIABLE.sub(" ", text) for opening in OPENINGS):
-        raise ValueError(NOT_UNDERSTOOD)
+        raise ValueError(NOT_SUPPORTED)
     for name in VARIABLE.findall(text):
         if name not in os.environ:
             raise ValueError(
@@ -52,19 +53,19 @@ def resolve_text(text: str) -> str:
 
 
 def validate_resolved(value: Any, validate: Callable[[Any], T]) -> T:
-    """Validate a value whose texts may hold templates.
+    """Validate a value whose texts may contain templates.
 
     Parameters
     ----------
     value
-        Texts, numbers, lists and mappings, as they were written.
+        Texts, numbers, lists and mappings, as the author wrote them.
     validate
-        Gets the value with every variable put in; raises pydantic's ValidationError.
+        Receives the value with its variables inserted, and raises pydantic's ValidationError when it is invalid.
 
     Raises
     ------
     ValidationError
-        Showing values as they were written: a variable may hold a secret.
+        When the value is invalid. It shows values as the author wrote them, because a variable may hold a secret.
     """
     failures: list[InitErrorDetails] = []
     resolved = _resolve(value, (), failures)
@@ -75,7 +76,7 @@ def validate_resolved(value: Any, validate: Callable[[Any], T]) -> T:
         except ValidationError as error:
             title = error.title
             failures = [_as_written(one, value) for one in error.errors(include_url=False)]
-    # Outside of the handler: the first error, which holds resolved values, must not be chained to this one.
+    # This is outside the handler, so that the first error, which holds inserted values, is not chained to this one.
     raise ValidationError.from_exception_data(title, failures)
 
 
@@ -98,15 +99,15 @@ def _as_written(error: ErrorDetails, value: Any) -> InitErrorDetails:
         value = found
     context = error.get("ctx", {})
     if is_template(value) and error["type"] in ("value_error", "assertion_error"):
-        # What our own validators say may quote the value.
+        # The messages of our own validators may quote the value.
         context = {"error": ValueError(HIDDEN)}
     return InitErrorDetails(type=error["type"], loc=error["loc"], input=value, ctx=context)
 
 
 def along(value: Any, where: Where) -> Iterator[tuple[str | int, Any]]:
-    """Yield the keys and positions of an error that `value` has, each with what stands there.
+    """Yield the keys and positions of an error's location that exist in `value`, each with the value found there.
 
-    The others are pydantic's own: the member of a union, the mark of a key, or a key that is missing.
+    The other parts of a location are pydantic's own: the member of a union, the mark of a key, or a missing key.
     """
     for part in where:
         inside = part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))

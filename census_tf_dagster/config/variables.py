@@ -1,4 +1,7 @@
-"""The deployment's variables, checked where they are read: a wrong one is refused in one line that names it."""
+"""Reads the environment variables of a deployment and checks them. An error is one line that names the variable.
+
+`definitions` says which variables there are; this module knows only their kinds.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,11 +10,12 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import CONTROL_CHARACTERS, check_location, without_secrets
 
 RELEASE = "{release}"
-"""What a Census location holds in the place of a release's name."""
+"""The part of a Census location that is replaced by the name of a release."""
 
 _ENDPOINT = re.compile(r"https?://([^/?#\s:@\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?/?")
 _REGION = re.compile(r"[a-z0-9-]{0,63}")
 SHOWN = 80
+"""How many characters of a wrong value an error shows."""
 
 
 def location(environment: Mapping[str, str], name: str, default: str) -> str:
@@ -36,7 +40,7 @@ def folder(environment: Mapping[str, str], name: str, default: str) -> str:
     Raises
     ------
     UserError
-        When it is no such path.
+        When it is not a local path.
     """
     text = location(environment, name, default)
     if text.startswith(("s3://", "file:")):
@@ -50,39 +54,39 @@ def census_location(environment: Mapping[str, str], name: str, default: str) -> 
     Raises
     ------
     UserError
-        When it is neither, or has any other brace.
+        When it is neither, or has other braces.
     """
     text = location({name: environment.get(name, default).replace(RELEASE, "release")}, name, default)
     if "{" in text or "}" in text:
         expected = (
-            f"Only {RELEASE} is replaced, and other braces cannot be used. Expected such as s3://census/{RELEASE}"
+            f"Only {RELEASE} is replaced; no other braces are allowed. Expected, for example, s3://census/{RELEASE}"
         )
         raise _refusal(name, environment.get(name, default), expected)
     return environment.get(name, default)
 
 
 def endpoint(environment: Mapping[str, str], name: str) -> str:
-    """Return the address of an S3-compatible server; empty: AWS.
+    """Return the address of an S3-compatible server; empty: AWS itself.
 
     Raises
     ------
     UserError
-        When it is no such address, without showing a password in it.
+        When it is not such an address. The message shows no password.
     """
     text = environment.get(name, "")
     if text and not _ENDPOINT.fullmatch(text):
-        expected = "Expected http://HOST:PORT or https://HOST[:PORT]; credentials belong into AWS's own settings"
+        expected = "Expected http://HOST:PORT or https://HOST[:PORT]; put credentials in AWS's own settings"
         raise _refusal(name, text, expected)
     return text
 
 
 def web_address(environment: Mapping[str, str], name: str) -> str:
-    """Return the address of a file on the web; empty: none was given.
+    """Return the http(s) address of a file; empty: the variable is not set.
 
     Raises
     ------
     UserError
-        When it is no http address or names a user, without showing a password in it.
+        When it is not an http(s) address, or has a user. The message shows no password.
     """
     text = environment.get(name, "")
     if text and not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", text):
@@ -91,12 +95,12 @@ def web_address(environment: Mapping[str, str], name: str) -> str:
 
 
 def region(environment: Mapping[str, str], name: str, default: str) -> str:
-    """Return an AWS region; empty: as AWS's own settings say.
+    """Return an AWS region; empty: the one of AWS's own settings.
 
     Raises
     ------
     UserError
-        When it cannot be one.
+        When it cannot be the name of a region.
     """
     text = environment.get(name, default)
     if not _REGION.fullmatch(text):
@@ -105,12 +109,12 @@ def region(environment: Mapping[str, str], name: str, default: str) -> str:
 
 
 def switch(environment: Mapping[str, str], name: str) -> bool:
-    """Return whether a variable is 1.
+    """Return whether a variable is 1 (on).
 
     Raises
     ------
     UserError
-        When it is set to anything else than 0, 1 or nothing.
+        When it is neither 0, 1 nor empty.
     """
     text = environment.get(name, "")
     if text not in ("", "0", "1"):

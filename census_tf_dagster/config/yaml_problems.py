@@ -1,4 +1,8 @@
-"""What is wrong in a YAML file that a person wrote: file, line, value and remedy, from a pydantic model or by hand."""
+"""Finds the mistakes in a YAML file, each with its file, line, value and remedy.
+
+Here are the tools that any file needs: the mistakes of a pydantic model, repeated keys, odd numbers, and how a message
+shows values. Rules for one kind of file belong to that kind (`set_files` for sets).
+"""
 
 import os
 import re
@@ -20,20 +24,21 @@ from census_tf_dagster.errors import UserError
 Model = TypeVar("Model", bound=BaseModel)
 
 LONGEST_VALUE = 80
+"""How many characters of a value a message shows."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake.
+    """One mistake in a file.
 
     Attributes
     ----------
     file, line
-        Where it stands; lines count from 1.
+        Its place; the first line is 1.
     what
-        The entry and the value found.
+        The entry, and the value that was found.
     remedy
-        What was expected, and what to write.
+        What was expected, and what to write instead.
     """
 
     file: Path
@@ -54,11 +59,11 @@ class Document:
         self.value: Any = value
 
     def problem(self, where: Where, what: str, remedy: str, *, key: bool = False) -> Problem:
-        """Return a problem at a value, at its key, or at the closest thing above that there is."""
+        """Return a problem at a value or at its key; its line is that of the nearest parent if neither exists."""
         return Problem(self.file, self._line(where, key=key), what, remedy)
 
     def repeated_keys(self) -> Iterator[Problem]:
-        """Yield each key that a mapping has twice: YAML's reader would take the last without a word."""
+        """Yield a problem for each key that a mapping has twice. YAML's reader would silently use the last one."""
         pending: list[tuple[yaml.Node, str]] = [(self.node, "")]
         while pending:
             node, path = pending.pop()
@@ -83,7 +88,7 @@ class Document:
             if found is None:
                 break
             name, node = found
-            # A text in several lines is found by its key.
+            # The line of a text that has several lines is the line of its key.
             line = (name if key or isinstance(node, yaml.ScalarNode) else node).start_mark.line
         return int(line) + 1
 
@@ -97,7 +102,7 @@ def _child(node: yaml.Node, part: Hashable) -> tuple[yaml.Node, yaml.Node] | Non
 
 
 def read_documents(file: Path) -> tuple[list[Document], list[Problem]]:
-    """Read a YAML file; what cannot be read is one problem, and each number that means another one."""
+    """Read a YAML file. If it cannot be read, or has numbers that are not plain decimals, return only the problems."""
     try:
         text = read_text(file)
         nodes = compose(text)
@@ -112,11 +117,16 @@ def _odd_numbers(file: Path, top: yaml.Node) -> Iterator[Problem]:
     for node in _nodes(top):
         if is_odd_number(node):
             remedy = "Write plain decimal digits such as 8 or 1.5, or put it in quotes if it is meant as text."
-            yield Problem(file, node.start_mark.line + 1, f"{show(node.value)} is not what YAML reads it as", remedy)
+            yield Problem(
+                file,
+                node.start_mark.line + 1,
+                f"{show(node.value)} is not a plain decimal number of at most 30 digits",
+                remedy,
+            )
 
 
 def _nodes(top: yaml.Node) -> Iterator[yaml.Node]:
-    """Yield every node once."""
+    """Yield each node once."""
     pending, seen = [top], set[int]()
     while pending:
         node = pending.pop()
@@ -131,7 +141,7 @@ def _nodes(top: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def mapping_problems(file: Path, model: type[BaseModel], page: str) -> list[Problem]:
-    """Return what is wrong in a file that holds one mapping, which `page` shows; nothing when there is no file."""
+    """Return the problems of a file that should hold one mapping (`page` shows one); none when there is no file."""
     if not os.path.lexists(file):
         return []
     documents, problems = read_documents(file)
@@ -139,18 +149,18 @@ def mapping_problems(file: Path, model: type[BaseModel], page: str) -> list[Prob
         return problems
     if len(documents) != 1 or not isinstance(documents[0].value, dict):
         found = documents[0].value if len(documents) == 1 else f"{len(documents)} documents"
-        return [Problem(file, 1, f"the file is {show(found)}", f"It should be one mapping; {page} shows it.")]
+        return [Problem(file, 1, f"the file is {show(found)}", f"It should be one mapping; {page} shows an example.")]
     document = documents[0]
     return [*document.repeated_keys(), *model_problems(document, model, _resolving(model), document.value)]
 
 
 def read_mapping(file: Path, model: type[Model], page: str) -> Model | None:
-    """Read a file that holds one mapping; None when there is no file.
+    """Read a file that should hold one mapping; None when there is no file.
 
     Raises
     ------
     UserError
-        Naming file, line, value and remedy of each mistake.
+        When the file has mistakes. The message gives file, line, value and remedy of each.
     """
     if problems := mapping_problems(file, model, page):
         raise UserError("\n".join(map(str, problems)))
@@ -164,18 +174,18 @@ def _resolving(model: type[Model]) -> Callable[[object], Model]:
 
 
 def show(value: object) -> str:
-    """Return a value as a message shows it: short, on one line, without passwords in addresses."""
+    """Return a value for a message: short, on one line, without passwords in addresses."""
     text = re.sub(r"://[^/\s]*@", "://***@", re.sub(r"\s+", " ", repr(value)))
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def spell(name: str) -> str:
-    """Return a key as a message shows it: as it is, or like a value if it is long or has odd characters."""
+    """Return a key for a message: as it is, or as `show` does when it is long or has odd characters."""
     return name if re.fullmatch(r"[\w./-]{1,80}", name) else show(name)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return what to write instead of an unknown name."""
+    """Return a suggestion for an unknown name: the most similar known name, else all of them."""
     lower = {one.lower(): one for one in known}
     close = get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     return f"Did you mean {lower[close[0]]}?" if close else f"Known are: {', '.join(known)}."
@@ -188,7 +198,7 @@ def model_problems(
     value: object,
     prefix: Where = (),
 ) -> list[Problem]:
-    """Return what a pydantic model, by its function `validate`, finds wrong with the value at `prefix`."""
+    """Return the problems that a pydantic model's function `validate` finds in the value at `prefix`."""
     try:
         validate(value)
     except ValidationError as error:
@@ -196,14 +206,14 @@ def model_problems(
         return [
             _explain(document, model, one, parts, prefix)
             for (parts, of_key), one in reversed(found.items())
-            # Each member of a union says why it does not fit: what is said of an inner part tells most.
+            # Each member of a union reports its own errors. An error of an inner part is the most helpful one.
             if of_key or not any(len(other) > len(parts) and other[: len(parts)] == parts for other, _ in found)
         ]
     return []
 
 
 def _parts(value: object, error: ErrorDetails) -> Where:
-    """Return the keys and positions from a value to what an error is about."""
+    """Return the keys and positions that lead from a value to the part that an error is about."""
     parts = tuple(part for part, _ in along(value, error["loc"]))
     return (*parts, error["loc"][-1]) if error["type"] == "missing" else parts
 
@@ -228,7 +238,7 @@ def _explain(document: Document, model: type[BaseModel], error: ErrorDetails, pa
 
 
 def _find(model: type[BaseModel], parts: Where) -> tuple[type[BaseModel] | None, FieldInfo | None]:
-    """Return the model and the field of a model that stand at a path; None where a path leaves them."""
+    """Return the model and the field at a path; None where the path leaves the model."""
     owner: type[BaseModel] | None = model
     field: FieldInfo | None = None
     for part in parts:
@@ -239,7 +249,7 @@ def _find(model: type[BaseModel], parts: Where) -> tuple[type[BaseModel] | None,
 
 
 def inner_model(annotation: Any) -> type[BaseModel] | None:
-    """Return the model within an annotation such as ``dict[str, Model] | None``; None when there is none."""
+    """Return the model in an annotation such as ``dict[str, Model] | None``; None when it has no model."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for one in getattr(annotation, "__args__", ()):

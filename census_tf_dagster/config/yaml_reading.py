@@ -1,6 +1,6 @@
-"""Reading YAML that anybody may have written: within small bounds, and with the values that Dagster's own reader gives.
+"""Reads YAML files from untrusted authors. The values are the same as those of Dagster's own reader.
 
-Nothing is built before the file's size, depth and number of values, aliases included, are known to be small.
+The reader checks the file's size, its depth and its number of values (aliases expanded) before it builds any value.
 """
 
 import re
@@ -11,21 +11,25 @@ from pathlib import Path
 import yaml
 
 MOST_BYTES = 2**16
+"""The largest file."""
 MOST_VALUES = 5_000
-"""Of a file, each alias counted with all that it stands for."""
+"""The most values of a file. Each alias counts with everything it refers to."""
 DEEPEST = 20
+"""The most levels of a file."""
 
-TEXT_REMEDY = "Indent with spaces, close what was opened, and put texts with ': ', '#', '{' or quotes in quotes."
+TEXT_REMEDY = (
+    "Indent with spaces, close every bracket and quote, and put texts with ': ', '#', '{' or quotes in quotes."
+)
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]{0,29})(\.[0-9]{1,30})?([eE][-+]?[0-9]{1,3})?")
-"""YAML 1.1 reads more as numbers: 010 is 8, 1:30 is 90, 1_0 is 10, and .inf and .nan are none."""
+"""A plain decimal number. YAML 1.1 also reads other texts as numbers: 010 is 8, 1:30 is 90, 1_0 is 10, .inf, .nan."""
 
 _TIMESTAMP, _NUMBERS = "tag:yaml.org,2002:timestamp", ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class UnreadableError(Exception):
-    """A file that cannot be read as YAML: the line, what is wrong, and the remedy."""
+    """A file cannot be read as YAML. Has the line, the problem and the remedy."""
 
     def __init__(self, line: int, what: str, remedy: str) -> None:
         super().__init__(what)
@@ -33,7 +37,7 @@ class UnreadableError(Exception):
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """PyYAML's safe reader, which leaves dates texts, as Dagster's does."""
+    """PyYAML's safe reader. Dates stay texts, as in Dagster's reader."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -43,20 +47,20 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a small file in UTF-8, with line ends as Python's text files have them.
+    """Return the text of a small file in UTF-8, with the line ends of Python's text files.
 
     Raises
     ------
     UnreadableError
-        When it is no such file.
+        When it is not a regular file, is too large, cannot be read, or is not UTF-8.
     """
-    expected = "Expected a YAML file in UTF-8."
+    expected = f"Expected a YAML file in UTF-8 of at most {MOST_BYTES} bytes."
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableError(1, "this is not a file", expected)
         if found.st_size > MOST_BYTES:
-            raise UnreadableError(1, f"the file has {found.st_size} bytes", f"It can have {MOST_BYTES}. {expected}")
+            raise UnreadableError(1, f"the file has {found.st_size} bytes", expected)
         content = file.read_bytes()
     except OSError as error:
         raise UnreadableError(1, f"the file cannot be read: {error.strerror}", expected) from None
@@ -75,7 +79,7 @@ def compose(text: str) -> list[yaml.Node]:
     Raises
     ------
     UnreadableError
-        When it is no YAML, or too large, too deep, or has tags.
+        When the text is not valid YAML, has too many values or levels, or has tags.
     """
     try:
         _check_bounds(text)
@@ -84,7 +88,7 @@ def compose(text: str) -> list[yaml.Node]:
         line = text[: error.position].count("\n") + 1
         raise UnreadableError(line, f"the file has the character {chr(error.character)!r}", "Remove it.") from None
     except yaml.YAMLError as error:
-        raise _no_yaml(text, error) from None
+        raise _invalid_yaml(text, error) from None
 
 
 def construct(node: yaml.Node, text: str) -> object:
@@ -93,25 +97,25 @@ def construct(node: yaml.Node, text: str) -> object:
     Raises
     ------
     UnreadableError
-        When a part has no value, such as a mapping that is a key.
+        When a part has no value, for example a mapping as a key.
     """
     loader = _Loader("")
     try:
         return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise _no_yaml(text, error) from None
+        raise _invalid_yaml(text, error) from None
     finally:
         loader.dispose()
 
 
 def is_odd_number(node: yaml.Node) -> bool:
-    """Tell whether YAML reads a value as a number that people would not, or would read as another one."""
+    """Tell whether YAML reads a value as a number although it is not a plain decimal number."""
     return isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and not _NUMBER.fullmatch(node.value)
 
 
 @dataclass
 class _Size:
-    """Values and levels of a part of a document, with its aliases expanded."""
+    """The number of values and levels of a part of a document, with its aliases expanded."""
 
     values: int = 1
     levels: int = 1
@@ -122,7 +126,7 @@ class _Size:
 
 
 def _check_bounds(text: str) -> None:
-    """Go through the text without building anything, and stop where it gets too large."""
+    """Count values and levels without building anything. Stop where the text gets too large."""
     anchors: dict[str, _Size | None] = {}
     open_parts: list[tuple[str | None, _Size]] = [(None, _Size())]
     for event in yaml.parse(text, _Loader):
@@ -137,10 +141,10 @@ def _check_bounds(text: str) -> None:
         elif isinstance(event, yaml.NodeEvent):
             if getattr(event, "tag", None) is not None:
                 shown = repr(event.tag)[:80]
-                raise UnreadableError(line, f"the tag {shown} is not understood", "Remove it, and write the value.")
+                raise UnreadableError(line, f"the tag {shown} is not supported", "Remove it, and write the value.")
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor in anchors and anchors[event.anchor] is None:
-                    raise UnreadableError(line, f"*{event.anchor[:80]} stands within itself", "Write the value.")
+                    raise UnreadableError(line, f"*{event.anchor[:80]} refers to itself", "Write the value.")
                 open_parts[-1][1].add(anchors.get(event.anchor) or _Size())
             elif isinstance(event, yaml.CollectionStartEvent):
                 if event.anchor:
@@ -153,17 +157,17 @@ def _check_bounds(text: str) -> None:
                     anchors[event.anchor] = _Size()
                 open_parts[-1][1].add(_Size())
         if len(open_parts) > DEEPEST + 1 or open_parts[-1][1].levels > DEEPEST + 1:
-            raise UnreadableError(line, f"the file nests deeper than {DEEPEST} levels", "Write it flatter.")
+            raise UnreadableError(line, f"the file nests deeper than {DEEPEST} levels", "Use fewer levels.")
         if sum(size.values for _, size in open_parts) > MOST_VALUES:
-            expected = "A set needs fewer; aliases count with all that they stand for."
+            expected = "A set needs fewer; each alias counts with everything it refers to."
             raise UnreadableError(line, f"the file has more than {MOST_VALUES} values", expected)
 
 
-def _no_yaml(text: str, error: yaml.YAMLError) -> UnreadableError:
+def _invalid_yaml(text: str, error: yaml.YAMLError) -> UnreadableError:
     mark = getattr(error, "problem_mark", None)
     lines = text.splitlines() or [""]
     line = min(mark.line, len(lines) - 1) if mark else 0
     said = " ".join(str(getattr(error, "problem", None) or error).split())[:120]
     found = " ".join(lines[line].split())
     shown = repr(found if len(found) <= 80 else f"{found[:80]}...")
-    return UnreadableError(line + 1, f"this is no YAML: {said}, at {shown}", TEXT_REMEDY)
+    return UnreadableError(line + 1, f"this is not valid YAML: {said}, at {shown}", TEXT_REMEDY)

@@ -41,7 +41,7 @@ def check_location(text: str) -> None:
     if not text:
         raise ValueError("It is empty. Expected a path, or s3://BUCKET/PREFIX")
     if len(text) > LONGEST_LOCATION:
-        raise ValueError(f"It has {len(text)} characters. Expected {LONGEST_LOCATION} at most")
+        raise ValueError(f"It has {len(text)} characters. Expected at most {LONGEST_LOCATION}")
     if CONTROL_CHARACTERS.search(text):
         raise ValueError("It has a control character or line break. Expected a path, or s3://BUCKET/PREFIX")
     if text != text.strip():

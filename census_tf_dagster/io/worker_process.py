@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 WORKER_TAG = "census_tf/worker"
-"""On a run: the process that does its work. A retry inherits its parent's until it has a process of its own."""
+"""On a run: the process that does its work. A retry carries its parent's value until its own process starts."""
 
 PROC = Path("/proc")
 

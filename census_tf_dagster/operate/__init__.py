@@ -1,1 +1,5 @@
-"""An operator's commands on a running deployment, over its webserver's GraphQL: launch a release, show its state."""
+"""The commands for a running deployment: launch a release, approve it, show its status, and the dry run of a launch.
+
+They talk to the deployment's webserver over HTTP (GraphQL) and import no Dagster. Only the dry run opens the Census,
+the checkpoint and the store; all other access to data belongs to `pipeline` and `store`.
+"""

@@ -1,4 +1,4 @@
-"""`approve`: let the shards of a release spend what its plan says."""
+"""The command `approve`: materializes the asset `approval` of a release after showing the cost of its plan."""
 
 import getpass
 import json
@@ -35,39 +35,43 @@ ASKED = """query Asked($asset: AssetKeyInput!, $release: String!) {
 
 
 def approve(url: str, name: str, release: str, plan: str | None, *, as_json: bool = False) -> int:
-    """Show what a release's current plan costs, and approve it; return the exit code.
+    """Show the cost of a release's current plan, approve it, and return the exit code.
 
     Parameters
     ----------
     url
         The deployment's webserver.
     name, release
-        Set and release.
+        The set and the release.
     plan
-        Approve only this plan; None: the one that is shown.
+        Approve only this plan; None: approve the current plan.
     as_json
-        Print one JSON object; what it takes goes to stderr.
+        Print one JSON object; the cost goes to stderr.
 
     Raises
     ------
     UserError
-        When the webserver does not answer, set or release are unknown, there is no plan, or another one is current.
+        When the webserver does not answer, the set or release is unknown, there is no plan, or another plan is
+        current.
     """
     deployment = Deployment.at(url)
-    found = find_set(deployment, name)
-    found.check_release(release)
-    made = materializations(deployment, found, PLAN, [release]).get(release)
+    remote_set = find_set(deployment, name)
+    remote_set.check_release(release)
+    made = materializations(deployment, remote_set, PLAN, [release]).get(release)
     if made is None:
         raise UserError(
-            f"the plan of {name} {release} is missing, so nobody knows what there is to approve: materialize "
-            f"{name}/{PLAN} of {release} first (`launch` does it, and needs no approval)."
+            f"the plan of {name} {release} is missing, so there is nothing to approve. Materialize "
+            f"{name}/{PLAN} of {release} first (`launch` does that, and needs no approval)."
         )
     current = made.texts["plan"]
     if plan not in (None, current):
-        raise UserError(f"the plan of {name} {release} is {current}, not {plan}: look at it, then approve that one.")
+        raise UserError(
+            f"--plan is {plan}; expected {current}, the current plan of {name} {release}. Read its cost, then "
+            "approve that plan."
+        )
     print(f"{name} {release}, {_amount(made)}", flush=True, file=sys.stderr if as_json else sys.stdout)
-    run = _launch(deployment, found, release, current)
-    while (now := fetch_runs(deployment, found, {"runIds": [run]})[0]).ended is None:
+    run = _launch(deployment, remote_set, release, current)
+    while (now := fetch_runs(deployment, remote_set, {"runIds": [run]})[0]).ended is None:
         time.sleep(POLL_SECONDS)
     if now.status != "SUCCESS":
         reason = failure_reason(deployment, run)
@@ -76,12 +80,12 @@ def approve(url: str, name: str, release: str, plan: str | None, *, as_json: boo
     if as_json:
         print(json.dumps({"set": name, "release": release, "plan": current, "approved": True, "run": run}))
         return 0
-    print(f"approved. Where the set starts by itself its shards follow; otherwise: launch {name} {release}")
+    print(f"approved. With auto_start the shards start now; otherwise run: census-tf-dagster launch {name} {release}")
     return 0
 
 
 def _amount(made: Materialization) -> str:
-    """Return what a plan or an approval says that the work takes."""
+    """Return the cost of the work from the metadata of a plan or an approval."""
     known = {**made.numbers, **made.figures}
 
     def figure(name: str, digits: int) -> str:
@@ -94,11 +98,11 @@ def _amount(made: Materialization) -> str:
     )
 
 
-def approval_text(deployment: Deployment, of: RemoteSet, release: str) -> str | None:
-    """Return what was approved last for a release and by whom, or what is asked since; None when neither is there."""
-    given = materializations(deployment, of, APPROVAL, [release]).get(release)
-    answer = deployment.ask(ASKED, asset=of.key(APPROVAL), release=release)["assetNodeOrError"]
-    asked = expect(answer, "AssetNode", f"{of.name}/{APPROVAL}")["assetObservations"]
+def approval_text(deployment: Deployment, remote_set: RemoteSet, release: str) -> str | None:
+    """Return the last approval of a release with its author, or a newer request for one; None when there is neither."""
+    given = materializations(deployment, remote_set, APPROVAL, [release]).get(release)
+    answer = deployment.ask(ASKED, asset=remote_set.key(APPROVAL), release=release)["assetNodeOrError"]
+    asked = expect(answer, "AssetNode", f"{remote_set.name}/{APPROVAL}")["assetObservations"]
     if asked and (given is None or float(asked[0]["timestamp"]) / 1000 > given.at):
         return str(asked[0]["description"])
     return f"by {given.texts.get('approved_by', 'somebody')}, {_amount(given)}" if given else None
@@ -108,24 +112,24 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        # A container's numeric user has no name.
+        # The numeric user of a container has no name.
         return f"user {os.getuid()}"
 
 
-def _launch(deployment: Deployment, of: RemoteSet, release: str, plan: str) -> str:
+def _launch(deployment: Deployment, remote_set: RemoteSet, release: str, plan: str) -> str:
     config = {"plan": plan, "by": f"{_user()}, from {platform.node()}"}
     params: dict[str, Any] = {
         "selector": {
-            "repositoryLocationName": of.location,
+            "repositoryLocationName": remote_set.location,
             "repositoryName": "__repository__",
             "pipelineName": "__ASSET_JOB",
-            "assetSelection": [of.key(APPROVAL)],
+            "assetSelection": [remote_set.key(APPROVAL)],
             "assetCheckSelection": [],
         },
         "mode": "default",
-        "runConfigData": json.dumps({"ops": {f"{of.name}__{APPROVAL}": {"config": config}}}),
+        "runConfigData": json.dumps({"ops": {f"{remote_set.name}__{APPROVAL}": {"config": config}}}),
         "executionMetadata": {"tags": [{"key": "dagster/partition", "value": release}]},
     }
     answer = deployment.ask(LAUNCH, executionParams=params)["launchPipelineExecution"]
-    run: str = expect(answer, "LaunchRunSuccess", f"approval of {of.name} {release}")["run"]["runId"]
+    run: str = expect(answer, "LaunchRunSuccess", f"approval of {remote_set.name} {release}")["run"]["runId"]
     return run

@@ -1,4 +1,4 @@
-"""Asset backfills of one release of a set: start one, find the one that goes on, ask how it is."""
+"""Starts, finds, reads and cancels the backfill of a release of a set. One backfill covers the assets of one launch."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.shard_ranges import compact, ranges
 
-GOING_ON = ("REQUESTED", "CANCELING", "FAILING")
+RUNNING = ("REQUESTED", "CANCELING", "FAILING")
 SUCCEEDED = ("COMPLETED_SUCCESS", "COMPLETED")
+"""The statuses of backfills that have not ended, and of those that succeeded."""
 
-# Dagster raises when it is asked for the targets of an asset that a backfill does not have, so this does not ask.
-GOING = """query Going($statuses: [BulkActionStatus!]) {
+# Dagster raises when a query asks for the targets of an asset that a backfill lacks, so this query asks for none.
+RUNNING_BACKFILLS = """query Running($statuses: [BulkActionStatus!]) {
   partitionBackfillsOrError(filters: {statuses: $statuses}) {
     __typename
     ... on Error { message }
@@ -22,7 +23,7 @@ GOING = """query Going($statuses: [BulkActionStatus!]) {
   }
 }"""
 
-ONE = """query One($shards: AssetKeyInput!, $id: String!) {
+BACKFILL = """query Backfill($shards: AssetKeyInput!, $id: String!) {
   partitionBackfillOrError(backfillId: $id) {
     __typename
     ... on Error { message }
@@ -54,18 +55,18 @@ CANCEL = """mutation Cancel($id: String!) {
 
 @dataclass(frozen=True)
 class LaunchScope:
-    """What a backfill does for a release."""
+    """The work of a backfill for a release."""
 
     plan: bool
-    """The plan, and its approval: who launches has approved."""
+    """Whether it makes the plan and its approval. The person who launches has approved."""
     shards: tuple[int, ...]
     array: bool
     recompute: bool
     reused: bool = False
-    """Whether the shards' reused cells are copied, too."""
+    """Whether it also copies the shards' reused cells."""
 
     def covers(self, other: "LaunchScope") -> bool:
-        """Tell whether who waits for this has what `other` asks for."""
+        """Tell whether this work includes all the work of `other`."""
         return (
             (self.plan or not other.plan)
             and (self.array or not other.array)
@@ -83,7 +84,7 @@ class LaunchScope:
 
 @dataclass(frozen=True)
 class Backfill:
-    """A backfill as the deployment has it."""
+    """A backfill in a running deployment."""
 
     id: str
     status: str
@@ -93,92 +94,94 @@ class Backfill:
     work: LaunchScope
 
     @property
-    def going_on(self) -> bool:
-        """Whether it has not ended."""
-        return self.status in GOING_ON
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.status in RUNNING
 
 
-def start(deployment: Deployment, of: RemoteSet, release: str, work: LaunchScope) -> str:
-    """Start a backfill; return its id. Dagster runs plan, approval, shards and array in this order, once each.
+def start(deployment: Deployment, remote_set: RemoteSet, release: str, work: LaunchScope) -> str:
+    """Start a backfill and return its id. Dagster runs plan, approval, shards and array once each, in this order.
 
     Raises
     ------
     UserError
-        With Dagster's message when it refuses.
+        When Dagster refuses. The message includes Dagster's own.
     """
-    shards = [(of.partition(release, a), of.partition(release, b)) for a, b in ranges(work.shards)]
+    shards = [(remote_set.partition(release, a), remote_set.partition(release, b)) for a, b in ranges(work.shards)]
     targets = [(asset, shards) for asset in (SHARDS, *([REUSED] if work.reused else []))]
     wanted_too = ((PLAN, work.plan), (APPROVAL, work.plan), (ARRAY, work.array))
     targets += [(asset, [(release, release)]) for asset, wanted in wanted_too if wanted]
-    tags = {LAUNCH_TAG: f"{of.name}/{release}"}
+    tags = {LAUNCH_TAG: f"{remote_set.name}/{release}"}
     params: dict[str, object] = {
-        "title": f"launch {of.name} {release}",
+        "title": f"launch {remote_set.name} {release}",
         "partitionsByAssets": [
-            {"assetKey": of.key(asset), "partitions": {"ranges": [{"start": a, "end": b} for a, b in keys]}}
+            {"assetKey": remote_set.key(asset), "partitions": {"ranges": [{"start": a, "end": b} for a, b in keys]}}
             for asset, keys in targets
         ],
     }
     if work.recompute:
         tags[RECOMPUTE_TAG] = "true"
-        # Every run of the backfill gets it; Dagster ignores the configuration of an op that a run does not have.
-        ops = {f"{of.name}__{asset}": {"config": {"recompute": True}} for asset, keys in targets if keys is shards}
+        # Every run of the backfill receives this. Dagster ignores the configuration of ops that a run does not have.
+        ops = {
+            f"{remote_set.name}__{asset}": {"config": {"recompute": True}} for asset, keys in targets if keys is shards
+        }
         params["runConfigData"] = json.dumps({"ops": ops})
     params["tags"] = [{"key": key, "value": value} for key, value in tags.items()]
     answer = deployment.ask(LAUNCH, params=params)["launchPartitionBackfill"]
-    return str(expect(answer, "LaunchBackfillSuccess", f"launch of {of.name} {release}")["backfillId"])
+    return str(expect(answer, "LaunchBackfillSuccess", f"launch of {remote_set.name} {release}")["backfillId"])
 
 
 def cancel(deployment: Deployment, backfill_id: str) -> None:
-    """Ask Dagster to end a backfill and its runs; the daemon does so at its next look."""
+    """Ask Dagster to end a backfill and its runs. The daemon does it in its next iteration."""
     answer = deployment.ask(CANCEL, id=backfill_id)["cancelPartitionBackfill"]
     expect(answer, "CancelBackfillSuccess", f"cancelling backfill {backfill_id}")
 
 
-def find_running(deployment: Deployment, of: RemoteSet, release: str) -> Backfill | None:
-    """Return the first backfill that was launched for a release and has not ended.
+def find_running(deployment: Deployment, remote_set: RemoteSet, release: str) -> Backfill | None:
+    """Return the first launched backfill of a release that has not ended; None when there is none.
 
-    One that is being cancelled or fails is returned only when no other goes on.
+    A backfill that is being cancelled or is failing is returned only when there is no other.
     """
-    answer = deployment.ask(GOING, statuses=GOING_ON)["partitionBackfillsOrError"]
+    answer = deployment.ask(RUNNING_BACKFILLS, statuses=RUNNING)["partitionBackfillsOrError"]
     mine = [
         one
         for one in expect(answer, "PartitionBackfills", "backfills")["results"]
-        if {"key": LAUNCH_TAG, "value": f"{of.name}/{release}"} in one["tags"]
+        if {"key": LAUNCH_TAG, "value": f"{remote_set.name}/{release}"} in one["tags"]
     ]
     if not mine:
         return None
-    # Dagster answers the last stored first. Timestamps are taken well before storing, so they tell no order.
+    # Dagster returns the last stored one first. Timestamps are taken long before storing, so they give no order.
     first = min(reversed(mine), key=lambda one: one["status"] != "REQUESTED")
-    return fetch(deployment, of, release, first["id"])
+    return fetch(deployment, remote_set, release, first["id"])
 
 
-def fetch(deployment: Deployment, of: RemoteSet, release: str, backfill_id: str) -> Backfill:
-    """Return a backfill by id.
+def fetch(deployment: Deployment, remote_set: RemoteSet, release: str, backfill_id: str) -> Backfill:
+    """Return a backfill by its id.
 
     Raises
     ------
     UserError
-        When the deployment does not have it any more.
+        When the deployment does not have it.
     """
-    answer = deployment.ask(ONE, shards=of.key(SHARDS), id=backfill_id)["partitionBackfillOrError"]
+    answer = deployment.ask(BACKFILL, shards=remote_set.key(SHARDS), id=backfill_id)["partitionBackfillOrError"]
     return _backfill(expect(answer, "PartitionBackfill", f"backfill {backfill_id}"), release)
 
 
-def _backfill(one: Mapping[str, Any], release: str) -> Backfill:
-    targeted = one["partitionsTargetedForAssetKey"] or {}
+def _backfill(answer: Mapping[str, Any], release: str) -> Backfill:
+    targeted = answer["partitionsTargetedForAssetKey"] or {}
     prefix = f"{release}|"
     shards = {int(key.removeprefix(prefix)) for key in targeted.get("partitionKeys") or () if key.startswith(prefix)}
-    assets = {key["path"][-1] for key in one["assetSelection"] or ()}
+    assets = {key["path"][-1] for key in answer["assetSelection"] or ()}
     return Backfill(
-        id=one["id"],
-        status=one["status"],
-        created=one["timestamp"],
-        error=one["error"] and one["error"]["message"].strip(),
+        id=answer["id"],
+        status=answer["status"],
+        created=answer["timestamp"],
+        error=answer["error"] and answer["error"]["message"].strip(),
         work=LaunchScope(
             plan=PLAN in assets,
             shards=tuple(sorted(shards)),
             array=ARRAY in assets,
             reused=REUSED in assets,
-            recompute={"key": RECOMPUTE_TAG, "value": "true"} in one["tags"],
+            recompute={"key": RECOMPUTE_TAG, "value": "true"} in answer["tags"],
         ),
     )

@@ -1,4 +1,4 @@
-"""What a launch would do and write, worked out without doing or writing any of it."""
+"""The dry run of a launch: it plans and estimates as a launch would, and starts and writes nothing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,24 +20,24 @@ from census_tf_dagster.store.write_notes import read_notes
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a launch would do.
+    """The result of a dry run.
 
     Attributes
     ----------
     plan
-        The plan it would write, or finds written.
+        The plan that the launch would write, or that is already there.
     checkpoint_fingerprint
-        Of the checkpoint that was found: what a set's field of that name would demand.
+        Fingerprint of the checkpoint, the value for the set's field of the same name.
     shards
-        The shards it would run.
+        The shards that the launch would run.
     cells, cells_to_compute, cells_to_copy
-        Cells of these shards, and those that are not committed yet.
+        All cells of these shards; cells that the launch would compute; cells that it would copy.
     megabatches_to_compute, megabatches_to_copy
-        Writes that are missing.
+        Missing writes.
     bytes_to_write
-        Estimated, for the missing cells.
+        Estimate for the missing cells.
     cost
-        What computing them takes.
+        Cost of computing the missing cells.
     """
 
     plan: PlanSummary
@@ -55,23 +55,23 @@ class DryRun:
 def dry_run(
     context: ReleaseContext, shards: tuple[int, ...] | None, *, recompute: bool, measured: Iterable[Throughput] = ()
 ) -> DryRun:
-    """LaunchScope out what a launch of some shards (None: all) would do.
+    """Return what a launch of some shards would do.
 
     Parameters
     ----------
     context
-        The opened set and release.
+        The opened context of the set and release.
     shards
-        Their numbers.
+        The numbers of the shards; None: all.
     recompute
-        Whether cells that are there would be computed again.
+        Whether the launch would also compute cells that are already in the array.
     measured
-        What the last shards of this set have done.
+        Figures of the set's last shards.
 
     Raises
     ------
     UserError
-        As planning would, or when a shard does not exist.
+        As in planning, or when a shard does not exist.
     """
     found = survey(context)
     plan = Plan(found.summary.totals, found.megabatches, context.folder.plan)
@@ -101,16 +101,16 @@ def dry_run(
 
 
 def measured_shards(url: str, name: str) -> list[Throughput]:
-    """Ask a deployment what shards of a set have done on their last release; nothing when it does not answer."""
+    """Return figures of a set's shards from their last release; empty when the deployment does not answer."""
     try:
         deployment = Deployment.at(url)
-        found = find_set(deployment, name)
+        remote_set = find_set(deployment, name)
     except UserError:
-        # The estimate then says what else it stands on.
+        # The estimate then names another source.
         return []
-    for release in reversed(found.releases):
-        partitions = [found.partition(release, shard) for shard in range(len(found.shard_keys))]
-        stored = sorted(materializations(deployment, found, SHARDS, partitions).values(), key=lambda one: one.at)
+    for release in reversed(remote_set.releases):
+        partitions = [remote_set.partition(release, shard) for shard in range(len(remote_set.shard_keys))]
+        stored = sorted(materializations(deployment, remote_set, SHARDS, partitions).values(), key=lambda one: one.at)
         figures = ({**one.numbers, **one.figures, **one.texts} for one in stored[-LAST_SHARDS:])
         if done := [one for found_figures in figures if (one := Throughput.of(found_figures))]:
             return done
@@ -118,12 +118,12 @@ def measured_shards(url: str, name: str) -> list[Throughput]:
 
 
 def describe(result: DryRun) -> str:
-    """Return what a person wants to read before money is spent."""
+    """Return the lines that a person reads before they spend money."""
     plan = result.plan
     ours, theirs = plan.storage_versions
-    differ = "" if ours == theirs else f"storage version: {ours}, the Census has {theirs} (docs/publish.md)\n"
+    differ = "" if ours == theirs else f"storage version: {ours}; the Census has {theirs} (docs/publish.md)\n"
     finish = result.cost.finish(utc_now())
-    done = f"; started now, shards would be done on {finish:%Y-%m-%d}" if finish else ""
+    done = f"; if started now, the shards finish on {finish:%Y-%m-%d}" if finish else ""
     reuse = "".join(f"not reused: {reason}\n" for reason in plan.passed_over)
     if plan.totals.source is not None or plan.passed_over:
         reuse = f"reuse: {plan.reuse()}\n{reuse}"
@@ -136,7 +136,7 @@ def describe(result: DryRun) -> str:
         f"plan: {plan.totals.cells:,} cells ({plan.totals.primary_cells:,} primary, "
         f"{'an unknown number' if zeros is None else f'{zeros:,}'} without counts), {plan.totals.tokens:,} tokens, "
         f"{plan.totals.shards} shards, {plan.totals.megabatches:,} megabatches\n"
-        f"checkpoint: {result.checkpoint_fingerprint} (what `checkpoint_fingerprint` in the set's YAML would demand)\n"
+        f"checkpoint: {result.checkpoint_fingerprint} (the value for `checkpoint_fingerprint` in the set's YAML)\n"
         f"genes: the checkpoint knows {plan.known_genes:,} of {plan.expressed_genes:,} expressed "
         f"({plan.known_share:.1%} of all entries). {plan.gene_check}\n"
         f"{differ}{reuse}{warnings}"

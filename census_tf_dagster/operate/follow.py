@@ -1,4 +1,4 @@
-"""Following a backfill to its end: a line when something changes, and at the end what failed and why."""
+"""Follows a backfill to its end: prints a line when its progress changes, and at the end each failure and its cause."""
 
 import sys
 import time
@@ -25,17 +25,18 @@ from census_tf_dagster.operate.shard_ranges import compact
 
 POLL_SECONDS = 2.0
 LINE_EVERY_SECONDS = 30.0
+"""A line is printed at least this often."""
 PATIENCE_SECONDS = 600.0
-"""How long the webserver may be away, as while it is deployed anew, before following ends."""
+"""How long the webserver may be unreachable, for example during a deployment, before following ends."""
 OVERLAP_SECONDS = 10.0
-"""Runs may be committed a little after the time they carry as their update's."""
+"""A run may be stored a little later than its update time says."""
 REASONS, REASON_LINES = 20, 5
-"""How many failures are told with their reason, and how much of it."""
+"""How many failures are printed with their reason, and how many lines of each reason."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a backfill is; equal ones need no new line."""
+    """The progress of a backfill. A new line is printed only when it changes."""
 
     plan: str | None
     done: int
@@ -44,64 +45,64 @@ class Progress:
     left: int
     array: str | None
     copied: int | None = None
-    """Shards whose reused cells are there; None when the set has none."""
+    """Shards whose reused cells are copied; None when the set reuses none."""
     stuck: int = 0
     """Runs whose worker is gone, or whose retry has not started."""
 
 
-def follow(deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill) -> int:
-    """Print progress until the backfill ends, then the outcome; return 0 for success, 1 otherwise.
+def follow(deployment: Deployment, remote_set: RemoteSet, release: str, backfill: Backfill) -> int:
+    """Print the progress until the backfill ends, then the outcome. Return 0 for success and 1 for failure.
 
     Raises
     ------
     UserError
         When the webserver has not answered for ten minutes.
     """
-    watch = _Watch(deployment, of, release, backfill)
-    answered = told = time.monotonic()
+    watch = _Watch(deployment, remote_set, release, backfill)
+    answered = printed = time.monotonic()
     shown: Progress | str | None = None
     while True:
         now: Progress | str
         try:
-            backfill = watch.look()
+            backfill = watch.update()
             now, text = watch.progress, watch.text()
             answered = time.monotonic()
         except UserError as error:
             if time.monotonic() - answered > PATIENCE_SECONDS:
                 raise
-            now, text = str(error), f"cannot look, trying again: {error}"
-        if now != shown or time.monotonic() - told >= LINE_EVERY_SECONDS:
+            now, text = str(error), f"the status is unknown, trying again: {error}"
+        if now != shown or time.monotonic() - printed >= LINE_EVERY_SECONDS:
             print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-            shown, told = now, time.monotonic()
-        if not backfill.going_on:
-            return _outcome(deployment, of, release, backfill, watch.runs)
+            shown, printed = now, time.monotonic()
+        if not backfill.is_running:
+            return _outcome(deployment, remote_set, release, backfill, watch.runs)
         time.sleep(POLL_SECONDS)
 
 
 class _Watch:
-    """Reads what has changed since the last look."""
+    """Reads what has changed since the last update."""
 
-    def __init__(self, deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill) -> None:
-        self.deployment, self.of, self.release, self.backfill = deployment, of, release, backfill
+    def __init__(self, deployment: Deployment, remote_set: RemoteSet, release: str, backfill: Backfill) -> None:
+        self.deployment, self.remote_set, self.release, self.backfill = deployment, remote_set, release, backfill
         self.by_id: dict[tuple[str, str], Run] = {}
         self.runs: Mapping[tuple[str, str], Run] = {}
         self.progress = Progress(None, 0, 0, 0, len(backfill.work.shards), None)
-        self.partitions = [of.partition(release, shard) for shard in backfill.work.shards]
-        self.stored = materializations(deployment, of, SHARDS, self.partitions)
+        self.partitions = [remote_set.partition(release, shard) for shard in backfill.work.shards]
+        self.stored = materializations(deployment, remote_set, SHARDS, self.partitions)
 
-    def look(self) -> Backfill:
-        """Ask for the backfill first: when it has ended, its runs asked for afterwards are final."""
-        self.backfill = fetch(self.deployment, self.of, self.release, self.backfill.id)
+    def update(self) -> Backfill:
+        """Read the backfill, then its runs. In this order the runs are final if the backfill has ended."""
+        self.backfill = fetch(self.deployment, self.remote_set, self.release, self.backfill.id)
         wanted: dict[str, object] = {"tags": [{"key": "dagster/backfill", "value": self.backfill.id}]}
         if self.by_id:
             wanted["updatedAfter"] = max(run.updated for run in self.by_id.values()) - OVERLAP_SECONDS
-        # One run may hold the plan and its approval.
-        self.by_id.update({(run.id, run.asset): run for run in fetch_runs(self.deployment, self.of, wanted)})
+        # One run may contain the plan and its approval.
+        self.by_id.update({(run.id, run.asset): run for run in fetch_runs(self.deployment, self.remote_set, wanted)})
         self.runs = latest(self.by_id.values())
         states = [_state(self.runs.get((SHARDS, partition))) for partition in self.partitions]
         done = states.count("done")
         if done != self.progress.done:
-            self.stored = materializations(self.deployment, self.of, SHARDS, self.partitions)
+            self.stored = materializations(self.deployment, self.remote_set, SHARDS, self.partitions)
         plan, array = self.runs.get((PLAN, self.release)), self.runs.get((ARRAY, self.release))
         self.progress = Progress(
             plan=_state(plan) if self.backfill.work.plan else None,
@@ -118,7 +119,7 @@ class _Watch:
         return self.backfill
 
     def text(self) -> str:
-        """Return the line about now."""
+        """Return the progress as one line."""
         now = self.progress
         parts = [f"plan {now.plan}"] if now.plan else []
         parts.append(
@@ -131,8 +132,8 @@ class _Watch:
         if now.running or now.left:
             seconds = self._seconds_left()
             parts.append("time left unknown" if seconds is None else f"about {duration(seconds)} left for shards")
-        elif self.backfill.going_on:
-            parts.append("Dagster looks every 30 s what comes next")
+        elif self.backfill.is_running:
+            parts.append("Dagster checks every 30 s what to start next")
         return "; ".join(parts)
 
     def _seconds_left(self) -> float | None:
@@ -164,41 +165,41 @@ def _state(run: Run | None) -> str:
 
 
 def _outcome(
-    deployment: Deployment, of: RemoteSet, release: str, backfill: Backfill, runs: Mapping[tuple[str, str], Run]
+    deployment: Deployment, remote_set: RemoteSet, release: str, backfill: Backfill, runs: Mapping[tuple[str, str], Run]
 ) -> int:
-    """Print how it ended; return the exit code."""
-    # A run may hold the plan and its approval: told once.
+    """Print the outcome and return the exit code."""
+    # A run may contain the plan and its approval. It is printed once.
     failed = list({run.id: run for run in runs.values() if _state(run) != "done"}.values())
     if backfill.status in SUCCEEDED and not failed:
         took = duration(time.time() - backfill.created)
-        print(f"done: {of.name} {release}: {backfill.work}, {took} after the launch")
-        if backfill.work.array and (array := materializations(deployment, of, ARRAY, [release]).get(release)):
+        print(f"done: {remote_set.name} {release}: {backfill.work}, {took} after the launch")
+        if backfill.work.array and (array := materializations(deployment, remote_set, ARRAY, [release]).get(release)):
             print(f"array: {array.paths.get('array')}")
         return 0
-    tell: list[str] = [f"backfill {backfill.id} of {of.name} {release} ended as {backfill.status}"]
+    lines: list[str] = [f"backfill {backfill.id} of {remote_set.name} {release} ended as {backfill.status}"]
     if backfill.error:
-        tell.append(f"Dagster says: {backfill.error}")
+        lines.append(f"Dagster's error: {backfill.error}")
     for run in failed[:REASONS]:
         reason = failure_reason(deployment, run.id).splitlines()[:REASON_LINES]
-        tell.append(f"{run.asset} {run.partition} {run.status.lower()}: {deployment.url}/runs/{run.id}")
-        tell += [f"    {line}" for line in reason]
+        lines.append(f"{run.asset} {run.partition} {run.status.lower()}: {deployment.url}/runs/{run.id}")
+        lines += [f"    {line}" for line in reason]
     if len(failed) > REASONS:
-        tell.append(f"and {len(failed) - REASONS} more")
-    print("\n".join([*tell, _what_to_do(of, release, backfill, failed)]), file=sys.stderr)
+        lines.append(f"and {len(failed) - REASONS} more")
+    print("\n".join([*lines, _what_to_do(remote_set, release, backfill, failed)]), file=sys.stderr)
     return 1
 
 
-def _what_to_do(of: RemoteSet, release: str, backfill: Backfill, failed: list[Run]) -> str:
-    command = f"python -m census_tf_dagster launch {of.name} {release}"
+def _what_to_do(remote_set: RemoteSet, release: str, backfill: Backfill, failed: list[Run]) -> str:
+    command = f"census-tf-dagster launch {remote_set.name} {release}"
     if not backfill.work.plan:
         command += f" --shards {compact(backfill.work.shards)}"
     recompute = " --recompute" if backfill.work.recompute else ""
     if backfill.status == "CANCELED":
-        return f"It was cancelled. To go on: {command}{recompute}"
+        return f"It was cancelled. To continue: {command}{recompute}"
     if failed and all(run.asset in (SHARDS, REUSED) for run in failed):
-        command = f"python -m census_tf_dagster launch {of.name} {release}"
+        command = f"census-tf-dagster launch {remote_set.name} {release}"
         shards = compact({run.shard for run in failed})
-        return f"Mend what the reasons name, then launch these alone: {command} --shards {shards}{recompute}"
-    # Where only the array failed, all shards were computed.
+        return f"Correct the causes above, then launch only these shards: {command} --shards {shards}{recompute}"
+    # If only the array failed, all shards were computed.
     again = recompute if not failed or any(run.asset != ARRAY for run in failed) else ""
-    return f"Mend what the reasons name, then launch again (finished shards do nothing): {command}{again}"
+    return f"Correct the causes above, then launch again (finished shards do nothing): {command}{again}"

@@ -1,4 +1,4 @@
-"""Asking a deployment's webserver: GraphQL over HTTP, with its many kinds of error turned into one."""
+"""Sends GraphQL queries to a deployment's webserver over HTTP, and turns every kind of failure into a `UserError`."""
 
 import re
 from dataclasses import dataclass
@@ -12,47 +12,47 @@ from census_tf_dagster.io.names import without_secrets
 from census_tf_dagster.io.proxies import is_loopback, proxy_for
 
 SHOWN = 80
-"""Characters of a wrong address that an error shows."""
+"""How many characters of a wrong address an error shows."""
 
 TIMEOUT_SECONDS = (5.0, 60.0)
-"""To connect, and to wait for an answer."""
+"""The time to connect, and the time to wait for an answer."""
 
 
 class NoAnswerError(UserError):
-    """The webserver does not answer now; a moment later it may."""
+    """The webserver does not answer now. It may answer later."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A running deployment, known by the address of its webserver without a trailing slash."""
+    """A running deployment: the address of its webserver, without a trailing slash."""
 
     url: str
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """Make a deployment of the address that an operator typed.
+        """Make a deployment from the address that an operator typed.
 
         Raises
         ------
         UserError
-            When it is no http address, or one with a user; a password is not shown.
+            When it is not an http(s) address, or has a user. The message shows no password.
         """
         if not re.fullmatch(r"https?://([^/?#\s:@]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[^?#\s]*)?", url, re.ASCII):
             raise UserError(
                 f"the webserver's address is {without_secrets(url)[:SHOWN]!r}; expected http://HOST:PORT or "
-                "https://HOST[/PATH], without user and password."
+                "https://HOST[/PATH], without user and password. Correct --url or CENSUS_TF_DAGSTER_URL."
             )
         return cls(url.rstrip("/").removesuffix("/graphql"))
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
-        """Send one query or mutation; return its data.
+        """Send one query or mutation, and return its data.
 
         Raises
         ------
         NoAnswerError
-            When nothing answers, or a proxy answers for it.
+            When nothing answers, or a proxy answers that the webserver is not up.
         UserError
-            When the answer is not GraphQL, or says that the query failed.
+            When the answer is not GraphQL, or reports that the query failed.
         """
         proxy = proxy_for(self.url)
         through = f" through the proxy {without_secrets(proxy)}" if proxy else ""
@@ -62,14 +62,14 @@ class Deployment:
                 f"{self.url}/graphql",
                 json={"query": query, "variables": variables},
                 timeout=TIMEOUT_SECONDS,
-                # What is named here is asked without a proxy.
+                # Requests to this host do not use a proxy.
                 proxies={"no_proxy": str(urlsplit(self.url).hostname)} if is_loopback(self.url) else None,
             )
         except requests.RequestException as error:
             raise NoAnswerError(
                 f"no answer from the webserver at {self.url}{through} ({type(error).__name__}): start it "
-                "(`dagster-webserver -w workspace.yaml`, or `dagster dev`), or name another one with --url or "
-                f"CENSUS_TF_DAGSTER_URL.{hint}"
+                "(`dagster-webserver -w workspace.yaml`, or `dagster dev`), or give the address of another one with "
+                f"--url or CENSUS_TF_DAGSTER_URL.{hint}"
             ) from error
         code = f"HTTP {response.status_code}{through}"
         if response.status_code in (502, 503, 504):
@@ -80,12 +80,14 @@ class Deployment:
             answer = None
         if not isinstance(answer, dict) or not answer.keys() & {"data", "errors"}:
             raise UserError(
-                f"{self.url}/graphql answers {code} without GraphQL; expected the address of a dagster-webserver: name "
+                f"{self.url}/graphql answers {code} without GraphQL; expected the address of a dagster-webserver. Give "
                 f"it with --url or CENSUS_TF_DAGSTER_URL.{hint}"
             )
         if answer.get("errors"):
             messages = "; ".join(str(error.get("message", error)) for error in answer["errors"][:3])
-            raise UserError(f"the webserver at {self.url} refuses a query; expected Dagster 1.13: {messages}")
+            raise UserError(
+                f"the webserver at {self.url} refuses a query: {messages}. Expected Dagster 1.13. Check its version."
+            )
         data: dict[str, Any] = answer["data"]
         return data
 
@@ -96,7 +98,7 @@ def expect(answer: Any, kind: str, doing: str) -> dict[str, Any]:
     Raises
     ------
     UserError
-        With Dagster's own message when it is any other kind, such as ``PythonError``.
+        When it is another kind, such as ``PythonError``. The message includes Dagster's own.
     """
     if isinstance(answer, dict) and answer.get("__typename") == kind:
         return answer

@@ -1,4 +1,4 @@
-"""`launch`: take a release of a set to its array, or chosen shards of it, and follow that to its end."""
+"""The command `launch`: starts the backfill of a release or of shards, or attaches to a running one, and follows it."""
 
 import json
 import sys
@@ -6,151 +6,157 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from census_tf_dagster.config.dagster_names import LOST_RUNS, PLAN, REUSED, SHARDS
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import INTERRUPTED, UserError
 from census_tf_dagster.operate.backfills import Backfill, LaunchScope, cancel, fetch, find_running, start
 from census_tf_dagster.operate.follow import follow
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.remote_set import RemoteSet, find_set
 from census_tf_dagster.operate.runs import RUNNING, fetch_runs, materializations
 from census_tf_dagster.operate.shard_ranges import compact, parse_shards
-from census_tf_dagster.operate.stuck_runs import find_stuck, nobody_mends
-
-INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended."""
+from census_tf_dagster.operate.stuck_runs import find_stuck, needed_for_repair
 
 DAEMON = """{ instance { daemonHealth { daemonStatus(daemonType: "BACKFILL") { healthy } } } }"""
 
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """What an operator asks for."""
+    """The arguments of the command."""
 
     set: str
     release: str
     shards: str | None
-    """Such as ``3,7-12``; None for the whole release."""
+    """Shard numbers such as ``3,7-12``; None: the whole release."""
     recompute: bool
     wait: bool
     as_json: bool = False
-    """Print one JSON object instead of lines, when it does not wait."""
+    """Print one JSON object instead of lines. It applies only without `wait`."""
 
 
 def launch(url: str, request: LaunchRequest) -> int:
-    """Launch, or attach to the launch of this release that goes on, and follow it; return the exit code.
+    """Start a backfill, or attach to the running one of this release, and follow it.
 
-    The work is Dagster's: it goes on when this command ends, and the same command finds it again.
+    Dagster does the work. It continues when this command ends, and the same command finds it again.
 
     Returns
     -------
     int
-        0 when all of it succeeded (or was only started, without waiting), 1 when not, 130 when interrupted.
+        The exit code: 0 when everything succeeded (or, without `wait`, was started), 1 when something failed, 130 when
+        the user interrupted the command.
 
     Raises
     ------
     UserError
-        Before anything is launched: when the webserver does not answer, no daemon runs, set, release or shards are
-        unknown, the plan that shards need is missing, or a launch of the same release goes on that does other work
-        (where that came first by a moment, what was launched is cancelled).
+        Before anything starts: when the webserver does not answer, no daemon runs, the set, release or shards are
+        unknown, the plan that the shards need is missing, or a backfill of the same release is running with other work.
+        (If that backfill started a moment earlier, the new one is cancelled.)
     """
     try:
         deployment = Deployment.at(url)
-        found = find_set(deployment, request.set)
-        found.check_release(request.release)
-        work = _work(deployment, found, request)
+        remote_set = find_set(deployment, request.set)
+        remote_set.check_release(request.release)
+        work = _work(deployment, remote_set, request)
         with redirect_stdout(sys.stderr if request.as_json else sys.stdout):
-            backfill = _backfill(deployment, found, request.release, work)
+            backfill = _backfill(deployment, remote_set, request.release, work)
         if request.as_json:
             page = f"{deployment.url}/runs/b/{backfill.id}"
-            print(json.dumps({"backfill": backfill.id, "set": found.name, "release": request.release, "page": page}))
+            print(
+                json.dumps({"backfill": backfill.id, "set": remote_set.name, "release": request.release, "page": page})
+            )
             return 0
         if not request.wait:
-            print(_how_to_follow(deployment, found.name, request.release))
+            print(_how_to_follow(deployment, remote_set.name, request.release))
             return 0
-        return follow(deployment, found, request.release, backfill)
+        return follow(deployment, remote_set, request.release, backfill)
     except KeyboardInterrupt:
         print(
-            "\ninterrupted; what was launched goes on in Dagster.\n"
+            "\ninterrupted; the backfill continues in Dagster.\n"
             + _how_to_follow(Deployment.at(url), request.set, request.release),
             file=sys.stderr,
         )
         return INTERRUPTED
 
 
-def _work(deployment: Deployment, found: RemoteSet, request: LaunchRequest) -> LaunchScope:
-    everything = tuple(range(len(found.shard_keys)))
+def _work(deployment: Deployment, remote_set: RemoteSet, request: LaunchRequest) -> LaunchScope:
+    everything = tuple(range(len(remote_set.shard_keys)))
     if request.shards is None:
-        return LaunchScope(plan=True, shards=everything, array=True, recompute=request.recompute, reused=found.reuses)
-    shards = parse_shards(request.shards)
-    found.check_shards(shards)
-    if not materializations(deployment, found, PLAN, [request.release]):
-        raise UserError(
-            f"the plan of {found.name} {request.release} is missing, and shards {compact(shards)} need it: launch the "
-            "whole release (without --shards), or materialize obs_id_plan in the web interface first."
+        return LaunchScope(
+            plan=True, shards=everything, array=True, recompute=request.recompute, reused=remote_set.reuses
         )
-    partitions = {shard: found.partition(request.release, shard) for shard in everything if shard not in shards}
+    shards = parse_shards(request.shards)
+    remote_set.check_shards(shards)
+    if not materializations(deployment, remote_set, PLAN, [request.release]):
+        raise UserError(
+            f"the plan of {remote_set.name} {request.release} is missing, and shards {compact(shards)} need it. Launch "
+            "the whole release (without --shards), or materialize obs_id_plan in the web interface first."
+        )
+    partitions = {shard: remote_set.partition(request.release, shard) for shard in everything if shard not in shards}
     unfinished = False
-    for asset in (SHARDS, *([REUSED] if found.reuses else [])):
-        stored = materializations(deployment, found, asset, list(partitions.values()))
+    for asset in (SHARDS, *([REUSED] if remote_set.reuses else [])):
+        stored = materializations(deployment, remote_set, asset, list(partitions.values()))
         unfinished |= any(partition not in stored for partition in partitions.values())
     return LaunchScope(
-        plan=False, shards=shards, array=not unfinished, recompute=request.recompute, reused=found.reuses
+        plan=False, shards=shards, array=not unfinished, recompute=request.recompute, reused=remote_set.reuses
     )
 
 
-def _backfill(deployment: Deployment, found: RemoteSet, release: str, work: LaunchScope) -> Backfill:
-    """Find the backfill that goes on, or start one."""
+def _backfill(deployment: Deployment, remote_set: RemoteSet, release: str, work: LaunchScope) -> Backfill:
+    """Return the running backfill of the release, or start one."""
     if not deployment.ask(DAEMON)["instance"]["daemonHealth"]["daemonStatus"]["healthy"]:
         raise UserError(
-            f"the deployment at {deployment.url} has no dagster-daemon: nothing would start. Run `dagster-daemon run "
-            "-w workspace.yaml` with the same DAGSTER_HOME, then launch again."
+            f"the deployment at {deployment.url} has no healthy dagster-daemon, so nothing would start. Run "
+            "`dagster-daemon run -w workspace.yaml` with the same DAGSTER_HOME, then launch again."
         )
-    if unfinished := find_running(deployment, found, release):
-        return _attach(deployment, found, release, unfinished, work)
-    backfill = fetch(deployment, found, release, start(deployment, found, release, work))
-    # Another launch may have looked before this one had started; all but the first give way.
-    first = find_running(deployment, found, release)
+    if unfinished := find_running(deployment, remote_set, release):
+        return _attach(deployment, remote_set, release, unfinished, work)
+    backfill = fetch(deployment, remote_set, release, start(deployment, remote_set, release, work))
+    # Another launch may have checked before this one started. All but the first are cancelled.
+    first = find_running(deployment, remote_set, release)
     if first and first.id != backfill.id:
         cancel(deployment, backfill.id)
-        return _attach(deployment, found, release, first, work)
-    print(f"launched backfill {backfill.id} of {found.name} {release} ({found.location}): {work}", flush=True)
-    if work.plan and not materializations(deployment, found, PLAN, list(found.releases)):
+        return _attach(deployment, remote_set, release, first, work)
+    print(f"launched backfill {backfill.id} of {remote_set.name} {release} ({remote_set.location}): {work}", flush=True)
+    if work.plan and not materializations(deployment, remote_set, PLAN, list(remote_set.releases)):
         print(
-            "this is the set's first launch; to know error and cost before all shards run, on such a node: "
-            f"python -m census_tf_dagster canary {found.name} {release}",
+            "this is the set's first launch. To measure error and cost before all shards run, run this on a GPU node: "
+            f"census-tf-dagster canary {remote_set.name} {release}",
             flush=True,
         )
     if not work.array:
-        print("without the array: it needs the other shards, which have not all been done", flush=True)
+        print("without the array, because some of the other shards are not done", flush=True)
     return backfill
 
 
-def _attach(deployment: Deployment, found: RemoteSet, release: str, backfill: Backfill, work: LaunchScope) -> Backfill:
+def _attach(
+    deployment: Deployment, remote_set: RemoteSet, release: str, backfill: Backfill, work: LaunchScope
+) -> Backfill:
     if not backfill.work.covers(work):
         raise UserError(
-            f"backfill {backfill.id} of {found.name} {release} goes on with {backfill.work}; asked for: {work}. Follow "
-            f"it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{backfill.id}"
+            f"backfill {backfill.id} of {remote_set.name} {release} is still running with {backfill.work}; you asked "
+            f"for {work}. Follow it (`launch` with its shards), or cancel it: {deployment.url}/runs/b/{backfill.id}"
         )
     running = [
         run
-        for run in fetch_runs(deployment, found, {"statuses": sorted(RUNNING)})
+        for run in fetch_runs(deployment, remote_set, {"statuses": sorted(RUNNING)})
         if run.partition.partition("|")[0] == release
     ]
-    stuck = find_stuck(deployment, found, release, running)
-    if to_switch_on := nobody_mends(deployment, found, stuck):
+    stuck = find_stuck(deployment, remote_set, release, running)
+    if needed := needed_for_repair(deployment, remote_set, stuck):
         raise UserError(
-            f"backfill {backfill.id} of {found.name} {release} waits for what nothing mends: {stuck[0]}. To have it "
-            f"mended, {to_switch_on}; then launch again."
+            f"backfill {backfill.id} of {remote_set.name} {release} is stuck, and nothing repairs it: {stuck[0]}. To "
+            f"have it repaired, {needed}; then launch again."
         )
-    print(f"attached to backfill {backfill.id} of {found.name} {release}, which goes on: {backfill.work}", flush=True)
-    for one in stuck:
-        mends = f" (the sensor {LOST_RUNS} mends this within minutes)" if one.mends_itself else ""
-        print(f"stuck: {one}{mends}", flush=True)
+    print(
+        f"attached to backfill {backfill.id} of {remote_set.name} {release}, which is still running: {backfill.work}",
+        flush=True,
+    )
+    for run in stuck:
+        repair = f" (the sensor {LOST_RUNS} repairs this within minutes)" if run.repaired_by_sensor else ""
+        print(f"stuck: {run}{repair}", flush=True)
     return backfill
 
 
 def _how_to_follow(deployment: Deployment, name: str, release: str) -> str:
-    command = "python -m census_tf_dagster"
     return (
-        f"  look:   {command} status {name} {release} --url {deployment.url}\n"
+        f"  look:   census-tf-dagster status {name} {release} --url {deployment.url}\n"
         f"  follow: the same launch command again, or {deployment.url}/runs"
     )

@@ -1,4 +1,4 @@
-"""What running shards have told of themselves, as the webserver tells it."""
+"""Reads the progress that running shards reported as observations. The shards report it in `orchestration`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import Run
 
 MOST_AT_ONCE = 200
-"""Shards that one query asks for."""
+"""The most shards of one query."""
 
-ONE = """s{number}: assetObservations(partitions: [$p{number}], limit: 1) {{
+SHARD_QUERY = """s{number}: assetObservations(partitions: [$p{number}], limit: 1) {{
   runId timestamp
   metadataEntries {{
     label
@@ -22,34 +22,34 @@ ONE = """s{number}: assetObservations(partitions: [$p{number}], limit: 1) {{
 
 @dataclass(frozen=True)
 class ShardProgress:
-    """How far a running shard said it was, at most half a minute and one megabatch ago."""
+    """The progress that a running shard reported last. It is at most half a minute and one megabatch old."""
 
     cells_done: int
     cells_per_second: float
     limited_by: str
     at: float
-    """When it said so, in seconds since 1970."""
+    """The time of the report, in seconds since 1970."""
 
 
-def progress_of(deployment: Deployment, of: RemoteSet, running: Sequence[Run]) -> dict[str, ShardProgress]:
-    """Return the last word of each running shard by partition; nothing of those that have said nothing yet."""
+def progress_of(deployment: Deployment, remote_set: RemoteSet, running: Sequence[Run]) -> dict[str, ShardProgress]:
+    """Return the last progress of each running shard, by partition. Shards without a report are left out."""
     found: dict[str, ShardProgress] = {}
     for first in range(0, len(running), MOST_AT_ONCE):
         runs = running[first : first + MOST_AT_ONCE]
         declared = "".join(f", $p{number}: String!" for number in range(len(runs)))
-        asked = "\n".join(ONE.format(number=number) for number in range(len(runs)))
+        asked = "\n".join(SHARD_QUERY.format(number=number) for number in range(len(runs)))
         query = (
             f"query Progress($asset: AssetKeyInput!{declared}) {{ assetNodeOrError(assetKey: $asset) {{ __typename "
             f"... on Error {{ message }} ... on AssetNode {{ {asked} }} }} }}"
         )
         partitions = {f"p{number}": run.partition for number, run in enumerate(runs)}
-        answer = deployment.ask(query, asset=of.key(SHARDS), **partitions)["assetNodeOrError"]
-        node = expect(answer, "AssetNode", f"{of.name}/{SHARDS}")
+        answer = deployment.ask(query, asset=remote_set.key(SHARDS), **partitions)["assetNodeOrError"]
+        node = expect(answer, "AssetNode", f"{remote_set.name}/{SHARDS}")
         for number, run in enumerate(runs):
-            for one in node[f"s{number}"]:
-                # An observation of another run is of an earlier try.
-                if one["runId"] == run.id:
-                    found[run.partition] = _read(one["metadataEntries"], float(one["timestamp"]) / 1000)
+            for observation in node[f"s{number}"]:
+                # An observation of another run belongs to an earlier attempt.
+                if observation["runId"] == run.id:
+                    found[run.partition] = _read(observation["metadataEntries"], float(observation["timestamp"]) / 1000)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The sets of a running deployment: where their assets are, their releases and their shards."""
+"""Finds a set in a running deployment: its code location, releases and shards."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,19 +25,19 @@ CATALOG = """{
 
 @dataclass(frozen=True)
 class RemoteSet:
-    """A set as a running deployment has it."""
+    """An embedding set in a running deployment."""
 
     name: str
     location: str
     """The code location that holds its assets."""
     releases: tuple[str, ...]
     shard_keys: tuple[str, ...]
-    """Partition keys of the shards in the dimension ``shard``: zero-padded, at the index that is their number."""
+    """The zero-padded partition keys of the dimension ``shard``. The index of a key is the number of its shard."""
     reuses: bool
-    """Whether it has an asset that copies cells of an earlier release; its partitions have the same keys."""
+    """Whether the set has the asset that copies cells of an earlier release. Its partitions have the same keys."""
 
     def key(self, asset: str) -> dict[str, list[str]]:
-        """Return an asset's key as GraphQL takes it."""
+        """Return the key of an asset in the form of GraphQL."""
         return {"path": [self.name, asset]}
 
     def partition(self, release: str, shard: int) -> str:
@@ -45,17 +45,17 @@ class RemoteSet:
         return f"{release}|{self.shard_keys[shard]}"
 
     def check_release(self, release: str) -> None:
-        """Refuse a release that is no partition.
+        """Refuse a release that is not a partition of the set.
 
         Raises
         ------
         UserError
-            Naming the releases that there are.
+            When it is not. The message names the existing releases.
         """
         if release not in self.releases:
             raise UserError(
-                f"release {release!r} is no partition of set {self.name!r}; there are: "
-                f"{', '.join(self.releases) or 'none'}. Add it: python -m census_tf_dagster release add {release}"
+                f"release {release!r} is not a partition of set {self.name!r}; expected one of: "
+                f"{', '.join(self.releases) or 'none was added'}. Add it: census-tf-dagster release add {release}"
             )
 
     def check_shards(self, shards: Iterable[int]) -> None:
@@ -64,12 +64,12 @@ class RemoteSet:
         Raises
         ------
         UserError
-            Naming them, and the range that exists.
+            When there are any. The message names them and the existing range.
         """
         if unknown := [shard for shard in shards if shard >= len(self.shard_keys)]:
             raise UserError(
-                f"set {self.name!r} has no shards {compact(unknown)}: it has {len(self.shard_keys)}, which are "
-                f"{compact(range(len(self.shard_keys)))}."
+                f"set {self.name!r} has no shards {compact(unknown)}; expected some of its {len(self.shard_keys)} "
+                f"shards, {compact(range(len(self.shard_keys)))}. Correct --shards."
             )
 
 
@@ -79,16 +79,16 @@ def find_set(deployment: Deployment, name: str) -> RemoteSet:
     Raises
     ------
     UserError
-        When no code location has its assets, with the sets that there are and the code locations that do not
-        load; or when its partitions are not those of this package.
+        When no code location has its assets; the message names the existing sets, and code locations that do not
+        load. Or when its partitions are not those of this package.
     """
     answer = deployment.ask(CATALOG)
     nodes = {tuple(node["assetKey"]["path"]): node for node in answer["assetNodes"]}
     known = sorted({path[0] for path in nodes if all((path[0], asset) in nodes for asset in (PLAN, SHARDS, ARRAY))})
     if name not in known:
         raise UserError(
-            f"set {name!r} is not in the deployment at {deployment.url}; there are: {', '.join(known) or 'none'}. "
-            "One that was added since: reload its code location (Deployment, in the web interface), or restart it."
+            f"set {name!r} is not in the deployment at {deployment.url}; expected one of: {', '.join(known) or 'none'}."
+            " If you have just added it, reload its code location (Deployment, in the web interface), or restart it."
             + "".join(_broken_locations(answer["workspaceOrError"]))
         )
     node = nodes[name, SHARDS]
@@ -97,7 +97,7 @@ def find_set(deployment: Deployment, name: str) -> RemoteSet:
     if set(dimensions) != {"release", "shard"} or [int(key) for key in keys if key.isdigit()] != list(range(len(keys))):
         raise UserError(
             f"{name}/{SHARDS} has partitions by {sorted(dimensions) or 'nothing'}; expected release x shard, shards "
-            "numbered from 0: the deployment runs another version of this package."
+            "numbered from 0. The deployment runs another version of this package. Use that version for this command."
         )
     location = str(node["repository"]["location"]["name"])
     return RemoteSet(

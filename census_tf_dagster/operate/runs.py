@@ -1,4 +1,4 @@
-"""Runs and materializations of a set, as the webserver tells them."""
+"""Reads the runs and materializations of a set from the webserver, and estimates the remaining time from them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ EVENTS = """query Events($run: ID!, $cursor: String) {
 
 
 ENDED_FROM_OUTSIDE = "This run has been marked as failed from outside"
-"""What Dagster says of a run whose process it lost."""
+"""The beginning of Dagster's message about a run whose process it lost."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Run:
     id: str
     asset: str
     partition: str
-    """Partition key: a release, or release|shard."""
+    """The partition key: a release, or release|shard."""
     status: str
     created: float
     started: float | None
@@ -80,13 +80,13 @@ class Run:
     updated: float
     recompute: bool
     owed_retry: bool = False
-    """Whether it failed, and Dagster announced a retry that has not started."""
+    """Whether it failed and its retry, which Dagster announced, has not started."""
     worker: WorkerProcess | None = None
-    """The process that does its work, once that has begun."""
+    """The process that does its work; None before it starts."""
 
     @property
     def shard(self) -> int:
-        """The number of the shard, of a shard's run."""
+        """The number of the shard. Only runs of shards have one."""
         return int(self.partition.rpartition("|")[2])
 
 
@@ -102,54 +102,54 @@ class Materialization:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-def fetch_runs(deployment: Deployment, of: RemoteSet, runs_filter: Mapping[str, object]) -> list[Run]:
-    """Return the runs of one set that match a ``RunsFilter``, newest first."""
+def fetch_runs(deployment: Deployment, remote_set: RemoteSet, runs_filter: Mapping[str, object]) -> list[Run]:
+    """Return the runs of a set that match Dagster's ``RunsFilter``, newest first."""
     found: list[Run] = []
     cursor = None
     while True:
         answer = deployment.ask(RUNS, filter=runs_filter, limit=PAGE, cursor=cursor)
         page = expect(answer["runsOrError"], "Runs", "runs")["results"]
-        found += [run for one in page for run in _runs(one, of.name)]
+        found += [run for one in page for run in _runs(one, remote_set.name)]
         if len(page) < PAGE:
             return found
         cursor = page[-1]["runId"]
 
 
-def _runs(one: dict[str, Any], set_name: str) -> Iterator[Run]:
-    tags = {tag["key"]: tag["value"] for tag in one["tags"]}
-    for key in one["assetSelection"] or ():
+def _runs(answer: dict[str, Any], set_name: str) -> Iterator[Run]:
+    tags = {tag["key"]: tag["value"] for tag in answer["tags"]}
+    for key in answer["assetSelection"] or ():
         if key["path"][0] == set_name and len(key["path"]) == 2 and "dagster/partition" in tags:
             yield Run(
-                id=one["runId"],
+                id=answer["runId"],
                 asset=key["path"][1],
                 partition=tags["dagster/partition"],
-                status=one["status"],
-                created=one["creationTime"],
-                started=one["startTime"],
-                ended=one["endTime"],
-                updated=one["updateTime"] or one["creationTime"],
+                status=answer["status"],
+                created=answer["creationTime"],
+                started=answer["startTime"],
+                ended=answer["endTime"],
+                updated=answer["updateTime"] or answer["creationTime"],
                 recompute=tags.get(RECOMPUTE_TAG) == "true",
-                owed_retry=one["status"] == "FAILURE"
+                owed_retry=answer["status"] == "FAILURE"
                 and tags.get(WILL_RETRY_TAG) == "true"
                 and RETRIED_BY_TAG not in tags,
-                worker=WorkerProcess.of(one["runId"], tags),
+                worker=WorkerProcess.of(answer["runId"], tags),
             )
 
 
 def latest(runs: Iterable[Run]) -> dict[tuple[str, str], Run]:
-    """Return the newest run of each (asset, partition): a retry hides what it retries."""
+    """Return the newest run of each (asset, partition). A retry replaces the run that it retries."""
     return {(run.asset, run.partition): run for run in sorted(runs, key=lambda run: run.created)}
 
 
 def materializations(
-    deployment: Deployment, of: RemoteSet, asset: str, partitions: Sequence[str]
+    deployment: Deployment, remote_set: RemoteSet, asset: str, partitions: Sequence[str]
 ) -> dict[str, Materialization]:
-    """Return the last materialization of those partitions that have one."""
-    answer = deployment.ask(MATERIALIZATIONS, asset=of.key(asset), partitions=partitions)
-    node = expect(answer["assetNodeOrError"], "AssetNode", f"{of.name}/{asset}")
+    """Return the last materialization of each partition that has one."""
+    answer = deployment.ask(MATERIALIZATIONS, asset=remote_set.key(asset), partitions=partitions)
+    node = expect(answer["assetNodeOrError"], "AssetNode", f"{remote_set.name}/{asset}")
     return {
         one["partition"]: Materialization(
-            run_id=one["runId"],
+            run_id=answer["runId"],
             at=float(one["timestamp"]) / 1000,
             numbers={entry["label"]: int(entry["intRepr"]) for entry in one["metadataEntries"] if "intRepr" in entry},
             paths={entry["label"]: entry["path"] for entry in one["metadataEntries"] if "path" in entry},
@@ -169,25 +169,25 @@ def seconds_left(
     now: float,
     unrequested: int = 0,
 ) -> float | None:
-    """Estimate when shards will be done, from those that are and how many run at once now.
+    """Estimate the time until all shards are done, from finished shards and from how many run at the same time.
 
     Parameters
     ----------
     active
-        Shard runs that run or wait.
+        Runs of shards that are running or waiting.
     finished
-        Shard runs that succeeded; one that found all its cells in the array says nothing about the others.
+        Runs of shards that succeeded. A run that found all its cells in the array is ignored.
     stored
-        Last materializations by partition: waiting for one of these again takes no time, unless it is to recompute.
+        The last materializations by partition. A waiting run of one of these takes no time, unless it recomputes.
     now
-        Seconds since 1970.
+        The present time, in seconds since 1970.
     unrequested
-        Shards that will be computed and have no run yet.
+        How many shards will be computed and have no run yet.
 
     Returns
     -------
     float | None
-        Seconds, or None when nothing has finished, or nothing ran lately.
+        Seconds; None when no shard has finished, or none ran lately.
     """
     computed = {one.run_id for one in stored.values() if one.numbers.get("cells_computed", 1)}
     spans = [(run.started, run.ended) for run in finished if run.id in computed]
@@ -197,7 +197,7 @@ def seconds_left(
     each = max(1.0, fmean(end - start for start, end in ended))
     active = list(active)
     started = [now if run.started is None else min(now, run.started) for run in active if run.status in RUNNING]
-    # Between the end of one run and the start of the next fewer run than do on average.
+    # Fewer runs than the average are active between the end of one run and the start of the next.
     busy = sum(max(0.0, end - max(start, now - each)) for start, end in [*ended, *((start, now) for start in started)])
     at_once = max(len(started), busy / each)
     if not at_once:
@@ -208,8 +208,8 @@ def seconds_left(
 
 
 def failure_reason(deployment: Deployment, run_id: str) -> str:
-    """Return why a run failed: what it raised, or Dagster's last word on it."""
-    reason = "no reason is on record"
+    """Return why a run failed: the error that it raised, or Dagster's last message about it."""
+    reason = "Dagster has recorded no reason"
     cursor = None
     while True:
         try:
@@ -227,7 +227,9 @@ def failure_reason(deployment: Deployment, run_id: str) -> str:
                     continue
                 reason = message
                 if reason.startswith(ENDED_FROM_OUTSIDE):
-                    reason = f"its process ended without a word: killed, out of memory, or its node is gone ({reason})"
+                    reason = (
+                        f"its process ended without an error: killed, out of memory, or its node is gone ({reason})"
+                    )
         if not page["hasMore"]:
             return reason
         cursor = page["cursor"]
@@ -239,6 +241,6 @@ def _step_failure(event: dict[str, Any]) -> str:
         return str(described).strip()
     if not event["error"]:
         return str(event["message"]).strip()
-    # The last cause is what was raised first; those before it wrap it.
+    # The last cause was raised first. The others wrap it.
     errors = [event["error"], *event["error"]["causes"]]
     return str(errors[-1]["message"]).strip()

@@ -1,4 +1,4 @@
-"""Shard numbers as an operator writes and reads them: ``0-3,7``."""
+"""Reads and writes lists of shard numbers such as ``0-3,7``."""
 
 import re
 from collections.abc import Iterable
@@ -12,21 +12,21 @@ def parse_shards(text: str) -> tuple[int, ...]:
     Raises
     ------
     UserError
-        When a part is neither a number nor a range that ascends.
+        When a part is neither a number nor an ascending range.
     """
     numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part, re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        # A shard number has four digits at most; a longer range is a slip, not work for this machine.
+        # A shard number has at most four digits. A longer range is a mistake, and would only cost memory.
         if first > last or last - first > 9999:
-            raise UserError(f"--shards has {part!r}; expected numbers and ascending ranges such as 3,7-12.")
+            raise UserError(f"--shards has {part!r}; expected numbers and ascending ranges such as 3,7-12. Correct it.")
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
 
 
 def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the runs of consecutive numbers, as (first, last)."""
+    """Return the ranges of consecutive numbers, as (first, last)."""
     found: list[tuple[int, int]] = []
     for number in sorted(numbers):
         if found and found[-1][1] == number - 1:
@@ -37,5 +37,5 @@ def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def compact(numbers: Iterable[int]) -> str:
-    """Return numbers as text, such as ``0-3,7``; nothing for none."""
+    """Return numbers as text such as ``0-3,7``; an empty text when there are none."""
     return ",".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ranges(numbers))

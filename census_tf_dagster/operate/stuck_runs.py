@@ -1,6 +1,6 @@
-"""Runs that do not move: those whose worker is gone or silent, and those whose retry was lost.
+"""Finds runs that are stuck: their worker is gone or reports nothing, or their retry was lost.
 
-The sensor `lost_runs` mends what it can; `status` and `launch` say what it has to do, and whether it does.
+The sensor `lost_runs` repairs what it can. This module only finds and explains; `status` and `launch` print the result.
 """
 
 import time
@@ -15,7 +15,7 @@ from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import Run, fetch_runs
 
 SILENT_SECONDS = 1800.0
-"""A shard that works says so every half minute; loading a model takes minutes."""
+"""A working shard reports every half minute, and loading a model takes minutes. A longer silence is suspicious."""
 
 SENSOR = """query Sensor($selector: SensorSelector!) {
   sensorOrError(sensorSelector: $selector) { ... on Sensor { sensorState { status } } }
@@ -25,16 +25,16 @@ SENSOR = """query Sensor($selector: SensorSelector!) {
 
 @dataclass(frozen=True)
 class Stuck:
-    """A run that does not move, and why."""
+    """A stuck run and the reason."""
 
     run: str
     asset: str
     partition: str
     why: str
-    mends_itself: bool
-    """Whether the sensor `lost_runs` can mend it."""
+    repaired_by_sensor: bool
+    """Whether the sensor `lost_runs` can repair it."""
     page: str
-    """The run in the web interface."""
+    """Address of the run in the web interface."""
 
     def __str__(self) -> str:
         return f"{self.asset} {self.partition} {self.why}: {self.page}"
@@ -42,57 +42,57 @@ class Stuck:
 
 def find_stuck(
     deployment: Deployment,
-    of: RemoteSet,
+    remote_set: RemoteSet,
     release: str,
     running: Sequence[Run],
-    told: Mapping[str, ShardProgress] | None = None,
+    progress: Mapping[str, ShardProgress] | None = None,
 ) -> list[Stuck]:
-    """Return the runs of a release that do not move.
+    """Return the stuck runs of a release.
 
     Parameters
     ----------
-    deployment, of, release
-        Whose runs.
+    deployment, remote_set, release
+        The deployment, set and release of the runs.
     running
-        Those of the release that are running.
-    told
-        What running shards have said last, by partition; None: ask for it.
+        The running runs of the release.
+    progress
+        The last progress of running shards, by partition; None: ask the deployment.
     """
-    if told is None:
-        told = progress_of(deployment, of, [run for run in running if run.asset == SHARDS])
-    found = [(run, *judged) for run in running if (judged := _judge(run, told.get(run.partition)))]
+    if progress is None:
+        progress = progress_of(deployment, remote_set, [run for run in running if run.asset == SHARDS])
+    found = [(run, *reason) for run in running if (reason := why_stuck(run, progress.get(run.partition)))]
     wanted: dict[str, object] = {
         "statuses": ["FAILURE"],
         "tags": [{"key": WILL_RETRY_TAG, "value": "true"}],
         "updatedAfter": time.time() - LOOK_BACK_DAYS * 86400,
     }
-    for run in fetch_runs(deployment, of, wanted):
+    for run in fetch_runs(deployment, remote_set, wanted):
         if run.owed_retry and run.partition.partition("|")[0] == release:
             since = duration(time.time() - (run.ended or run.updated))
             found.append((run, f"failed {since} ago, and the retry that Dagster announced has not started", True))
     pages = f"{deployment.url}/runs"
-    return [Stuck(run.id, run.asset, run.partition, why, itself, f"{pages}/{run.id}") for run, why, itself in found]
+    return [Stuck(run.id, run.asset, run.partition, why, sensor, f"{pages}/{run.id}") for run, why, sensor in found]
 
 
-def _judge(run: Run, told: ShardProgress | None) -> tuple[str, bool] | None:
-    """Return why a running run does not move, and whether the sensor can mend that."""
+def why_stuck(run: Run, progress: ShardProgress | None) -> tuple[str, bool] | None:
+    """Return why a running run is stuck, and whether the sensor can repair it; None when it is not stuck."""
     alive = run.worker.alive() if run.worker else None
     if alive is False:
         return f"has lost its worker ({run.worker})", True
-    silent = time.time() - max(run.started or run.updated, told.at if told else 0.0)
+    silent = time.time() - max(run.started or run.updated, progress.at if progress else 0.0)
     if alive or run.asset != SHARDS or silent < SILENT_SECONDS:
         return None
-    where = f"its worker ({run.worker}) cannot be seen from here" if run.worker else "it names no worker"
-    why = f"has said nothing for {duration(silent)}, and {where}; if that is gone, end the run with Terminate, forced"
+    where = f"its worker ({run.worker}) cannot be seen from here" if run.worker else "its worker is unknown"
+    why = f"has reported nothing for {duration(silent)}, and {where}; if the worker is gone, force-terminate the run"
     return why, False
 
 
-def nobody_mends(deployment: Deployment, of: RemoteSet, stuck: Iterable[Stuck]) -> str | None:
-    """Return what a person has to switch on so that the sensor mends what it can; None when it does so by itself."""
-    if not any(one.mends_itself for one in stuck):
+def needed_for_repair(deployment: Deployment, remote_set: RemoteSet, stuck: Iterable[Stuck]) -> str | None:
+    """Return what a person must do so that the sensor repairs stuck runs; None when nothing is needed."""
+    if not any(run.repaired_by_sensor for run in stuck):
         return None
     selector = {
-        "repositoryLocationName": of.location,
+        "repositoryLocationName": remote_set.location,
         "repositoryName": "__repository__",
         "sensorName": LOST_RUNS,
     }

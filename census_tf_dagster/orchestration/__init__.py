@@ -1,1 +1,1 @@
-"""Everything that imports Dagster: assets, checks, sensors, jobs, partitions and resources. Holds no algorithm."""
+"""Assets, checks, sensors, jobs, partitions and resources: whatever imports Dagster. Algorithms do not belong here."""

@@ -1,4 +1,7 @@
-"""The gate before money, as Dagster's records show it: what shards have done, what work costs, what was approved."""
+"""Approvals and costs in Dagster's records: figures of past shards, the cost of work, and the approved plan.
+
+The asset `approval` and the shards use it. The arithmetic of costs belongs to `config.cost`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from census_tf_dagster.config.cost import LAST_SHARDS, Cost, Throughput, utc_now
+from census_tf_dagster.config.cost import LAST_SHARDS, NO_RATE, Cost, Throughput, utc_now
 from census_tf_dagster.config.dagster_names import APPROVAL, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, final_failure
@@ -16,7 +19,7 @@ from census_tf_dagster.orchestration.automation import CONDITION_TAG
 
 @dataclass(frozen=True)
 class Approval:
-    """What was approved last for a release."""
+    """The last approval of a release."""
 
     plan: str
     tokens: int
@@ -24,19 +27,19 @@ class Approval:
     at: str
 
     def covers(self, plan: str, tokens: int) -> bool:
-        """Tell whether it holds for a plan: for the one it was given for, and for one that needs no more."""
+        """Tell whether it covers a plan: the approved one, or one that needs no more tokens."""
         return plan == self.plan or tokens <= self.tokens
 
 
 def last_shards(instance: dg.DagsterInstance, settings: SetSettings) -> list[Throughput]:
-    """Return what the last shards of a set have done, from the metadata of their materializations."""
+    """Return the throughput of a set's last shards, from the metadata of their materializations."""
     records = instance.fetch_materializations(asset_key(settings, SHARDS), limit=LAST_SHARDS).records
     found = [record.asset_materialization for record in records]
     return [one for event in found if event and (one := Throughput.of(_values(event.metadata)))]
 
 
 def cost_metadata(cost: Cost, settings: SetSettings) -> dict[str, Any]:
-    """Return a cost as an asset's metadata shows it; what is unknown says so."""
+    """Return a cost as metadata of an asset. Unknown figures are the text `unknown`."""
     finish = cost.finish(utc_now())
     spending = settings.spending
 
@@ -52,7 +55,7 @@ def cost_metadata(cost: Cost, settings: SetSettings) -> dict[str, Any]:
         "days_with_the_fleet": known(cost.days, 4),
         "finish_if_started_now": finish.isoformat(timespec="minutes") if finish else "unknown",
         "tokens_per_second_of_a_gpu": known(cost.rate.tokens_per_second if cost.rate else None, 1),
-        "rate": cost.rate.source if cost.rate else "unknown: no shard has run, no canary, and no gpu_type is declared",
+        "rate": cost.rate.source if cost.rate else f"unknown: {NO_RATE}",
         "auto_start": _rule(settings),
     }
 
@@ -78,28 +81,28 @@ def approved(instance: dg.DagsterInstance, settings: SetSettings, release: str) 
 
 
 def must_be_approved(context: dg.AssetExecutionContext, settings: SetSettings) -> bool:
-    """Tell whether a shard's run needs an approval: who starts a shard himself has decided."""
+    """Tell whether a shard's run needs an approval. A person who starts a shard has already decided."""
     return settings.spending.auto_start and CONDITION_TAG in context.run.tags
 
 
 def require_approval(
     context: dg.AssetExecutionContext, settings: SetSettings, release: str, plan: str, tokens: int
 ) -> None:
-    """Refuse a shard's run, unless the current plan was approved.
+    """Refuse a shard's run if the current plan is not approved.
 
-    A plan may have been made again since: what was approved is no leave for one that needs more.
+    An approval does not cover a later plan that needs more tokens.
 
     Raises
     ------
     dagster.Failure
-        Which no retry mends.
+        When the approval is missing. Dagster does not retry it.
     """
     found = approved(context.instance, settings, release)
     if found is None or not found.covers(plan, tokens):
-        was = f"plan {found.plan} ({found.tokens:,} tokens) was, by {found.by}" if found else "nothing was"
+        was = f"plan {found.plan} ({found.tokens:,} tokens) was, by {found.by}" if found else "no plan was"
         raise final_failure(
-            f"plan {plan} of {settings.name} {release} ({tokens:,} tokens) is not approved; {was}. To go on: `python "
-            f"-m census_tf_dagster launch {settings.name} {release}`."
+            f"plan {plan} of {settings.name} {release} ({tokens:,} tokens) is not approved; {was}. To approve and "
+            f"continue, run `census-tf-dagster launch {settings.name} {release}`."
         )
 
 

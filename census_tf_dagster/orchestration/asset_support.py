@@ -1,4 +1,4 @@
-"""What the assets share: keys, and opening the context of a release."""
+"""What all assets share: keys, common arguments, the context of a release, and final failures."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +20,17 @@ MODEL_PAGE = "https://github.com/czi-ai/transcriptformer"
 
 
 def asset_key(settings: SetSettings, name: str) -> dg.AssetKey:
-    """Return the key of one of a set's assets: set/name."""
+    """Return the key of an asset of a set: set/name."""
     return dg.AssetKey([settings.name, name])
 
 
 CODE_VERSION = str(NUMERIC_VERSION)
-"""Of all assets: raised when values may change, so the interface shows which partitions an older one made."""
+"""The code version of all assets. It changes when values may change, so that the web interface marks partitions that
+older code made."""
 
 
 class AssetArguments(TypedDict):
-    """Arguments of `dg.asset`."""
+    """The arguments of `dg.asset` that all assets of a set share."""
 
     key: dg.AssetKey
     group_name: str
@@ -40,7 +41,7 @@ class AssetArguments(TypedDict):
 
 
 def asset_of(settings: SetSettings, name: str) -> AssetArguments:
-    """Return what all assets of a set have in common."""
+    """Return the arguments that all assets of a set share."""
     return {
         "key": asset_key(settings, name),
         "group_name": settings.name,
@@ -52,12 +53,12 @@ def asset_of(settings: SetSettings, name: str) -> AssetArguments:
 
 
 def _asset_tags(settings: SetSettings) -> dict[str, str]:
-    """Return what assets are found by in the interface."""
+    """Return the tags by which people find assets in the web interface."""
     return {"census_tf/organism": settings.organism, "census_tf/compute_precision": settings.compute_precision}
 
 
 def _asset_metadata(settings: SetSettings) -> dict[str, Any]:
-    """Return what the page of an asset says of its set, for a person."""
+    """Return the facts about the set that the page of an asset shows to a person."""
     facts: dict[str, Any] = {
         "checkpoint": settings.checkpoint,
         "cells": settings.value_filter or "all of the organism",
@@ -73,7 +74,7 @@ def _asset_metadata(settings: SetSettings) -> dict[str, Any]:
 
 
 def console_link(uri: str, store: StoreResource) -> dict[str, Any]:
-    """Return a link to AWS's console for what is there."""
+    """Return a link to this location in AWS's console, as metadata; empty when AWS does not hold it."""
     if not uri.startswith("s3://") or store.s3_endpoint:
         return {}
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -85,7 +86,7 @@ def console_link(uri: str, store: StoreResource) -> dict[str, Any]:
 def release_context(
     settings: SetSettings, release: str, census: CensusResource, store: StoreResource
 ) -> Iterator["ReleaseContext"]:
-    """Open the context of a set and release, wherever the resources say."""
+    """Open the context of a release of a set, at the locations of the resources."""
     from census_tf_dagster.pipeline.context import open_context
 
     census_uri, storage = census.place(release)
@@ -110,7 +111,7 @@ def partition_context(
     *,
     require_device: bool = False,
 ) -> Iterator["ReleaseContext"]:
-    """Open the context of a partition; what a user can mend fails the run at once, without retries."""
+    """Open the context of a partition. A `UserError` fails the run at once, without retries."""
     from census_tf_dagster.store.removal import noticing_removal
 
     try:
@@ -125,14 +126,14 @@ def partition_context(
 
 
 def final_failure(description: str, metadata: Mapping[str, Any] | None = None) -> dg.Failure:
-    """Make the failure of something that no retry mends, and tell Dagster not to retry the run on another node."""
+    """Return a failure that no retry can correct, and tell Dagster not to retry the run on another node."""
     context = dg.OpExecutionContext.get()
     context.instance.add_run_tags(context.run_id, {NO_RETRY_TAG: "false"})
     return dg.Failure(description, metadata=metadata, allow_retries=False)
 
 
 def shard_of(context: dg.AssetExecutionContext, dimension: str) -> tuple[str, str, int]:
-    """Return the key of a shard's partition, its release, and its number in a dimension."""
+    """Return the partition key of a shard, its release, and its number in a dimension."""
     keys = context.partition_key
     if not isinstance(keys, dg.MultiPartitionKey):
         raise TypeError(f"partition key {keys!r} has no release and shard")

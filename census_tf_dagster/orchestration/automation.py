@@ -1,6 +1,7 @@
-"""When assets of a set run by themselves: plan, approval, shards, array, each once for a release that is added.
+"""The conditions under which Dagster starts the assets of a set: each once, for a release that was just added.
 
-A release that was there before a set's `auto_start` was switched on is not started: `launch` does that.
+A release that was added before you switched on a set's `auto_start` is not started automatically; run `launch`. The
+decision about money belongs to the asset `approval`.
 """
 
 import warnings
@@ -11,9 +12,10 @@ import dagster as dg
 from census_tf_dagster.config.cost import Spending
 
 AUTOMATIC_TAGS = ("dagster/from_automation_condition", "dagster/sensor_name", "dagster/schedule_name")
-"""On runs that no person asked for. A retry inherits them."""
+"""The tags of runs that no person started. A retry inherits them."""
 
 CONDITION_TAG = AUTOMATIC_TAGS[0]
+"""The tag of runs that an automation condition started."""
 
 EVERY_SECONDS = 30
 
@@ -21,10 +23,10 @@ Condition = dg.AutomationCondition[dg.AssetKey | dg.AssetCheckKey]
 
 
 def once_for_new_partitions(spending: Spending) -> Condition | None:
-    """Return the condition of plan, shards and array; None for a set that does not start by itself.
+    """Return the condition of plan, shards and array; None for a set that does not start automatically.
 
-    What was materialized once is never asked for again: a new plan does not spend GPU time anew. Nor is what somebody
-    has just launched, or what failed: mending that is a person's matter.
+    A partition that was materialized once is never requested again, so a new plan spends no new GPU time. Partitions
+    that are in progress are not requested either. Partitions that failed are left to a person.
     """
     if not spending.auto_start:
         return None
@@ -32,26 +34,27 @@ def once_for_new_partitions(spending: Spending) -> Condition | None:
         dg.AutomationCondition.on_missing()
         & ~dg.AutomationCondition.in_progress()
         & ~dg.AutomationCondition.execution_failed()
-        # A plan that is being made again may lack an approval.
+        # While a plan is made again, it may not have an approval yet.
         & ~dg.AutomationCondition.any_deps_in_progress()
     )
     return condition.with_label("once_for_new_partitions")
 
 
 def whenever_planned(spending: Spending) -> Condition | None:
-    """Return the condition of the approval: every plan is judged, also one made again for a release."""
+    """Return the condition of the approval, which checks every plan, including one that was made again."""
     return dg.AutomationCondition.eager().with_label("whenever_planned") if spending.auto_start else None
 
 
 def is_automatic(tags: Mapping[str, str]) -> bool:
-    """Tell whether a run with these tags was started without a person."""
+    """Tell whether a run with these tags was started automatically."""
     return any(tag in tags for tag in AUTOMATIC_TAGS)
 
 
 def automation_sensor(name: str, spending: Spending) -> dg.AutomationConditionSensorDefinition | None:
-    """Return what evaluates the conditions of the set `name`; None for a set that does not start by itself.
+    """Return the sensor that evaluates the conditions of a set; None when the set does not start automatically.
 
-    One for each set, so that no run holds assets of two. It starts running: the set's YAML has said so.
+    Each set has its own sensor, so that no run mixes assets of two sets. The sensor is on from the start, because the
+    set's YAML asked for it.
     """
     if not spending.auto_start:
         return None
@@ -62,5 +65,5 @@ def automation_sensor(name: str, spending: Spending) -> dg.AutomationConditionSe
             target=dg.AssetSelection.groups(name),
             default_status=dg.DefaultSensorStatus.RUNNING,
             minimum_interval_seconds=EVERY_SECONDS,
-            description=f"Starts what auto_start of {name} allows: plan, approval, shards, array of a new release.",
+            description=f"Starts plan, approval, shards and array of a new release, as auto_start of {name} allows.",
         )

@@ -1,20 +1,19 @@
-"""What a partition is: a Census release, and for shards a release and a shard. Nothing else belongs here."""
+"""The partitions: a Census release, and for shards a release and a shard. Nothing else belongs here."""
 
 import warnings
 
 import dagster as dg
 
 RELEASES = dg.DynamicPartitionsDefinition(name="census_release")
-"""Releases are added in the UI, by `release add` or by a sensor; all sets share them."""
-
+"""All sets share the releases. The web interface, `release add` and a sensor add them."""
 
 COPIES = "shard_to_copy"
-"""Dimension of the shards whose cells are copied. Dagster runs assets of equal partitions in one run, so with the
-dimension of those that are computed, cells would be copied on a GPU node, and the GPU would wait for it."""
+"""The dimension of shards in `reused_embeddings`. It differs from that of `shard_embeddings`: Dagster runs assets with
+equal partitions in one run, so cells would be copied on a GPU node while the GPU waits."""
 
 
 def shard_partitions(shards: int, dimension: str = "shard") -> dg.MultiPartitionsDefinition:
-    """Return release x shard. A second dynamic dimension would break backfills, so shards are static."""
+    """Return release x shard. Shards are static, because a second dynamic dimension would break backfills."""
     width = len(str(shards - 1))
     return dg.MultiPartitionsDefinition(
         {
@@ -25,7 +24,7 @@ def shard_partitions(shards: int, dimension: str = "shard") -> dg.MultiPartition
 
 
 with warnings.catch_warnings():
-    # Beta in Dagster 1.13; pinned, and covered by tests both ways.
+    # This mapping is beta in Dagster 1.13. Its version is pinned, and tests cover both directions.
     warnings.simplefilter("ignore", dg.BetaWarning)
     BY_RELEASE = dg.MultiToSingleDimensionPartitionMapping(partition_dimension_name="release")
-"""A shard depends on its release's plan; a release's array on all of its shards."""
+"""A shard depends on the plan of its release. The array of a release depends on all of its shards."""

@@ -1,7 +1,7 @@
-"""How far a whole release is, told by its running shards in one place: observations of `embeddings_array`.
+"""The progress of a whole release, as observations of `embeddings_array`.
 
-Each shard that observes itself also looks whether the release was told of lately, and tells of it if not, so one of
-them does, whichever it is. All from Dagster's own records: no array is read.
+A running shard reports its own progress. If the last report of the whole release is old, the shard reports that too,
+so one of the running shards always does it. Everything comes from Dagster's records; no array is read here.
 """
 
 import time
@@ -17,19 +17,20 @@ from census_tf_dagster.durations import duration
 from census_tf_dagster.orchestration.asset_support import asset_key
 
 RELEASE_EVERY_SECONDS = 60.0
+"""The progress of a release is reported at most this often."""
 FRESH_SECONDS = 150.0
-"""An observation older than this is of a shard that no longer runs."""
+"""A shard whose last observation is older than this no longer runs."""
 
 
 def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release: str) -> dg.AssetObservation | None:
-    """Return the observation of a release, when it is due.
+    """Return an observation of the progress of a release; None when the last one is recent.
 
     Parameters
     ----------
     instance
-        Where shards put their observations and materializations.
+        The instance that has the observations and materializations of the shards.
     settings, release
-        Which release of which set.
+        The set, and the name of the release.
     """
     array, shards = asset_key(settings, ARRAY), asset_key(settings, SHARDS)
     now = time.time()
@@ -49,7 +50,7 @@ def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release
     return dg.AssetObservation(
         asset_key=array,
         partition=release,
-        description="How far this release is, by its running shards.",
+        description="Progress of this release, from its running shards.",
         metadata={
             "cells_done": cells,
             "cells": planned,
@@ -70,7 +71,7 @@ def _plan(settings: SetSettings) -> dg.AssetKey:
 def _observations(
     instance: dg.DagsterInstance, key: dg.AssetKey, partitions: list[str], limit: int
 ) -> Iterable[tuple[float, str, dict[str, Any]]]:
-    """Yield (time, partition, metadata), the newest first."""
+    """Yield (time, partition, metadata) of observations, newest first."""
     wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
     for record in instance.fetch_observations(wanted, limit=limit).records:
         if record.asset_observation is not None and record.partition_key is not None:
@@ -81,7 +82,7 @@ def _observations(
 def _materialized(
     instance: dg.DagsterInstance, key: dg.AssetKey, partitions: list[str]
 ) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield (partition, metadata) of the last materialization of each."""
+    """Yield (partition, metadata) of the last materialization of each partition."""
     wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
     seen: set[str] = set()
     for record in instance.fetch_materializations(wanted, limit=2 * len(partitions)).records:

@@ -1,4 +1,4 @@
-"""Where the Census and the store are. Sets say what to embed; these say where."""
+"""The Dagster resources of a deployment: where the Census and the store are. What to embed belongs to the sets."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,21 +13,22 @@ if TYPE_CHECKING:
     from census_tf_dagster.io.storage import Storage
 
 PUBLIC = "public"
+"""The location that means the public CELLxGENE Census."""
 
 
 class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Which Census a release name means.
+    """The Census of a deployment: finds a release by its name.
 
     Attributes
     ----------
     location
-        ``public``: releases of the CELLxGENE Census by their names (2025-11-08), read without an account.
-        Otherwise a path or S3 prefix with ``{release}`` in it.
+        ``public``: the releases of the CELLxGENE Census, by name (2025-11-08), which need no account.
+        Otherwise a path or S3 prefix that contains ``{release}``.
     directory
-        Address of the directory that lists public releases; empty: where cellxgene_census looks.
+        Address of the directory that lists public releases; empty: the one of cellxgene_census.
     s3_region, s3_endpoint, s3_anonymous
-        How S3 is reached. The default suits the public Census. Where the directory says in which region a release
-        is, that one counts.
+        How to reach S3. The defaults are for the public Census. If the directory gives the region of a release, that
+        region is used.
     """
 
     location: str = PUBLIC
@@ -38,16 +39,16 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     @property
     def is_public(self) -> bool:
-        """Whether releases are those of the public directory."""
+        """Whether the releases are those of the public directory."""
         return self.location == PUBLIC
 
     def listed(self, release: str) -> "ListedRelease | None":
-        """Return what the public directory says of a release; None for a Census of the deployment's own.
+        """Return the entry of a release in the public directory; None when the deployment has its own Census.
 
         Raises
         ------
         UserError
-            When it lists no such release.
+            When the directory does not list the release.
         """
         if not self.is_public:
             return None
@@ -59,17 +60,17 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             wrong = [text for text in directory.malformed if text.startswith(f"{release}:")]
             names = ", ".join(one.name for one in directory.releases[:5])
             raise UserError(
-                f"release {release!r} is not in the public Census directory; the last ones are {names}."
-                + (f" Its entry is malformed: {wrong[0]}" if wrong else "")
+                f"release {release!r} is not in the public Census directory; expected one of its releases (the last "
+                f"are {names}). Correct the name." + (f" Its entry is malformed: {wrong[0]}" if wrong else "")
             )
         return found
 
     def uri(self, release: str) -> str:
-        """Resolve a release name, as `place` does."""
+        """Return the location of a release, as `place` finds it."""
         return self.place(release)[0]
 
     def place(self, release: str) -> "tuple[str, Storage]":
-        """Resolve a release name: where its Census is, and read access to it.
+        """Return the location of a release, and read access to it.
 
         Raises
         ------
@@ -80,13 +81,16 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if listed := self.listed(release):
             return listed.uri, self._storage(listed.s3_region or self.s3_region)
         if "{release}" not in self.location:
-            raise UserError(f"the Census location {self.location!r} must be 'public' or contain '{{release}}'.")
+            raise UserError(
+                f"the Census location is {self.location!r}; expected 'public', or a location that contains "
+                "'{release}'. Correct CENSUS_TF_CENSUS."
+            )
         uri = normalise(self.location.replace("{release}", release))
         storage = self._storage(self.s3_region)
         there = Path(uri.removeprefix("file://")).is_dir() if is_local(uri) else storage.is_folder(uri)
         if not there:
             raise UserError(
-                f"release {release!r} is unknown: there is no Census at {uri}. CENSUS_TF_CENSUS says where."
+                f"release {release!r} is unknown: there is no Census at {uri}. Correct the name, or CENSUS_TF_CENSUS."
             )
         return uri, storage
 
@@ -98,16 +102,16 @@ class CensusResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Where plans and arrays are kept.
+    """The store of a deployment: the place of plans and arrays.
 
     Attributes
     ----------
     location
-        A folder or S3 prefix; made when it does not exist.
+        A folder or S3 prefix. It is created when it does not exist.
     s3_region, s3_endpoint
-        How S3 is reached; credentials come from the environment or the role.
+        How to reach S3. Credentials come from the environment or the role.
     cache
-        Local folder for checkpoints fetched from S3.
+        Local folder for checkpoints that were fetched from S3.
     """
 
     location: str
@@ -116,7 +120,7 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     cache: str = "~/.cache/census-tf-dagster"
 
     def uri(self) -> str:
-        """Return the store's location, a local one as an absolute path."""
+        """Return the location of the store; a local one as an absolute path."""
         return normalise(self.location)
 
     def storage(self) -> "Storage":

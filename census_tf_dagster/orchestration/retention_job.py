@@ -1,4 +1,4 @@
-"""The job that follows a deployment's policy for old plans and arrays, and its schedule."""
+"""The job that applies a deployment's retention policy, and its schedule. `store.prune` does the work."""
 
 import dagster as dg
 
@@ -6,12 +6,16 @@ from census_tf_dagster.config.retention import Retention
 from census_tf_dagster.orchestration.resources import StoreResource
 
 WEEKLY = "0 7 * * 1"
+"""Mondays at 7."""
 
 
 def build_retention(retention: Retention) -> dg.Definitions:
-    """Build the job that follows a policy, and its schedule."""
+    """Build the job that applies a retention policy, and its schedule."""
 
-    @dg.op(description="Lists what the policy would touch, and does it to what an earlier run listed a week ago.")
+    @dg.op(
+        description="Lists the plans and arrays that the policy covers, and removes or archives those that were listed "
+        "a week ago.",
+    )
     def prune_old_arrays(context: dg.OpExecutionContext, store: StoreResource) -> None:
         from census_tf_dagster.store.prune import announce, apply, candidates
 
@@ -19,13 +23,15 @@ def build_retention(retention: Retention) -> dg.Definitions:
         busy = frozenset(_busy(context.instance))
         chosen = [one for one in candidates(uri, storage, retention) if one.of not in busy]
         due = announce(uri, storage, chosen)
-        for one in chosen:
-            context.log.info(f"{'now' if one in due else 'in a week'}: {retention.policy} {one}")
+        for candidate in chosen:
+            context.log.info(f"{'now' if candidate in due else 'in a week'}: {retention.policy} {candidate}")
         for line in apply(uri, storage, retention, due):
             context.log.warning(line)
         context.log.info(f"policy {retention.policy}: {len(chosen)} listed, {len(due)} done")
 
-    @dg.job(description="Follows retention.yaml: lists what would go, and a week later does it.")
+    @dg.job(
+        description="Applies retention.yaml: lists old plans and arrays, and a week later removes or archives them."
+    )
     def retention_job() -> None:
         prune_old_arrays()
 
@@ -33,13 +39,13 @@ def build_retention(retention: Retention) -> dg.Definitions:
         name="retention_weekly",
         job=retention_job,
         cron_schedule=WEEKLY,
-        description="Off until somebody switches it on. Its first run only lists.",
+        description="It is off until you switch it on. Its first run only lists.",
     )
     return dg.Definitions(jobs=[retention_job], schedules=[schedule])
 
 
 def _busy(instance: dg.DagsterInstance) -> set[tuple[str, str]]:
-    """Return the sets and releases that runs wait for or work on."""
+    """Return the (set, release) of every run that waits or works."""
     waiting = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
     working = (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
     runs = instance.get_runs(dg.RunsFilter(statuses=[*waiting, *working]))

@@ -1,4 +1,4 @@
-"""The commands as an operator types them, with a real Dagster instance."""
+"""The commands as an operator types them, against a real Dagster instance."""
 
 import pytest
 

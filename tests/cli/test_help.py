@@ -1,4 +1,4 @@
-"""The help of every command: an example that parses, a meaning, and --json wherever a script would read."""
+"""The help of every command: it has an example that parses, a meaning, and --json where a script would read it."""
 
 import argparse
 import json
@@ -10,8 +10,8 @@ import pytest
 from census_tf_dagster.cli import build_parser, main
 from tests.support.project import RELEASE, Project
 
-PROGRAM = "python -m census_tf_dagster "
-FOR_PEOPLE = {"demo": "its arrays are what `inspect --json` tells"}
+PROGRAM = "census-tf-dagster "
+FOR_PEOPLE = {"demo": "`inspect --json` reports its arrays"}
 
 
 def leaves(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -27,7 +27,7 @@ LEAVES = dict(leaves(build_parser()))
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_each_command_has_an_example_that_it_understands(name: str) -> None:
+def test_each_command_has_an_example_that_parses(name: str) -> None:
     epilog = LEAVES[name].epilog or ""
     assert epilog.startswith(f"example: {PROGRAM}{name}"), epilog
     example = epilog.removeprefix(f"example: {PROGRAM}").splitlines()[0]
@@ -35,7 +35,7 @@ def test_each_command_has_an_example_that_it_understands(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LEAVES if name not in FOR_PEOPLE])
-def test_each_command_speaks_json(name: str) -> None:
+def test_each_command_has_json(name: str) -> None:
     assert "--json" in LEAVES[name].format_help()
 
 

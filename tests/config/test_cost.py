@@ -1,4 +1,4 @@
-"""What work costs, whose rate counts, and when a person is asked."""
+"""The cost of work, the choice of a rate, and when a person's approval is needed."""
 
 from datetime import UTC, datetime
 
@@ -88,7 +88,7 @@ def test_figures_of_a_shard() -> None:
 
 
 def spending_of(project: Project, text: str, **attributes: object) -> Spending:
-    """What a set's YAML says, as PyYAML reads it."""
+    """Return the spending rule of a set whose YAML was read by PyYAML."""
     project.add_set("one", organism="homo_sapiens", **attributes)
     path = project.folder / "sets" / "one" / "defs.yaml"
     document = yaml.safe_load(path.read_text().replace("attributes:\n", f"attributes:\n{text}", 1))
@@ -119,5 +119,5 @@ def test_a_sets_own_price_replaces_the_deployments(project: Project) -> None:
 
 def test_a_budget_needs_a_price() -> None:
     one = EmbeddingSet(name="one", organism="homo_sapiens", checkpoint="x", auto_start={"budget": 5.0})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="nothing says what an hour of a GPU costs: set usd_per_gpu_hour"):
+    with pytest.raises(UserError, match="the price of a GPU hour is unknown; set usd_per_gpu_hour"):
         one.settings()

@@ -1,4 +1,4 @@
-"""A placement: read from YAML, replaced entry by entry, rendered for ECS and Kubernetes, on the GPU asset alone."""
+"""A placement is read from YAML, replaced entry by entry, and rendered as tags of the GPU asset only."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Seeded examples of what people write: accepted and working, or refused in one short line, soon, and nothing written.
+"""Seeded examples of user input: each works, or is refused quickly in one short line with nothing written.
 
 200 examples in all in `make test`, 10,000 in `make soak`.
 """
@@ -117,7 +117,7 @@ RIGHT_VALUES: dict[str, list[Any]] = {
     "owners": [[], ["team:a-b"]],
     "publication": [None],
 }
-"""What may stand in the places of those above."""
+"""Replacements for the values above."""
 COLUMNS: dict[str, list[str]] = {
     "tissue": ["'lung'", "'blood'", "'ü'", "''"],
     "label": ["'1'", '"2"', "'a b'"],
@@ -137,7 +137,7 @@ TYPES_AND_COLUMNS = (
     "not found", "does not exist", "Cannot cast", "incompatible function arguments", "PyQueryCondition.", "inequality",
     "too large to convert", "out of bounds", "Cannot parse", "null", "KeyError", "Field", "overflow",
 )  # fmt: skip
-"""What tiledbsoma says of columns that a dataframe does not have, or has with another type."""
+"""tiledbsoma's messages about columns that a dataframe does not have, or has with another type."""
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield where values are within mappings and lists."""
+    """Yield the path of each value in mappings and lists."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, one in inside:
         yield (*at, key)

@@ -1,4 +1,4 @@
-"""Sets on S3: what is fetched, what is refused, and a running code server that sees a changed YAML."""
+"""Sets on S3: which objects are fetched, which are refused, and how a running code server sees a changed YAML."""
 
 import subprocess
 import sys
@@ -117,7 +117,7 @@ LOCATIONS = """{ workspaceOrError { ... on Workspace { locationEntries {
 
 
 def test_sets_are_there_after_reload(s3: str, project: Project) -> None:
-    """A stack stands before its bucket has any set: the server is healthy, and says what is missing."""
+    """A stack may start before its bucket has any set: the server is healthy, and reports what is missing."""
     put(s3, "live/other")
     project.env |= environment(s3, f"s3://{BUCKET}/live/sets")
     project.env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}

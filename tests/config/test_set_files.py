@@ -1,4 +1,4 @@
-"""Every mistake that a set's YAML can have: file, line, value and remedy, on loading and by `check`."""
+"""Each mistake in a set's YAML is reported with file, line, value and remedy, by Dagster's loading and by `check`."""
 
 import json
 import os
@@ -45,7 +45,7 @@ PUBLICATION = """\
 """
 GPU = "  placement:\n    ecs:\n      task_definition: w\n      capacity_providers: {on_demand: gpu}\n"
 
-# What is written to one/defs.yaml, the line of the mistake, the value shown, the remedy.
+# The text of one/defs.yaml, the line of the mistake, the value that is shown, and the remedy.
 CASES = {
     "unknown field": (GOOD + "  shard: 4\n", 6, "attributes.shard is unknown", "Did you mean shards?"),
     "unknown field, far": (GOOD + "  colour: red\n", 6, "attributes.colour is unknown", "Known are: name, organism"),
@@ -86,9 +86,9 @@ CASES = {
         GOOD + "  value_filter: tissue = 'lung'\n",
         6,
         "tissue = 'lung'",
-        "expected such as: is_primary_data ==",
+        "expected, for example: is_primary_data ==",
     ),
-    "filter, no test": (GOOD + "  value_filter: tissue\n", 6, "'tissue' compares nothing", "expected such as"),
+    "filter, no test": (GOOD + "  value_filter: tissue\n", 6, "'tissue' is not a comparison", "expected, for example"),
     "template variable": (
         GOOD + "  value_filter: '{{ env.NO_SUCH }}'\n",
         6,
@@ -102,8 +102,8 @@ CASES = {
         "variable NO_SUCH is not set. Set it where Dagster",
     ),
     "template syntax": (GOOD + "  value_filter: '{{ env.X'\n", 6, "'{{ env.X'", "Close each {{ with }}"),
-    "YAML": (GOOD + "  shards: [4\n", 6, "this is no YAML", "close what was opened"),
-    "tab": (GOOD + "\tshards: 4\n", 6, "this is no YAML", "Indent with spaces"),
+    "YAML": (GOOD + "  shards: [4\n", 6, "this is not valid YAML", "close every bracket and quote"),
+    "tab": (GOOD + "\tshards: 4\n", 6, "this is not valid YAML", "Indent with spaces"),
     "impossible date": (GOOD + "  mod: 2025-13-45\n", 6, "mod is '2025-13-45'", "a valid integer"),
     "empty": ("", 1, "the file is empty", "docs/configure.md"),
     "a text": ("hello\n", 1, "the file is 'hello'", "a mapping with `type:"),
@@ -129,7 +129,7 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_is_told_with_file_line_value_and_remedy(tmp_path: Path, case: str) -> None:
+def test_a_mistake_is_reported_with_file_line_value_and_remedy(tmp_path: Path, case: str) -> None:
     text, line, value, remedy = CASES[case]
     path = write(tmp_path, text)
     told = [one for one in refusal(tmp_path).splitlines() if one.startswith(f"  {path}:{line}: ")]
@@ -144,7 +144,7 @@ def test_the_examples_are_right_but_for_their_mistake(tmp_path: Path) -> None:
 def test_two_sets_of_one_name(tmp_path: Path) -> None:
     first, second = write(tmp_path, GOOD), write(tmp_path, GOOD, "two/defs.yaml")
     told = refusal(tmp_path)
-    assert f"{second}:3: attributes.name is 'one', which is the name of the set in {first}:3, too" in told
+    assert f"{second}:3: attributes.name is 'one', and the set in {first}:3 has the same name" in told
     assert "another name" in told
 
 
@@ -214,7 +214,7 @@ def test_the_sets_of_the_package_are_right() -> None:
 
 
 class Canary:
-    """Code that whoever writes a set's file might want to run, and how to see that it did."""
+    """Code that the author of a set's file might try to run, and a file that shows whether it ran."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "canary"
@@ -236,7 +236,7 @@ KINDS_OF_TEMPLATE = ("globals", "statement", "behind a variable", "of env")
 
 
 def refusal_of_dagster(folder: Path) -> str:
-    """Load a folder as a Dagster project does that knows the component and not this package's own checks."""
+    """Load a folder as a Dagster project that knows the component, without this package's own checks."""
     package = ModuleType("sets_of_another_project")
     package.__file__, package.__path__ = None, [str(folder)]
     with pytest.MonkeyPatch.context() as patch:
@@ -259,8 +259,8 @@ def test_a_template_runs_no_code(tmp_path: Path, canary: Canary, kind: str, fiel
         attributes[field] = [template] if field == "owners" else template
     write(tmp_path, yaml.safe_dump(document))
     (told,) = refusal(tmp_path).splitlines()[1:]
-    assert "{{ env.NAME }} is the only template that is understood" in told
-    assert "only template that is understood" in refusal_of_dagster(tmp_path)
+    assert "{{ env.NAME }} is the only template that is supported" in told
+    assert "only template that is supported" in refusal_of_dagster(tmp_path)
     assert not canary.file.exists()
 
 
@@ -312,8 +312,8 @@ def test_a_file_cannot_name_code(tmp_path: Path, canary: Canary, text: str) -> N
         ("shards: '{{ env.SECRET }}'", "a valid integer"),
         ("device: '{{ env.SECRET }}'", "'cuda' or 'cpu'"),
         ("checkpoint_fingerprint: 'x{{ env.SECRET }}'", "match pattern"),
-        ("value_filter: '{{ env.SECRET }}'", "With its variables put in, the value is refused"),
-        ("value_filter: \"tissue == '{{ env.SECRET }}' or {{ env.SECRET }}\"", "the value is refused"),
+        ("value_filter: '{{ env.SECRET }}'", "The value is invalid once its variables are inserted"),
+        ("value_filter: \"tissue == '{{ env.SECRET }}' or {{ env.SECRET }}\"", "The value is invalid once"),
         ("auto_start: '{{ env.SECRET }}'", "'off' or 'on'"),
         ("owners: ['{{ env.SECRET }}']", "match pattern"),
         ("placement: {purchase: '{{ env.SECRET }}'}", "'on_demand' or 'spot'"),
@@ -361,34 +361,34 @@ NOT_WHAT_IT_SEEMS = {
     "shards: yes": "shards is True. It should be a valid integer",
     "shards: '4'": "shards is '4'. It should be a valid integer",
     "shards: 4.0": "shards is 4.0. It should be a valid integer",
-    "shards: 010": "'010' is not what YAML reads it as. Write plain decimal digits",
-    "shards: 1:30": "'1:30' is not what YAML reads it as",
-    "shards: 1_0": "'1_0' is not what YAML reads it as",
-    "shards: 0x10": "'0x10' is not what YAML reads it as",
-    "shards: 0b1": "'0b1' is not what YAML reads it as",
-    "shards: !!int '4'": "the tag 'tag:yaml.org,2002:int' is not understood",
-    "value_filter: !!python/name:os.system": "the tag 'tag:yaml.org,2002:python/name:os.system' is not understood",
+    "shards: 010": "'010' is not a plain decimal number of at most 30 digits. Write plain decimal digits",
+    "shards: 1:30": "'1:30' is not a plain decimal number",
+    "shards: 1_0": "'1_0' is not a plain decimal number",
+    "shards: 0x10": "'0x10' is not a plain decimal number",
+    "shards: 0b1": "'0b1' is not a plain decimal number",
+    "shards: !!int '4'": "the tag 'tag:yaml.org,2002:int' is not supported",
+    "value_filter: !!python/name:os.system": "the tag 'tag:yaml.org,2002:python/name:os.system' is not supported",
     "mod: true": "mod is True. It should be a valid integer",
     "mod: 1e30": "mod is '1e30'. It should be a valid integer",
     "mod: 1.0e+30": "mod is 1e+30. It should be a valid integer",
     "mod: 1000000000001": "less than or equal to 1000000000",
-    "mod: 11111111111111111111111111111111111111111111": "is not what YAML reads it as",
+    "mod: 11111111111111111111111111111111111111111111": "is not a plain decimal number",
     "batch_size: true": "batch_size is True. It should be a valid integer",
     "megabatch_size: '16'": "megabatch_size is '16'. It should be a valid integer",
     "reuse: 'yes'": "reuse is 'yes'. It should be a valid boolean",
     "reuse: 1": "reuse is 1. It should be a valid boolean",
     "auto_start: maybe": "auto_start is 'maybe'. It should be 'off' or 'on'",
     "auto_start: 1": "auto_start is 1. It should be 'off' or 'on'",
-    "auto_start: {budget: .inf}": "'.inf' is not what YAML reads it as",
-    "auto_start: {budget: .nan}": "'.nan' is not what YAML reads it as",
+    "auto_start: {budget: .inf}": "'.inf' is not a plain decimal number",
+    "auto_start: {budget: .nan}": "'.nan' is not a plain decimal number",
     "auto_start: {budget: '5'}": "auto_start.budget is '5'. It should be a valid number",
     "auto_start: {budget: true}": "auto_start.budget is True. It should be a valid number",
     "auto_start: {budget: 1.0e+300}": "auto_start.budget is 1e+300. It should be less than or equal to 1000000000",
     "auto_start: {budget: 5, budgets: 5}": "auto_start.budgets is unknown. Did you mean budget?",
-    "placement: {cpu: .inf}": "'.inf' is not what YAML reads it as",
+    "placement: {cpu: .inf}": "'.inf' is not a plain decimal number",
     "placement: {cpu: '4'}": "placement.cpu is '4'. It should be a valid number",
     "placement: {cpu: true}": "placement.cpu is True. It should be a valid number",
-    "placement: {usd_per_gpu_hour: -.inf}": "'-.inf' is not what YAML reads it as",
+    "placement: {usd_per_gpu_hour: -.inf}": "'-.inf' is not a plain decimal number",
     "placement: {usd_per_gpu_hour: 1.0e+99}": "usd_per_gpu_hour is 1e+99. It should be less than or equal to 100000",
     "placement: {memory_gib: 1000000000}": "memory_gib is 1000000000. It should be less than or equal to 65536",
     "placement: {gpus: true}": "placement.gpus is True. It should be a valid integer",
@@ -403,11 +403,11 @@ NOT_WHAT_IT_SEEMS = {
     'placement: {kubernetes: {image: "a\\nb", nodes: {spot: {node_selector: {a: b}}}}}': "It has a control character",
     '"\\ud800": 1': "the file has half of a UTF-16 pair",
     '"a\\nb": 1': "attributes.'a\\nb' is unknown",
-    "? [a]\n  : 1": "this is no YAML: found unhashable key",
-    "publication: 5": "publication is 5. It should be a mapping. What the array says",
+    "? [a]\n  : 1": "this is not valid YAML: found unhashable key",
+    "publication: 5": "publication is 5. It should be a mapping. Description of the published",
     "requirements: {env: A}": "attributes.requirements is unknown",
 }
-"""A line below `attributes`, and what is said of it."""
+"""A line below `attributes`, and the problem that is reported."""
 
 PUBLISHED = {
     ("title", 'A title\\nand "more"'): "It has a control character or line break",
@@ -420,7 +420,7 @@ PUBLISHED = {
     ("model_link", "https://ada:hunter2@example.org/"): "an address without user and password",
     ("submission_date", "20250101"): "It should be a day written as YYYY-MM-DD",
     ("submission_date", "2025-W01-1"): "It should be a day written as YYYY-MM-DD",
-    ("DOI", "10.1000/x" + "x" * 1100): "It has 1109 characters. Expected 1024 at most",
+    ("DOI", "10.1000/x" + "x" * 1100): "It has 1109 characters. Expected at most 1024",
 }
 
 
@@ -474,18 +474,21 @@ NO_TEXT: dict[str, tuple[bytes, str]] = {
     "binary": (bytes(range(256)) * 9, "the file is not UTF-8 (byte 0x80)"),
     "ZIP": (b"PK\x03\x04" + b"\x00" * 99, "the file has the character '\\x03'. Remove it."),
     "NUL": (GOOD.encode() + b"\0", ":6: the file has the character '\\x00'. Remove it."),
-    "large": (b"# " + b"x" * 2**16, "the file has 65538 bytes. It can have 65536."),
+    "large": (b"# " + b"x" * 2**16, "the file has 65538 bytes. Expected a YAML file in UTF-8 of at most 65536 bytes."),
     "deep": (b"[" * 1000 + b"]" * 1000, "the file nests deeper than 20 levels"),
     "deep blocks": (b"".join(b" " * i + b"a:\n" for i in range(300)), "the file nests deeper than 20 levels"),
-    "laughs": (LAUGHS.encode(), ":4: the file has more than 5000 values. A set needs fewer; aliases count"),
+    "laughs": (LAUGHS.encode(), ":4: the file has more than 5000 values. A set needs fewer; each alias counts"),
     "many values": (b"- a\n" * 6000, "the file has more than 5000 values"),
-    "within itself": (b"a: &a [*a]\n", "*a stands within itself"),
+    "within itself": (b"a: &a [*a]\n", "*a refers to itself"),
     "deep by aliases": (
         b"a: &a [[[[[[[[x]]]]]]]]\nb: &b [[[[[[[[*a]]]]]]]]\nc: [[[[[[[[*b]]]]]]]]\n",
         "the file nests deeper than 20 levels",
     ),
-    "unknown alias": (b"a: *" + b"x" * 500, "this is no YAML: found undefined alias"),
-    "template without quotes": (GOOD.encode() + b"  mod: {{ env.X }}\n", "this is no YAML: found unhashable key"),
+    "unknown alias": (b"a: *" + b"x" * 500, "this is not valid YAML: found undefined alias"),
+    "template without quotes": (
+        GOOD.encode() + b"  mod: {{ env.X }}\n",
+        "this is not valid YAML: found unhashable key",
+    ),
     "many mistakes": (
         GOOD.encode() + b"".join(b"  x%d: 1\n" % i for i in range(500)),
         "the file has 480 more mistakes",

@@ -1,4 +1,4 @@
-"""A deployment's variables: what is odd in one is refused in one line that names it and shows no password."""
+"""A deployment's variables: an invalid one is refused in one line that names it and shows no password."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ ODD_LOCATIONS = {
     " /data": "has a space at its start or end",
     "/data\n": "control character or line break",
     "/da\x00ta": "control character or line break",
-    "/data/" + "x" * 10_000: "It has 10006 characters. Expected 1024 at most",
+    "/data/" + "x" * 10_000: "It has 10006 characters. Expected at most 1024",
     "~nobody-of-this-name/data": "The user after ~ is unknown",
 }
 
@@ -66,7 +66,7 @@ def test_a_cache_on_s3() -> None:
 )
 def test_an_endpoint_with_a_password(place: str, text: str) -> None:
     name = f"CENSUS_TF_{place}_S3_ENDPOINT"
-    with pytest.raises(UserError, match=rf"^{name} is .*credentials belong into AWS's own settings\.$") as caught:
+    with pytest.raises(UserError, match=rf"^{name} is .*put credentials in AWS's own settings\.$") as caught:
         (store_resource if place == "STORE" else census_resource)({name: text})
     assert "hunter2" not in str(caught.value)
 

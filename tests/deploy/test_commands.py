@@ -1,4 +1,4 @@
-"""Every command in the deployment's pages is run here, or says why it cannot be.
+"""Every command in the deployment's pages runs here, or the page gives the reason why it cannot.
 
 A page is one story: its blocks run in order in one shell, against a server of AWS services, in a copy of what the
 reader has at hand. A block that cannot run has `<!-- not run: reason -->` on the line before it.
@@ -27,7 +27,7 @@ NOT_COMMANDS = {"yaml"}
 
 @dataclass(frozen=True)
 class Block:
-    """Some lines of a page, and why they do not run here."""
+    """A block of commands of a page, and the reason if it cannot run here."""
 
     text: str
     reason: str | None
@@ -49,7 +49,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def run_page(page: str, folder: Path, endpoint: str) -> str:
-    """Run what of a page runs here; return what it printed."""
+    """Run the commands of a page that can run here, and return their output."""
     shutil.copytree(REPOSITORY / "deploy", folder / "deploy")
     (folder / "checkpoints" / "tf_sapiens").mkdir(parents=True)
     (folder / "checkpoints" / "tf_sapiens" / "config.json").write_text("{}")

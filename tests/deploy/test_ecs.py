@@ -1,4 +1,4 @@
-"""deploy/ecs/template.yaml: cfn-lint, the stack as far as moto goes, and what each role may do."""
+"""deploy/ecs/template.yaml: cfn-lint, the stack as far as moto supports it, and the permissions of each role."""
 
 import json
 import os
@@ -197,7 +197,7 @@ def test_the_sets_go_with_the_template(stack: Stack, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def launched(stack: Stack, project: Project) -> dict[str, Any]:
-    """What ECS was asked for: a shard's task, launched with deploy/ecs/dagster.yaml and the stack's own variables."""
+    """The RunTask of a shard that was launched with deploy/ecs/dagster.yaml and the stack's own variables."""
     project.add_set("tiny", organism="homo_sapiens", device="cuda")
     (project.folder / "sets" / "placement.yaml").write_text((PLACEMENT / "placement.yaml").read_text())
     write_dagster_yaml(project.folder / "dagster_home")
@@ -272,7 +272,7 @@ S3_RULES: dict[str, list[tuple[str, str, str, bool]]] = {
 
 @pytest.fixture(scope="module")
 def enforced() -> Iterator[Stack]:
-    """A stack whose server refuses what the sender's role does not allow; objects are there to be read."""
+    """A stack with objects to read, whose server refuses every request that the sender's role does not allow."""
     with ecs_stack() as made:
         made.client("s3").create_bucket(Bucket="elsewhere")
         yield made

@@ -1,4 +1,4 @@
-"""The images: what the Dockerfile promises, and (soak) what is in them once they are built."""
+"""The images: the content of the Dockerfile, and (soak) the content of the built images."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SCRIPTS = [IMAGES / name for name in ("build.sh", "entrypoint", "healthcheck")]
 TARGETS = ("control", "worker")
 ASSETS = ("approval", "embeddings_array", "obs_id_plan", "shard_embeddings")
 CANARY = "canary-5b1f0c9e7d"
-"""Stands in the builder's environment where secrets would."""
+"""A value in the builder's environment in the place of secrets."""
 
 
 def instructions(text: str = DOCKERFILE) -> list[tuple[str, str]]:
@@ -208,7 +208,7 @@ def test_the_settings_of_pip_go_along(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    """Build both images on a base of Debian's packages; layers that are there already are used."""
+    """Build both images on a base of Debian's packages. Existing layers are used."""
     missing = [name for name in ("buildah", "debootstrap", "unshare", "ip") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"takes root and {', '.join(missing) or 'no more'}")

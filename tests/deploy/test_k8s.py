@@ -1,4 +1,4 @@
-"""deploy/k8s: values against what the chart takes, objects against the API's schema, and what fits together."""
+"""deploy/k8s: the values fit the chart, the objects fit the API's schema, and both fit each other."""
 
 import re
 from typing import Any
@@ -44,7 +44,7 @@ def test_the_chart_refuses_what_is_misspelt(path: tuple[str, ...], value: Any) -
 
 
 def test_both_platforms_have_one_instance() -> None:
-    """What is not the platform's own is the same on ECS and on Kubernetes."""
+    """Everything that does not depend on the platform is the same on ECS and on Kubernetes."""
     ecs = yaml.safe_load((REPOSITORY / "deploy" / "ecs" / "dagster.yaml").read_text())
     kubernetes = helm_chart.instance_of(read_values())
     assert kubernetes["run_coordinator"]["config"].pop("platform") == "kubernetes"
@@ -81,7 +81,7 @@ def test_the_objects_are_valid(version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("server", ["dagsterWebserver", "dagsterDaemon", "dagster-user-deployments"])
 def test_the_servers_pods_are_valid(version: str, server: str) -> None:
-    """What the chart copies into a pod is what a pod may have."""
+    """Everything that the chart copies into a pod is allowed in a pod."""
     values = read_values()[server]
     values = values.get("deployments", [values])[0]
     image = values["image"]
@@ -119,7 +119,7 @@ def may(verb: str, resource: str) -> bool:
 
 
 def test_the_role_is_what_the_launcher_calls() -> None:
-    """Each API call in dagster_k8s's client, and nothing that changes more."""
+    """The role allows each API call of dagster_k8s's client, and no other call that changes something."""
     import dagster_k8s.client
 
     text = (REPOSITORY / str(dagster_k8s.client.__file__)).read_text()
@@ -170,7 +170,7 @@ def test_the_placement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sets_may_be_mounted_as_a_config_map(project: Project) -> None:
-    """Kubernetes keeps what it mounts in a folder of another name, and links to it twice."""
+    """Kubernetes mounts files in a folder of another name, and links to it twice."""
     project.add_set("one", organism="homo_sapiens")
     mounted = project.folder / "mounted"
     (mounted / "..2026_11_25").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A release whose deployment moves to another version in its middle: what docs/upgrade.md says of arrays."""
+"""A deployment changes its version in the middle of a release: the arrays behave as docs/upgrade.md says."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ PAGE = (REPOSITORY / "docs" / "upgrade.md").read_text()
 
 
 def move_to(numeric_version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let code of another numeric version run from here on."""
+    """From now on, let the code have another numeric version."""
     *others, default = Identity.__init__.__defaults__ or ()
     assert isinstance(default, int)
     monkeypatch.setattr(Identity.__init__, "__defaults__", (*others, numeric_version))
@@ -33,7 +33,7 @@ def files_of(project: Project) -> dict[str, bytes]:
 def test_the_same_numeric_version_goes_on_where_the_release_is(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is computed again, even when the next version prepares checkpoints in another form."""
+    """Nothing is computed again, even if the next version prepares checkpoints in another form."""
     tiny(project, shards=SHARDS)
     with project.context("tiny") as context:
         make_plan(context)

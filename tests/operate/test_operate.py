@@ -51,14 +51,14 @@ BACKFILLS = """{ partitionBackfillsOrError {
 
 
 def half_way(seen: list[dict[str, Any]], operator: Operator) -> bool:
-    """Look once more; tell whether all shards have runs, and one runs."""
+    """Ask for the status again. Tell whether all shards have a run, and one is running."""
     seen.append(operator.status("tiny"))
     return bool(seen[-1]["shards"]["running"]) and not seen[-1]["shards"]["missing"]
 
 
 @dataclass
 class Story:
-    """What one operator saw, in this order; the daemon takes steps of 30 s, so things go on side by side."""
+    """What one operator saw, in this order. The daemon acts every 30 s, so several things happen at the same time."""
 
     operator: Operator
     before: dict[str, Any]
@@ -106,7 +106,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         cancelled.says("shards 0/1 done")
         cancel(Deployment.at(operator.url), without_waiting.stdout.split()[2])
         operator.stop("dagster-webserver")
-        again.says("cannot look, trying again: no answer from the webserver")
+        again.says("the status is unknown, trying again: no answer from the webserver")
         operator.serve("dagster-webserver")
         until(operator.answers, "the webserver again")
         yield Story(
@@ -131,7 +131,7 @@ def test_launch_survives_its_interruption(story: Story) -> None:
     assert code == 130
     assert "launched backfill" in said
     assert "(census_tf_dagster.definitions): the plan, shards 0-3, the array\n" in said
-    assert "interrupted; what was launched goes on in Dagster.\n" in said
+    assert "interrupted; the backfill continues in Dagster.\n" in said
     assert f"status tiny {RELEASE} --url {story.operator.url}\n" in said
     code, said = story.attached
     assert code == 0
@@ -174,20 +174,20 @@ def test_status_at_several_moments(story: Story) -> None:
     assert (story.after_broken["shards"]["failed"], story.after_broken["array"]) == ("0", "missing")
 
 
-def test_failed_shards_are_told_with_their_reason(story: Story) -> None:
+def test_failed_shards_are_shown_with_their_reason(story: Story) -> None:
     code, said = story.broken
     assert code == 1
     assert f"shard_embeddings {RELEASE}|0 failure: {story.operator.url}/runs/" in said
     assert "model_weights.pt" in said
     assert "model_weights.pt" in story.after_broken["failures"]["0"]
-    assert said.endswith(f"launch these alone: python -m census_tf_dagster launch broken {RELEASE} --shards 0\n")
+    assert said.endswith(f"launch only these shards: census-tf-dagster launch broken {RELEASE} --shards 0\n")
 
 
 def test_recompute_of_one_shard(story: Story) -> None:
     code, said = story.recomputed
     assert code == 0, said
     assert "shards 2 (recompute), the array" in said
-    assert "cannot look, trying again: no answer from the webserver" in said
+    assert "the status is unknown, trying again: no answer from the webserver" in said
     new = story.operator.runs() - story.runs
     assert {key: n for key, n in new.items() if key[0].startswith("tiny/")} == {
         ("tiny/shard_embeddings", f"{RELEASE}|2"): 1,
@@ -202,20 +202,23 @@ def test_recompute_of_one_shard(story: Story) -> None:
 
 def test_other_work_does_not_attach(story: Story) -> None:
     assert story.other_work.returncode == 1
-    assert "goes on with shards 2 (recompute), the array; asked for: shards 1-2, the array." in story.other_work.stderr
+    assert (
+        "is still running with shards 2 (recompute), the array; you asked for shards 1-2, the array."
+        in story.other_work.stderr
+    )
 
 
 def test_a_cancelled_backfill_is_no_success(story: Story) -> None:
     assert (story.without_waiting.returncode, story.without_waiting.stderr) == (0, "")
     launched, look, follow = story.without_waiting.stdout.splitlines()
     assert launched.startswith("launched backfill ")
-    assert look.startswith("  look:   python -m census_tf_dagster status broken")
+    assert look.startswith("  look:   census-tf-dagster status broken")
     assert follow.startswith("  follow: the same launch command again")
     code, said = story.cancelled
     assert code == 1
     assert said.startswith(f"attached to backfill {launched.split()[2]} ")
     assert "ended as CANCELED" in said
-    assert said.endswith(f"To go on: python -m census_tf_dagster launch broken {RELEASE} --shards 0\n")
+    assert said.endswith(f"To continue: census-tf-dagster launch broken {RELEASE} --shards 0\n")
 
 
 def test_status_as_text(story: Story) -> None:
@@ -256,7 +259,7 @@ def test_terminate_commits_nothing_partial_and_the_rest_follows(story: Story, tm
 
 
 def launches(operator: Operator, name: str) -> dict[str, str]:
-    """Status by id of all backfills that were launched for a set."""
+    """Return the status of all backfills that were launched for a set, by id."""
     results = Deployment.at(operator.url).ask(BACKFILLS)["partitionBackfillsOrError"]["results"]
     tag = {"key": LAUNCH_TAG, "value": f"{name}/{RELEASE}"}
     return {one["id"]: one["status"] for one in results if tag in one["tags"]}
@@ -290,7 +293,9 @@ def test_of_two_launches_at_the_same_moment_one_goes_on(
     looks = mock.Mock(wraps=find_running, side_effect=[None, mock.DEFAULT])
     monkeypatch.setattr("census_tf_dagster.operate.launch.find_running", looks)
     monkeypatch.setattr("census_tf_dagster.operate.launch.start", start)
-    with pytest.raises(UserError, match=f"backfill {running} of broken {RELEASE} goes on with shards 0, the array"):
+    with pytest.raises(
+        UserError, match=f"backfill {running} of broken {RELEASE} is still running with shards 0, the array"
+    ):
         launch(story.operator.url, replace(request, recompute=True))
     assert looks.call_count == 2
     new = {key: status for key, status in launches(story.operator, "broken").items() if key not in before}
@@ -301,7 +306,7 @@ def test_of_two_launches_at_the_same_moment_one_goes_on(
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    """A deployment where nothing may be launched: it has no daemon."""
+    """A deployment without a daemon, so that nothing can start."""
     project = tiny(Project(tmp_path_factory.mktemp("idle")), cells=CELLS)
     project.add_set("reported", organism="homo_sapiens", shards=12)
     for release in (RELEASE, *OTHER_RELEASES):
@@ -314,15 +319,15 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope", RELEASE], "set 'nope' is not in the deployment at http://.*; there are: reported, tiny."),
+        (["nope", RELEASE], "set 'nope' is not in the deployment at http://.*; expected one of: reported, tiny."),
         (
             ["tiny", "1999-01-01"],
-            "there are: 2025-11-08, 2025-01-30, 2024-07-01. Add it: python -m census_tf_dagster release add 1999-01-01",
+            "expected one of: 2025-11-08, 2025-01-30, 2024-07-01. Add it: census-tf-dagster release add 1999-01-01",
         ),
-        (["tiny", RELEASE, "--shards", "2,4-6"], "set 'tiny' has no shards 4-6: it has 4, which are 0-3."),
+        (["tiny", RELEASE, "--shards", "2,4-6"], "set 'tiny' has no shards 4-6; expected some of its 4 shards, 0-3."),
         (["tiny", RELEASE, "--shards", "7-3"], "--shards has '7-3'; expected numbers and ascending ranges"),
         (["tiny", RELEASE, "--shards", "2"], f"the plan of tiny {RELEASE} is missing, and shards 2 need it"),
-        (["tiny", RELEASE], "has no dagster-daemon: nothing would start. Run `dagster-daemon run"),
+        (["tiny", RELEASE], "has no healthy dagster-daemon, so nothing would start. Run `dagster-daemon run"),
     ],
 )
 def test_checks_come_before_anything_is_launched(idle: Operator, arguments: list[str], message: str) -> None:
@@ -339,13 +344,13 @@ def test_checks_come_before_anything_is_launched(idle: Operator, arguments: list
 
 def test_status_of_a_set_with_nothing(idle: Operator) -> None:
     done = idle.command("status", "tiny")
-    assert (done.returncode, done.stdout) == (0, "tiny: nothing is there yet of any of its 3 releases\n")
+    assert (done.returncode, done.stdout) == (0, "tiny: none of its 3 releases has been started\n")
     assert json.loads(idle.command("status", "tiny", "--json").stdout)["releases"] == []
     assert idle.command("status", "nope").returncode == 1
 
 
 def test_status_of_several_releases(idle: Operator) -> None:
-    """Dagster answers ranges of releases whose shards stand alike; here what stands was reported by hand."""
+    """Dagster answers with ranges of releases whose shards have equal states. The test reports these states itself."""
     report = """mutation Report($params: ReportRunlessAssetEventsParams!) {
       reportRunlessAssetEvents(eventParams: $params) { __typename }
     }"""

@@ -1,4 +1,4 @@
-"""The gate before money: what it lets pass, what it asks, and for which plan an approval holds."""
+"""The asset `approval`: when it approves by itself, when it asks a person, and which plans an approval covers."""
 
 import json
 from collections.abc import Iterator
@@ -51,8 +51,8 @@ class Gate:
             raise_on_error=False,
         )
 
-    def judge(self) -> tuple[dict[str, Any] | None, str]:
-        """Run the approval by automation; return what it gave, and what it asked last."""
+    def decide(self) -> tuple[dict[str, Any] | None, str]:
+        """Run the approval by automation. Return the approval's metadata and the last request for a person."""
         result = self.run("approval", person=False)
         assert result.success
         observed = self.instance.fetch_observations(APPROVAL, limit=1).records
@@ -84,18 +84,18 @@ def test_the_plan_says_what_it_takes(project: Project, instance: dg.DagsterInsta
     hours = shown["tokens"] / shown["tokens_per_second_of_a_gpu"] / 3600
     assert shown["cost_usd"] == pytest.approx(hours * 1e9, rel=1e-3)
     assert shown["cost_usd"] > 1
-    assert shown["rate"].startswith("ASSUMED: 25% of the arithmetic that a L40S can do")
+    assert shown["rate"].startswith("ASSUMED: 25% of the peak arithmetic of the L40S")
     assert (shown["auto_start"], shown["release_deleted_from"]) == ("up to 1.00 USD a release", "stays")
     dry = project.command("launch", "tiny", RELEASE, "--dry-run", "--url", "http://127.0.0.1:9")
     assert f"{shown['tokens']:,} tokens to compute" in dry.stdout
     assert f"{shown['cost_usd']:,.2f} USD" in dry.stdout
-    assert "started now, shards would be done on 20" in dry.stdout
+    assert "if started now, the shards finish on 20" in dry.stdout
 
 
 def test_within_the_budget_it_is_given_by_itself(project: Project, instance: dg.DagsterInstance) -> None:
     gate = Gate(project, instance, auto_start={"budget": 1e9})
     assert gate.run("obs_id_plan").success
-    given, asked = gate.judge()
+    given, asked = gate.decide()
     assert given is not None
     assert given["approved_by"] == "auto_start: within the budget of 1,000,000,000.00 USD a release"
     assert not asked
@@ -105,14 +105,15 @@ def test_within_the_budget_it_is_given_by_itself(project: Project, instance: dg.
 def test_above_it_a_person_is_asked_and_nothing_is_given(project: Project, instance: dg.DagsterInstance) -> None:
     gate = Gate(project, instance, auto_start={"budget": 1.0})
     assert gate.run("obs_id_plan").success
-    given, asked = gate.judge()
+    given, asked = gate.decide()
     assert given is None
     assert asked.startswith(f"The shards of tiny {RELEASE} wait for your approval: it costs ")
-    assert "materialize tiny/approval of 2025-11-08 in the web interface, or `python -m census_tf_dagster app" in asked
+    assert "materialize tiny/approval of 2025-11-08 in the web interface, or run `census-tf-dagster approve" in asked
     refused = gate.run("shard_embeddings", f"{RELEASE}|0", person=False)
     assert not refused.success
-    assert "is not approved; nothing was. To go on: `python -m census_tf_dagster launch tiny 2025-11-08`" in reason(
-        refused
+    assert (
+        "is not approved; no plan was. To approve and continue, run `census-tf-dagster launch tiny 2025-11-08`"
+        in reason(refused)
     )
     run = instance.get_run_by_id(refused.run_id)
     assert run is not None
@@ -127,7 +128,7 @@ def test_a_person_approves_one_plan(project: Project, instance: dg.DagsterInstan
     assert planned is not None
     other = gate.run("approval", plan="0123456789abcdef", by="Ada")
     assert not other.success
-    assert f"the plan to approve is 0123456789abcdef, and {planned['plan']} is current" in reason(other)
+    assert f"the plan to approve is 0123456789abcdef; expected {planned['plan']}, which is current" in reason(other)
     given = figures(gate.run("approval", plan=planned["plan"], by="Ada"), "approval")
     assert given is not None
     assert (given["approved_by"], given["plan"]) == ("Ada", planned["plan"])
@@ -135,7 +136,7 @@ def test_a_person_approves_one_plan(project: Project, instance: dg.DagsterInstan
     assert gate.run("shard_embeddings", f"{RELEASE}|0", person=False).success
     # The same plan again: nothing new is asked.
     assert gate.run("obs_id_plan").success
-    assert gate.judge() == (None, "")
+    assert gate.decide() == (None, "")
 
 
 def test_an_approval_does_not_cover_a_dearer_plan(project: Project, instance: dg.DagsterInstance) -> None:
@@ -152,7 +153,7 @@ def test_an_approval_does_not_cover_a_dearer_plan(project: Project, instance: dg
         refused
     )
     assert f"{small['plan']} ({small['tokens']:,} tokens) was, by a person, in Dagster" in reason(refused)
-    given, asked = gate.judge()
+    given, asked = gate.decide()
     assert given is None
     assert "wait for your approval" in asked
     # Another plan of the same cells needs no more: it is covered.
@@ -183,7 +184,7 @@ def test_shards_measure_what_the_next_plan_is_told_with(project: Project, instan
 def test_off_means_that_automation_gives_nothing(project: Project, instance: dg.DagsterInstance) -> None:
     gate = Gate(project, instance)
     assert gate.run("obs_id_plan").success
-    given, asked = gate.judge()
+    given, asked = gate.decide()
     assert given is None
     assert "`auto_start` of this set is off" in asked
     assets = load_sets(project.folder / "sets")
@@ -213,7 +214,7 @@ def test_a_release_that_goes_away_waits_whatever_the_rule(
         (project.folder / "store" / "tiny" / "canary.json").write_text(json.dumps(canary))
         server.body = json.dumps({RELEASE: listed[what]}).encode()
         assert gate.run("obs_id_plan").success
-        given, asked = gate.judge()
+        given, asked = gate.decide()
     assert given is None
     if what == "weekly":
         assert f"the weekly release may be deleted from {(utc_now() + timedelta(days=20)).year}-" in asked

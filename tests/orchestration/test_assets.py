@@ -1,4 +1,4 @@
-"""The assets in Dagster, in this process: what a person sees of progress, failure and staleness."""
+"""The assets in Dagster, in this process: how they show progress, failure and staleness."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Releases run by themselves, within limits: a real daemon and webserver beside a directory played over HTTP."""
+"""Automatic starts within a budget, with a real daemon, a real webserver and a local release directory."""
 
 import subprocess
 from collections import Counter
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.takes(400)
 
 CELLS, REUSED = 220, 160
 AUTOMATIC = {"cheap": {"budget": 1e6}, "dear": {"budget": 1.0}, "asked": {"budget": 1.0}}
-"""Of these, `cheap` has an array of the earlier release and reuses its cells."""
+"""The set `cheap` has an array of the earlier release and reuses its cells."""
 NODES = {"gpus": 0, "gpu_type": "L40S", "usd_per_gpu_hour": 1e9, "fleet_gpus": 4}
-"""At this price a few thousand tokens cost some thousand dollars, by the rate that is assumed of such a GPU."""
+"""At this price and the assumed rate of such a GPU, a few thousand tokens cost some thousand dollars."""
 SHARDS = 2
 
 TICKS = """query Ticks($selector: SensorSelector!) {
@@ -79,14 +79,14 @@ def ended_ticks(operator: Operator, sensor: str) -> int:
 
 
 def looks_done(operator: Operator, *sensors: str) -> None:
-    """Wait until each sensor has looked twice again: the first look may have begun before."""
+    """Wait until each sensor has run twice more, because the first run may have begun before."""
     before = {sensor: ended_ticks(operator, sensor) for sensor in sensors}
     for sensor, looks in before.items():
         until(lambda sensor=sensor, looks=looks: ended_ticks(operator, sensor) >= looks + 2, f"two looks of {sensor}")
 
 
 def status(operator: Operator, name: str) -> ReleaseStatus:
-    """What `status` shows, without a process for each look."""
+    """Return the status that `status` shows, without a process for each call."""
     deployment = Deployment.at(operator.url)
     (found,) = release_statuses(deployment, find_set(deployment, name), RELEASE)
     return found
@@ -129,7 +129,7 @@ def active(operator: Operator) -> list[Run]:
 
 @dataclass
 class Story:
-    """What happened by itself, and what a person did."""
+    """The automatic actions and the actions of a person."""
 
     operator: Operator
     releases: TwoReleases
@@ -231,8 +231,8 @@ def test_above_the_budget_shards_wait(story: Story) -> None:
     asked = str(story.waiting.approved)
     assert asked.startswith(f"The shards of dear {RELEASE} wait for your approval: it costs ")
     assert "USD above the budget of 1.00 USD a release" in asked
-    assert "ASSUMED: 25% of the arithmetic that a L40S can do" in asked
-    assert f"census_tf_dagster approve dear {RELEASE}" in asked
+    assert "ASSUMED: 25% of the peak arithmetic of the L40S" in asked
+    assert f"census-tf-dagster approve dear {RELEASE}" in asked
 
 
 def test_an_approval_lets_them_go_on(story: Story) -> None:

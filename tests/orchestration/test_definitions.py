@@ -1,4 +1,4 @@
-"""What Dagster loads: keys, partitions, a light import, and YAML that is checked with line numbers."""
+"""Dagster's definitions: keys, partitions, a light import, and YAML that is checked with line numbers."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_four_assets_a_set_in_one_group() -> None:
 
 
 def test_a_set_that_reuses_cells_has_one_asset_more(tmp_path: Path) -> None:
-    """Its partitions have the shards' keys, but are not equal to theirs: Dagster would copy in the shard's run."""
+    """The partitions have the shards' keys but are not equal to theirs, or Dagster would copy in the shard's run."""
     (tmp_path / "reusing").mkdir()
     attributes = {
         "name": "reusing",
@@ -113,7 +113,7 @@ BAD = [
 
 @pytest.fixture
 def checkable(tmp_path: Path) -> Path:
-    """A dg project whose sets stand in a folder that a test may change."""
+    """A dg project whose sets are in a folder that a test may change."""
     sets = tmp_path / "my_sets" / "defs"
     (sets / "one").mkdir(parents=True)
     (tmp_path / "my_sets" / "__init__.py").touch()

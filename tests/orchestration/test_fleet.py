@@ -1,4 +1,4 @@
-"""Every way in places its runs, and a fleet that loses workers ends with the right array.
+"""Every way to start a run places it, and a fleet that loses workers still ends with the right array.
 
 deploy/ecs/dagster.yaml on a real PostgreSQL, with a real webserver and daemon; in front of moto's ECS a double that
 runs what is launched, each command in processes of its own. The set `tiny` is done for real; `gpu` and `auto` need a
@@ -40,7 +40,7 @@ STRIKES = {0: signal.SIGKILL, FALSELY_LOST: signal.SIGSTOP, 2: signal.SIGTERM}
 """What happens to the first worker of a shard. The frozen one is declared lost, and goes on once another works on its
 shard."""
 OVERRIDES_LIMIT = 8192
-"""Characters, by ECS."""
+"""In characters; a limit of ECS."""
 
 RUNS = """{ runsOrError(limit: 1000) { ... on Runs { results {
   runId status creationTime endTime assetSelection { path } tags { key value }
@@ -84,7 +84,7 @@ class Cluster:
         return found
 
     def look(self) -> None:
-        """Give every new task a node or, where it would do nothing here, an end."""
+        """Give every new task a node, or end it if it would do nothing here."""
         self.known = self.runs()
         for task in list(self.on.ecs.tasks):
             if task.run_id in self.seen or task.run_id not in self.known:
@@ -172,7 +172,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         launched = on.operator.begin("launch", "launch", "gpu", RELEASE, "--shards", "0", "--no-wait")
         materialize(deployment, gpu, 3)
         materialize(deployment, gpu, 3, **{"ecs/memory": "61440"})
-        with pytest.raises(Exception, match="would move it") as moved:
+        with pytest.raises(Exception, match="would move to another node") as moved:
             materialize(deployment, gpu, 2, **{"ecs/run_task_kwargs": '{"launchType": "FARGATE"}'})
         looked = 0.0
 
@@ -185,7 +185,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             looked = time.monotonic()
             left = [run for run in cluster.known.values() if run["status"] not in ENDED]
             ways = {way_in(cluster.known[task.run_id]) for task in on.ecs.tasks if task.run_id in cluster.known}
-            return not left and ways >= WAYS and not fetch(deployment, of, RELEASE, backfill).going_on
+            return not left and ways >= WAYS and not fetch(deployment, of, RELEASE, backfill).is_running
 
         until(told, "the backfill and every way in")
         assert launched.end()[0] == 0
@@ -217,7 +217,7 @@ def test_every_shard_s_task_is_on_a_gpu_node_and_no_other_is(story: Story) -> No
 def test_a_run_s_own_tags_change_sizes_and_move_nothing(story: Story) -> None:
     (larger,) = [task for run, task in story.tasks() if run["tags"].get("ecs/memory") == "61440"]
     assert larger.container["memory"] == 61440
-    assert "the run's own tag ecs/run_task_kwargs would move it" in story.moved
+    assert "the run's own tag ecs/run_task_kwargs is " in story.moved
     (refused,) = [run for run in story.runs.values() if "FARGATE" in run["tags"].get("ecs/run_task_kwargs", "")]
     assert refused["status"] == "FAILURE"
     assert refused["runId"] not in {task.run_id for task in story.on.ecs.tasks}

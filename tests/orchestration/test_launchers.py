@@ -1,4 +1,4 @@
-"""What the stock launchers make of a run of each asset: Jobs against the API's schema, and both instances.
+"""Dagster's launchers start a run of each asset: Jobs that fit the API's schema, and both instances.
 
 In this process, so that the coordinator can be taken away: without it no shard comes to a GPU node.
 """
@@ -31,7 +31,7 @@ VERSIONS = ("1.31", "1.37")
 
 @contextmanager
 def kubernetes_api() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Serve an API that takes every Job; yields its address and the Jobs."""
+    """Serve an API that accepts every Job. Yield its address and the Jobs."""
     jobs: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,7 +54,7 @@ def kubernetes_api() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, list[dict[str, Any]]]]:
-    """The instance of deploy/k8s on a PostgreSQL of its own, with the API above in place of the cluster."""
+    """The instance of deploy/k8s with its own PostgreSQL, and the API above in place of the cluster."""
     project = Project(tmp_path_factory.mktemp("kubernetes"))
     project.add_set("tiny", organism="homo_sapiens", device="cuda")
     declare(project.folder / "sets")
@@ -91,7 +91,7 @@ def job_of(kubernetes: tuple[Project, list[dict[str, Any]]], asset: str, **own_t
 
 
 def on_gpu_pod(job: dict[str, Any]) -> bool:
-    """Whether a Job has all that takes its pod to a GPU node."""
+    """Tell whether a Job has everything that takes its pod to a GPU node."""
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     wanted = PLACEMENT["kubernetes"]

@@ -1,4 +1,4 @@
-"""Runs whose worker is gone and retries that were lost, on a real instance; and a deployment killed all at once."""
+"""Runs whose worker is gone, retries that were lost, and a deployment whose processes are all killed at once."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.observations import ShardProgress
 from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import Run, fetch_runs
-from census_tf_dagster.operate.stuck_runs import _judge
+from census_tf_dagster.operate.stuck_runs import why_stuck
 from census_tf_dagster.orchestration.sensors import lost_runs
 from census_tf_dagster.orchestration.sensors.lost_runs import (
     MOST_ASKED,
@@ -55,7 +55,7 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def worker_of(run: str, process: subprocess.Popen[bytes]) -> WorkerProcess:
-    """Name another process as this one names itself."""
+    """Return the record of another process."""
     ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
     return replace(WorkerProcess.this(run), pid=process.pid, started=ticks)
 
@@ -143,7 +143,7 @@ def test_only_a_run_whose_worker_is_gone_is_ended(
 
 
 def lose_retry(instance: dg.DagsterInstance, backfill: str) -> str:
-    """Make a failed run that is announced as retried, which no daemon looks at."""
+    """Create a failed run whose retry is announced, without a daemon that reads it."""
     run = instance.create_run_for_job(asking, status=dg.DagsterRunStatus.STARTED, tags={"dagster/backfill": backfill})
     instance.report_run_failed(run)
     return run.run_id
@@ -172,9 +172,9 @@ def test_a_lost_retry_is_asked_for_until_it_comes_or_never_will(
     for asked in range(MOST_ASKED):
         assert failures(instance, run) == 1 + asked
         (line,) = ask_for_lost_retries(instance)
-        assert "was asked for again" in line
+        assert "was requested again" in line
     (line,) = ask_for_lost_retries(instance)
-    assert "no retry of it comes any more" in line
+    assert "it will not be retried any more" in line
     assert failures(instance, run) == 1 + MOST_ASKED
     assert backfill_runs_are_complete("running", instance, logging.getLogger())
     assert not list(ask_for_lost_retries(instance))
@@ -205,7 +205,7 @@ def test_the_sensor_says_what_it_found(instance: dg.DagsterInstance, monkeypatch
             said.append(sensor.evaluate_tick(context).skip_message)
         if len(said) == 1:
             run = lose_retry(instance, "deleted")
-    assert said == ["nothing was lost", f"run {run}: no retry of it comes any more"]
+    assert said == ["nothing was lost", f"run {run}: it will not be retried any more"]
 
 
 def running_run(worker: WorkerProcess | None, asset: str = SHARDS) -> Run:
@@ -217,16 +217,16 @@ def running_run(worker: WorkerProcess | None, asset: str = SHARDS) -> Run:
 def test_a_silent_run_is_shown_where_its_worker_cannot_be_seen() -> None:
     here = WorkerProcess.this("a")
     elsewhere = replace(here, host="other")
-    assert _judge(running_run(here), None) is None
-    lost = _judge(running_run(replace(here, started="1")), None)
+    assert why_stuck(running_run(here), None) is None
+    lost = why_stuck(running_run(replace(here, started="1")), None)
     assert lost == (f"has lost its worker (process {os.getpid()} on {here.host})", True)
-    silent = _judge(running_run(elsewhere), None)
+    silent = why_stuck(running_run(elsewhere), None)
     assert silent is not None
-    assert silent[0].startswith("has said nothing for 60 min, and its worker (process ")
+    assert silent[0].startswith("has reported nothing for 60 min, and its worker (process ")
     assert silent[1] is False
-    assert _judge(running_run(None), ShardProgress(1, 1.0, "read", time.time() - 2000)) is not None
-    assert _judge(running_run(elsewhere), ShardProgress(1, 1.0, "read", time.time())) is None
-    assert _judge(running_run(elsewhere, "embeddings_array"), None) is None
+    assert why_stuck(running_run(None), ShardProgress(1, 1.0, "read", time.time() - 2000)) is not None
+    assert why_stuck(running_run(elsewhere), ShardProgress(1, 1.0, "read", time.time())) is None
+    assert why_stuck(running_run(elsewhere, "embeddings_array"), None) is None
 
 
 CELLS = 160
@@ -239,7 +239,7 @@ SENSOR_ID = """query Id($selector: SensorSelector!) {
 
 @dataclass
 class Story:
-    """A machine that stops in the middle of a release, and what is seen of it afterwards."""
+    """A machine stops in the middle of a release, and this is what an operator sees afterwards."""
 
     operator: Operator
     status: dict[str, Any]
@@ -262,7 +262,7 @@ def kill_everything(operator: Operator) -> None:
 
 
 def lose_the_retry_of(operator: Operator, run: str) -> None:
-    """Fail a run as Dagster does, and let Dagster's daemon have looked a moment too early."""
+    """Fail a run as Dagster does, as if Dagster's daemon had read it a moment too early."""
     with dg.DagsterInstance.from_config(operator.project.env["DAGSTER_HOME"]) as instance:
         found = instance.get_run_by_id(run)
         assert found is not None
@@ -337,21 +337,21 @@ def test_a_release_survives_that_its_machine_restarts(story: Story, tmp_path: Pa
     assert story.operator.status("tiny")["stuck"] == []
 
 
-def test_status_says_what_does_not_move_and_who_mends_it(story: Story) -> None:
+def test_status_shows_stuck_runs_and_what_repairs_them(story: Story) -> None:
     lost, owed = sorted(story.status["stuck"], key=lambda one: str(one["partition"]))
     assert (lost["partition"], owed["partition"]) == (f"{RELEASE}|0", f"{RELEASE}|1")
     assert lost["why"].startswith("has lost its worker (process ")
     assert "the retry that Dagster announced has not started" in owed["why"]
     assert f"  stuck   shard_embeddings {RELEASE}|0 has lost its worker" in story.shown
-    assert "  mends   the sensor lost_runs does, within minutes\n" in story.shown
+    assert "  repair  the sensor lost_runs repairs this within minutes\n" in story.shown
     assert "  again   " not in story.shown, "a launch of the shard would only wait, too"
 
 
-def test_a_launch_does_not_wait_for_what_nothing_mends(story: Story) -> None:
+def test_a_launch_does_not_wait_for_a_run_that_nothing_repairs(story: Story) -> None:
     assert story.refused.returncode == 1
-    assert "waits for what nothing mends: shard_embeddings" in story.refused.stderr
+    assert "is stuck, and nothing repairs it: shard_embeddings" in story.refused.stderr
     assert "switch on the sensor lost_runs" in story.refused.stderr
 
 
-def test_a_launch_that_goes_on_says_what_is_stuck(story: Story) -> None:
+def test_a_running_launch_reports_stuck_runs(story: Story) -> None:
     assert " stuck (`status` says why)" in story.launched[1]

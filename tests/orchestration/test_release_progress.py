@@ -1,4 +1,4 @@
-"""A release's progress in one place: what its shards tell Dagster, summed up once a minute; and by `status`."""
+"""The progress of a release: its shards' observations are summed up once a minute, and `status` shows them."""
 
 import time
 from typing import Any

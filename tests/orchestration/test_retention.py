@@ -1,4 +1,4 @@
-"""Old plans and arrays: kept by default, expired or archived by policy, never what is needed."""
+"""Old plans and arrays are kept by default, and deleted or archived by policy; needed ones never are."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.support.project import RELEASE, Project, read_array
 
 DAY = 86400
 OTHERS = ("2023-05-15", "2023-12-15", "2024-07-01", "2025-01-30")
-"""Releases with copies of the one real array; names are all that a policy tells releases apart by."""
+"""Releases with copies of one real array. A policy distinguishes releases only by name."""
 
 
 def age(folder: Path, days: float) -> None:
@@ -71,7 +71,7 @@ def test_expire_shows_first_and_wants_the_word(old: Project, tmp_path: Path) -> 
     word = shown.stdout.split("--confirm ")[1].strip()
     wrong = old.command("prune", "--confirm", "0123456789ab")
     assert wrong.returncode == 1
-    assert f"what would go is now {word}. Nothing was done" in wrong.stderr
+    assert f"expected {word}, the word of the present list. Nothing was done" in wrong.stderr
     store = old.folder / "store" / "tiny"
     assert len(list(store.glob("*/*/embeddings"))) == 5
     done = old.command("prune", "--confirm", word, "--json")
@@ -130,7 +130,7 @@ def test_a_wrong_policy_names_the_entry(tmp_path: Path) -> None:
         ("policy: delete", "retention.yaml:1: policy is 'delete'"),
         ("policy: expire\nreleases: 0", "retention.yaml:2: releases is 0"),
         ("after: 3", "retention.yaml:1: after"),
-        ("[", "retention.yaml:1: this is no YAML"),
+        ("[", "retention.yaml:1: this is not valid YAML"),
         ("", "It should be one mapping; docs/releases.md shows it"),
     ):
         (tmp_path / "retention.yaml").write_text(text)

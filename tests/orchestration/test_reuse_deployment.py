@@ -19,7 +19,7 @@ pytestmark = pytest.mark.takes(160)
 
 
 def test_a_launch_plans_copies_computes_and_verifies_once(project: Project, tmp_path: Path) -> None:
-    """Copies and shards are runs of their own: one waits for no GPU, the other for no copy."""
+    """Copies and shards are separate runs: a copy does not wait for a GPU, and a shard does not wait for a copy."""
     releases = two_releases(project, shards=2, megabatch_size=256)
     verify_earlier(releases)
     assert project.command("release", "add", RELEASE).returncode == 0

@@ -1,4 +1,4 @@
-"""What a run gets of its steps' placement: agreement, the run's own tags, retries, plans that cannot be read."""
+"""The placement that a run gets from its steps: disagreeing steps, the run's own tags, retries, unreadable plans."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ NEWER = Placement.model_validate(PLACEMENT | {"memory_gib": 60}).tags()
 
 
 def placed(platform: str, step: dict[str, str], **run: str) -> dict[str, str]:
-    """What one step's run is given, without the coordinator's own notes."""
+    """Return the placing tags of a run of one step, without the coordinator's own tags."""
     tags = place(platform, {"shard": step}, run)
     return {name: value for name, value in tags.items() if name not in (ASKED_TAG, PLACED_TAG)}
 
@@ -43,7 +43,7 @@ def test_steps_that_ask_for_nothing_follow_and_steps_that_disagree_are_an_error(
 
 @pytest.mark.parametrize(("platform", "other"), [("ecs", K8S), ("kubernetes", ECS), ("ecs", {"census_tf/node": "gpu"})])
 def test_a_gpu_without_a_placement_for_the_platform_is_refused(platform: str, other: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=rf"needs a GPU, and no placement of this deployment says where on {platform}"):
+    with pytest.raises(UserError, match=rf"needs a GPU, and this deployment has no placement for {platform}"):
         place(platform, {"shard": other}, {})
 
 
@@ -74,7 +74,7 @@ def test_own_tags_may_change_sizes() -> None:
     ],
 )
 def test_own_tags_cannot_move_a_shard(platform: str, name: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"the run's own tag {name} would move it"):
+    with pytest.raises(UserError, match=f"the run's own tag {name} is .* so the run would move to another node"):
         place(platform, {"shard": TAGS}, {name: value})
 
 
@@ -102,7 +102,7 @@ def test_a_retry_keeps_the_run_s_sizes_and_takes_a_newer_placement(
     # Edited by hand since: no longer what was placed, so it counts as the run's own.
     moved = {"ecs/run_task_kwargs": "{}"} if platform == "ecs" else {"dagster-k8s/config": '{"job_config": {"x": 1}}'}
     edited = first | moved
-    with pytest.raises(UserError, match="would move it"):
+    with pytest.raises(UserError, match="would move to another node"):
         place(platform, {"shard": TAGS}, edited)
 
 

@@ -176,7 +176,7 @@ def test_unknown_release(project: Project) -> None:
 
 
 def test_a_census_location_without_a_place_for_the_release() -> None:
-    with pytest.raises(UserError, match=r"must be 'public' or contain '\{release\}'"):
+    with pytest.raises(UserError, match=r"expected 'public', or a location that contains '\{release\}'"):
         CensusResource(location="/data/census").uri(RELEASE)
 
 

@@ -1,7 +1,7 @@
-"""A newcomer at the web interface of the demo: a backfill by clicking, to its success, and what there is to see then.
+"""A newcomer at the web interface of the demo starts a backfill by clicking, and then looks at the results.
 
 With CENSUS_TF_SCREENSHOTS set to a folder, what the browser shows on the way is kept there (`make screenshots`). With
---upstream, upstream's own code judges the shards, as in the worker image.
+--upstream, upstream's own code checks the shards, as in the worker image.
 """
 
 import os
@@ -33,7 +33,7 @@ class Visit:
     page: "browsing.Page"
     operator: Operator
     pictures: Path
-    judged: bool
+    upstream: bool
 
     def picture(self, name: str) -> None:
         path = self.pictures / f"{name}.png"
@@ -58,7 +58,7 @@ def visit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     pictures = Path(os.environ.get("CENSUS_TF_SCREENSHOTS", folder))
     pictures.mkdir(parents=True, exist_ok=True)
     with running_locally(project, daemon=True) as operator, browsing.browser(operator.url, folder / "profile") as page:
-        yield Visit(page, operator, pictures.absolute(), judged=upstream is not None)
+        yield Visit(page, operator, pictures.absolute(), upstream=upstream is not None)
 
 
 def test_a_release_by_clicking(visit: Visit) -> None:
@@ -85,7 +85,7 @@ def test_a_release_by_clicking(visit: Visit) -> None:
 
 
 def _ended(text: str) -> bool:
-    """Whether the two rows say how they ended, and none that it goes on."""
+    """Tell whether both rows show how they ended, and no row is still running."""
     return len(re.findall(r"^(Success|Completed|Failure|Failed)$", text, re.M)) >= 2 and not re.search(
         r"^(Started|Starting|Queued|In progress|Requested)$", text, re.M
     )
@@ -109,7 +109,7 @@ def test_the_pages_of_a_finished_release(visit: Visit) -> None:
     visit.picture("cells")
     page.open(f"/assets/{SET}/embeddings_array?view=checks")
     page.shows("verified")
-    assert page.text().count("Succeeded") == 12 - (0 if visit.judged else 1)
+    assert page.text().count("Succeeded") == 12 - (0 if visit.upstream else 1)
     visit.picture("checks")
 
 

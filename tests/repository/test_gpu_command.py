@@ -1,4 +1,4 @@
-"""What the one command for a GPU machine carries there."""
+"""The requirements that `benchmarks/gpu.sh` installs on a GPU machine."""
 
 import re
 

@@ -150,7 +150,7 @@ def test_pruning_that_was_cut_short_is_finished_by_the_same_command(project: Pro
     assert "2 arrays" in shown.stdout
     assert "removing" in shown.stdout
     wrong = project.command("prune", "--confirm", "0123456789ab")
-    assert "Nothing was done; look again" in wrong.stderr
+    assert "Nothing was done. Run" in wrong.stderr
     done = project.command("prune", "--confirm", word, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert [one.release for one in inspect_store(str(store), Storage())] == [RELEASE]

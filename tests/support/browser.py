@@ -1,4 +1,4 @@
-"""Debian's Chromium without a screen, and the clicks on Dagster's pages that a newcomer makes."""
+"""Debian's headless Chromium, and a newcomer's clicks on Dagster's pages."""
 
 import re
 import shutil
@@ -41,11 +41,11 @@ class Page:
         self.driver.get(f"{self.url}{path}")
 
     def text(self) -> str:
-        """Return what the page shows."""
+        """Return the text of the page."""
         return self.driver.find_element(By.TAG_NAME, "body").text
 
     def wait(self, true: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-        """Wait until something is so; return what was found."""
+        """Wait until a condition holds, and return its result."""
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -80,7 +80,7 @@ class Page:
         self.click(f"//*[self::button or self::a][contains(normalize-space(.), '{text}')]")
 
     def picture(self, path: Path) -> None:
-        """Save what the window shows."""
+        """Save a picture of the window."""
         # Whatever still fades in.
         time.sleep(1.5)
         self.driver.save_screenshot(str(path))

@@ -51,12 +51,12 @@ def tiny(
 
 
 def value_of(ids: np.ndarray, n_features: int) -> np.ndarray:
-    """Return values that tell of which cell and feature they are, instead of a model's: float32, exact."""
+    """Return values that name their cell and feature, in place of a model's: exact in float32."""
     return (ids[:, None] * 64 + np.arange(n_features) + 1).astype(np.float32)
 
 
 def age(folder: Path, seconds: float = 3600) -> None:
-    """Let everything below a folder have been written some time ago."""
+    """Set the modification times of everything below a folder to an earlier time."""
     for path in folder.rglob("*"):
         os.utime(path, (time.time() - seconds,) * 2)
 
@@ -70,7 +70,7 @@ def fill(context: ReleaseContext) -> EmbeddingsArray:
 
 
 def fill_shard(context: ReleaseContext, shard: int) -> int:
-    """Do as a shard does, with values of `value_of`; return how many megabatches were mended."""
+    """Write as a shard does, with values of `value_of`. Return how many megabatches were repaired."""
     plan = read_plan(context.store, context.folder.plan)
     array = EmbeddingsArray.repair(context.folder.array, context.store, context.identity)
     notebook = NoteBook(context.store, context.folder, plan, shard)

@@ -1,4 +1,4 @@
-"""Changes in a Census that has been written already."""
+"""Changes to a Census that is already written."""
 
 import shutil
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tests.support.project import Project
 
 
 def rewrite(uri: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Replace all that an array or dataframe of the Census holds."""
+    """Replace the whole content of an array or dataframe of the Census."""
     with tiledbsoma.open(str(uri)) as found:
         table = found.read().concat() if isinstance(found, tiledbsoma.DataFrame) else found.read().tables().concat()
     for folder in ("__fragments", "__commits", "__fragment_meta"):

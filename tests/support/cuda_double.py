@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as torch sees them, on CPU tensors: what can be judged about CUDA calls without a card.
+"""NVIDIA GPUs as torch sees them, simulated on CPU tensors, so that CUDA calls can be tested without a card.
 
 Doubles stand only for what torch has in C++. Torch's own Python above it is real, so a call that it refuses on a
 machine with GPUs (a device without an index, one that is out of range) is refused here as well. Tensors remember on
@@ -97,7 +97,7 @@ def mark(found: Any, device: torch.device) -> Any:
 
 
 class Devices(TorchFunctionMode):
-    """Keeps track of the device that each tensor would be on."""
+    """Tracks the device on which each tensor would be."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Devices(TorchFunctionMode):
 
 
 class _Same:
-    """Membership by identity: tensors compare by value."""
+    """A set that compares by identity, because tensors compare by value."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.ids = {id(tensor) for tensor in tensors}
@@ -181,7 +181,7 @@ def _unmarked(tensor: Tensor) -> Tensor:
 
 def event_of(machine: Machine) -> type:
     class Event:
-        """CUDAEvent's rules about time."""
+        """The rules of CUDAEvent about time."""
 
         def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
             self.timed = enable_timing
@@ -207,7 +207,7 @@ def event_of(machine: Machine) -> type:
 
 
 def pretend(patch: pytest.MonkeyPatch, gpus: int, free: int = 70 * GIB) -> Machine:
-    """Let torch find some GPUs on this machine; until `patch` is undone."""
+    """Let torch find some GPUs on this machine until `patch` is undone."""
     machine = Machine(gpus, free)
     for name, double in {
         "_cuda_getDeviceCount": machine.count,

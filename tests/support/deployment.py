@@ -1,4 +1,4 @@
-"""A real webserver and a real daemon beside a project, and an operator who uses them."""
+"""A real webserver and a real daemon for a project, and an operator who uses them."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from census_tf_dagster.operate.remote_set import RemoteSet
 from tests.support.project import RELEASE, Project
 
 POLL = 0.7
-"""Seconds between looks: each takes CPU from the servers that it waits for."""
+"""Seconds between two polls. Each poll takes CPU from the servers that it waits for."""
 QUICK = "tests.support.quick_definitions"
 """Definitions whose sensors look every 5 s."""
 PATIENCE = 600.0
-"""Seconds that any one wait may take on a machine with other work."""
+"""The longest wait, in seconds, on a busy machine."""
 
 
 # As the web interface sends them for one partition.
@@ -42,7 +42,7 @@ RUNS = "{ runsOrError(limit: 1000) { ... on Runs { results { assetSelection { pa
 
 @dataclass
 class Operator:
-    """Someone at a terminal beside a running deployment."""
+    """A person at a terminal with a running deployment."""
 
     project: Project
     port: int
@@ -82,7 +82,7 @@ class Operator:
             server.wait()
 
     def answers(self) -> bool:
-        """Whether the webserver answers, and knows the daemon if there is one."""
+        """Tell whether the webserver answers, and sees the daemon if there is one."""
         assert all(server.poll() is None for server in self.servers.values()), "a server ended"
         query = '{ instance { daemonHealth { daemonStatus(daemonType: "BACKFILL") { healthy } } } }'
         try:
@@ -126,7 +126,7 @@ class Operator:
 
 @dataclass
 class Begun:
-    """A command in the background; what it says goes to a file."""
+    """A command in the background. Its output goes to a file."""
 
     process: subprocess.Popen[bytes]
     out: Path
@@ -173,7 +173,7 @@ def running(project: Project, *, daemon: bool, module: str = "census_tf_dagster.
 def running_locally(
     project: Project, *, daemon: bool, module: str = "census_tf_dagster.definitions"
 ) -> Iterator[Operator]:
-    """Run them with runs as processes of the daemon, two at once."""
+    """Run both; the daemon runs at most two runs at a time, as its own processes."""
     with (project.folder / "dagster_home" / "dagster.yaml").open("a") as file:
         file.write("concurrency:\n  runs:\n    max_concurrent_runs: 2\n")
     with running(project, daemon=daemon, module=module) as operator:
@@ -181,7 +181,7 @@ def running_locally(
 
 
 def materialize(deployment: Deployment, of: RemoteSet, shard: int, **own_tags: str) -> str:
-    """Launch one shard as a click on Materialize does, perhaps with tags of its own; return the run's id."""
+    """Launch one shard as a click on Materialize does, with optional tags. Return the run's id."""
     key = of.shard_keys[shard]
     tags = {"dagster/partition": of.partition(RELEASE, shard)}
     tags |= own_tags | {"dagster/partition/release": RELEASE, "dagster/partition/shard": key}

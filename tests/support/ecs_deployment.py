@@ -1,4 +1,4 @@
-"""deploy/ecs/dagster.yaml as it stands, on a PostgreSQL of its own, with a double in place of the cluster."""
+"""deploy/ecs/dagster.yaml unchanged, with its own PostgreSQL and a double in place of the cluster."""
 
 import os
 import sys
@@ -23,19 +23,19 @@ CLUSTER, CONTROL, WORKER = "census-tf", "census-tf-control", "census-tf-worker"
 NETWORK = {"awsvpcConfiguration": {"subnets": ["subnet-1"], "securityGroups": ["sg-1"], "assignPublicIp": "DISABLED"}}
 REGION = "us-west-2"
 STOCK = {"run_coordinator": {"module": "dagster.core.run_coordinator", "class": "QueuedRunCoordinator"}}
-"""A change to dagster.yaml that takes the placing away."""
+"""A change to dagster.yaml that removes the placing run coordinator."""
 
 
 @dataclass
 class EcsDeployment:
-    """What a test looks at."""
+    """The parts of the deployment that a test reads."""
 
     operator: Operator
     ecs: EcsDouble
 
 
 def aws_env(moto: str, ecs: str) -> dict[str, str]:
-    """Variables that lead boto3 to the doubles."""
+    """Variables that direct boto3 to the doubles."""
     return {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -49,7 +49,7 @@ def aws_env(moto: str, ecs: str) -> dict[str, str]:
 
 
 def prepare_account(moto: str) -> None:
-    """Make the bucket, the cluster with a node, and both task definitions."""
+    """Create the bucket, the cluster with a node, and both task definitions."""
 
     def client(service: str) -> Any:
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
@@ -70,7 +70,7 @@ def prepare_account(moto: str) -> None:
 
 
 def write_dagster_yaml(home: Path, **changes: Any) -> None:
-    """Write deploy/ecs/dagster.yaml to a DAGSTER_HOME, with what only a test needs changed."""
+    """Write deploy/ecs/dagster.yaml to a DAGSTER_HOME, with the changes that only a test needs."""
     config = yaml.safe_load((REPOSITORY / "deploy" / "ecs" / "dagster.yaml").read_text())
     config["concurrency"]["runs"]["tag_concurrency_limits"][0]["limit"] = CAP
     config["run_monitoring"]["poll_interval_seconds"] = 2
@@ -83,7 +83,7 @@ def write_dagster_yaml(home: Path, **changes: Any) -> None:
 
 
 def on_gpu_node(call: Call) -> bool:
-    """Whether a RunTask has all that takes it to a GPU node, and nothing that does not go with it."""
+    """Tell whether a RunTask has everything that takes it to a GPU node, and nothing that contradicts it."""
     (container,) = call["overrides"]["containerOverrides"]
     return (
         container.get("resourceRequirements") == [{"type": "GPU", "value": "1"}]
@@ -95,7 +95,7 @@ def on_gpu_node(call: Call) -> bool:
 
 
 def on_cpu(call: Call) -> bool:
-    """Whether a RunTask is that of a run without a placement."""
+    """Tell whether a RunTask belongs to a run without a placement."""
     (container,) = call["overrides"]["containerOverrides"]
     return (
         "resourceRequirements" not in container
@@ -107,7 +107,7 @@ def on_cpu(call: Call) -> bool:
 
 @contextmanager
 def doubles(project: Project) -> Iterator[EcsDouble]:
-    """Start PostgreSQL, moto and the ECS double, and lead a project to them."""
+    """Start PostgreSQL, moto and the ECS double, and direct a project to them."""
     with ExitStack() as stack:
         moto = stack.enter_context(moto_server())
         prepare_account(moto)

@@ -56,7 +56,7 @@ class Task:
         os.killpg(self.process.pid, number)
 
     def described(self) -> Call:
-        """What DescribeTasks says."""
+        """The task in an answer of DescribeTasks."""
         code = self.process.poll() if self.process else None
         status = "RUNNING" if self.process else "PROVISIONING"
         if self.reported_lost or code is not None:
@@ -69,7 +69,7 @@ class Task:
 
 @dataclass
 class EcsDouble:
-    """The double's state."""
+    """The state of the double."""
 
     moto: str
     env: Mapping[str, str]
@@ -105,7 +105,7 @@ class EcsDouble:
             self.tasks.append(Task(call, answer, time.time(), self.folder / f"task-{len(self.tasks)}.out"))
 
     def begin(self, task: Task) -> None:
-        """A node has come: run the command."""
+        """Run the command, as when a node has started."""
         with task.output.open("wb") as output:
             task.process = subprocess.Popen(
                 task.container["command"],
@@ -125,7 +125,7 @@ class EcsDouble:
 
 @contextmanager
 def serving(double: EcsDouble) -> Iterator[str]:
-    """Serve the double; yields its address."""
+    """Serve the double, and yield its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

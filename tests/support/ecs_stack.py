@@ -1,4 +1,4 @@
-"""deploy/ecs/template.yaml applied to moto, with by hand what moto's CloudFormation does not make."""
+"""deploy/ecs/template.yaml applied to moto. What moto's CloudFormation does not create is created by hand."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ NOT_IN_MOTO = {
     "AWS::ECS::ClusterCapacityProviderAssociations": "made by hand from the template's properties",
     "AWS::S3::BucketPolicy": "not made; evaluated as text",
 }
-"""Types that moto 5.2 leaves out of a stack without a word, and what is done instead."""
+"""The types that moto 5.2 silently leaves out of a stack, and what the tests do instead."""
 
 
 def read_template() -> dict[str, Any]:
@@ -36,7 +36,7 @@ def read_template() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack that was made."""
+    """A created stack."""
 
     endpoint: str
     template: dict[str, Any]
@@ -55,13 +55,13 @@ class Stack:
         return arn
 
     def policies(self, name: str) -> list[dict[str, Any]]:
-        """What a role's own policies say, with every reference resolved."""
+        """The role's own policies, with every reference resolved."""
         iam, role = self.client("iam"), self.physical[name]
         named = iam.list_role_policies(RoleName=role)["PolicyNames"]
         return [iam.get_role_policy(RoleName=role, PolicyName=one)["PolicyDocument"] for one in named]
 
     def task(self, family: str) -> dict[str, Any]:
-        """A task definition as ECS has it."""
+        """A task definition, as ECS returns it."""
         found: dict[str, Any] = self.client("ecs").describe_task_definition(taskDefinition=family)["taskDefinition"]
         return found
 
@@ -70,7 +70,7 @@ class Stack:
         return {one["name"]: one["value"] for one in found["environment"]}
 
     def credentials(self, name: str) -> dict[str, str]:
-        """Keys of a role, as a task gets them."""
+        """The keys of a role, as a task receives them."""
         keys = self.client("sts").assume_role(RoleArn=self.role(name), RoleSessionName="test")["Credentials"]
         return {
             "AWS_ACCESS_KEY_ID": keys["AccessKeyId"],
@@ -79,21 +79,21 @@ class Stack:
         }
 
     def capacity_providers(self) -> list[dict[str, Any]]:
-        """The stack's own, as ECS has them."""
+        """The stack's own services, as ECS returns them."""
         named = [_provider_name(one) for one in self.of_type("AWS::ECS::CapacityProvider").values()]
         found = self.client("ecs").describe_capacity_providers(capacityProviders=named)["capacityProviders"]
         assert len(found) == len(named)
         return list(found)
 
     def enforce(self, *, on: bool) -> None:
-        """Whether from here on every request needs a key that may send it."""
+        """From now on, tell moto whether every request needs a key that is allowed to send it."""
         free = b"0" if on else b"1000000"
         requests.post(f"{self.endpoint}/moto-api/reset-auth", data=free, timeout=10).raise_for_status()
 
 
 @contextmanager
 def ecs_stack() -> Iterator[Stack]:
-    """Make the stack on a moto server of its own."""
+    """Create the stack on its own moto server."""
     with moto_server() as endpoint:
         template = read_template()
         secret = client(endpoint, "secretsmanager").create_secret(Name="database", SecretString='{"password": "x"}')
@@ -120,7 +120,7 @@ def ecs_stack() -> Iterator[Stack]:
 
 
 def _write_policies_again(endpoint: str, physical: dict[str, str]) -> None:
-    """moto's CloudFormation keeps a policy as Python prints it, which its IAM cannot read."""
+    """Correct policies: moto's CloudFormation stores them as Python prints them, which its IAM cannot read."""
     iam = client(endpoint, "iam")
     for name in [one for one in physical if one.endswith("Role")]:
         role = physical[name]

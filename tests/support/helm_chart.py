@@ -1,4 +1,4 @@
-"""What Dagster's Helm chart takes and makes, as far as deploy/k8s/values.yaml uses it.
+"""The inputs and outputs of Dagster's Helm chart, as far as deploy/k8s/values.yaml uses it.
 
 Neither the chart nor its published schema can be fetched where these tests run. This was written after reading them in
 dagster's repository (helm/dagster: schema/, templates/configmap-instance.yaml and templates/helpers/instance/), and
@@ -118,12 +118,12 @@ SCHEMA = _object(
 
 
 def check(values: Values) -> None:
-    """Raise where the chart would refuse values, or would not know a name."""
+    """Raise if the chart would refuse the values, or does not know a name."""
     jsonschema.validate(values, SCHEMA)
 
 
 def instance_of(values: Values, release: str = "census-tf", namespace: str = "census-tf") -> dict[str, Any]:
-    """The dagster.yaml that the chart's ConfigMap holds."""
+    """Return the dagster.yaml in the chart's ConfigMap."""
     database, daemon = values["postgresql"], values["dagsterDaemon"]
     storage = {
         "postgres_db": {

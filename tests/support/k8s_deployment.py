@@ -1,4 +1,4 @@
-"""deploy/k8s as its README applies it: objects, values of the chart, and the instance that comes of them."""
+"""deploy/k8s as its README applies it: the objects, the chart's values, and the resulting instance."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ PLACES = {"MY_DATA_BUCKET": "bucket", "MY_LOG_BUCKET": "dagster-logs", "MY_REGIO
 
 
 def read_values(host: str = "postgres.example", port: int = 5432) -> dict[str, Any]:
-    """values.yaml with what the README gives on the command line."""
+    """values.yaml with the values that the README sets on the command line."""
     values: dict[str, Any] = yaml.safe_load((FOLDER / "values.yaml").read_text())
     values["postgresql"] |= {"postgresqlHost": host, "service": {"port": port}}
     return values
@@ -29,13 +29,13 @@ def read_objects() -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """What every server and run has in its environment."""
+    """The environment of every server and run."""
     (found,) = [one["data"] for one in read_objects() if one["metadata"]["name"] == "census-tf-env"]
     return dict(found)
 
 
 def write_dagster_yaml(home: Any, database: dict[str, str], **launcher: Any) -> None:
-    """Write the dagster.yaml that the chart makes, with what only a test needs changed."""
+    """Write the chart's dagster.yaml, with the changes that only a test needs."""
     values = read_values(database["DAGSTER_PG_HOST"], int(database["DAGSTER_PG_PORT"]))
     # The test's database has another name than a deployment's.
     values["postgresql"]["postgresqlDatabase"] = database["DAGSTER_PG_DB"]

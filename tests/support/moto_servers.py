@@ -1,4 +1,4 @@
-"""A server of AWS services, and a proxy before it: processes of their own, as TileDB holds the interpreter."""
+"""A server of AWS services and a proxy before it. Both are processes, because TileDB holds the interpreter's lock."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def _running(port: int, *command: str) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """Run an AWS server in memory; give its endpoint."""
+    """Run an AWS server in memory, and return its endpoint."""
     port = _free_port()
     with _running(port, "moto.server", "-H", "127.0.0.1", "-p", str(port)):
         yield f"http://127.0.0.1:{port}"
@@ -96,7 +96,7 @@ def client(endpoint: str, service: str = "s3") -> Any:
 
 
 def upload(folder: Path, endpoint: str, bucket: str, prefix: str) -> None:
-    """Copy a folder to a bucket, which is made, for everybody to read."""
+    """Create a bucket that everybody can read, and copy a folder to it."""
     s3 = client(endpoint)
     s3.create_bucket(Bucket=bucket, ACL="public-read")
     for path in sorted(folder.rglob("*")):

@@ -7,7 +7,7 @@ from tests.support.project import Project
 
 
 def reader_config(endpoint: str) -> dict[str, str]:
-    """What a fresh reader needs: nothing of ours."""
+    """The configuration that another reader needs; it uses nothing of ours."""
     return {
         "vfs.s3.endpoint_override": endpoint.removeprefix("http://"),
         "vfs.s3.scheme": "http",
@@ -17,7 +17,7 @@ def reader_config(endpoint: str) -> dict[str, str]:
 
 
 def on_s3(project: Project, endpoint: str, bucket: str = "the-store") -> Project:
-    """Keep the store of a project on S3, in a bucket that does not exist yet."""
+    """Put the store of a project on S3, in a bucket that does not exist yet."""
     project.env |= {
         "CENSUS_TF_STORE": f"s3://{bucket}/some/prefix",
         "CENSUS_TF_STORE_S3_ENDPOINT": endpoint,

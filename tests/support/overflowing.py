@@ -1,4 +1,4 @@
-"""A checkpoint in which one gene's cells leave the range of a precision, and all others' stay far within it."""
+"""A checkpoint with which only the cells of one gene exceed the range of a precision."""
 
 from collections.abc import Sequence
 from pathlib import Path

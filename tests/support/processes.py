@@ -1,11 +1,11 @@
-"""Processes, as Linux shows them."""
+"""Reads Linux's records of processes."""
 
 import time
 from pathlib import Path
 
 
 def children(parent: int) -> list[int]:
-    """Processes that Linux says are children of one, and have not ended."""
+    """Return the children of a process that have not ended."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and alive(int(entry.name)):
@@ -19,7 +19,7 @@ def children(parent: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    """Tell whether a process runs. A process that has ended and waits to be reaped does not."""
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -27,7 +27,7 @@ def alive(pid: int) -> bool:
 
 
 def gone_within(pids: list[int], seconds: float) -> bool:
-    """Wait until none of these runs."""
+    """Wait until none of these processes runs."""
     deadline = time.monotonic() + seconds
     while any(alive(pid) for pid in pids):
         if time.monotonic() > deadline:

@@ -29,7 +29,7 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 RELEASE = "2025-11-08"
 
 DEVICE = os.environ.get("CENSUS_TF_TEST_DEVICE", "cpu")
-"""Where models of tests compute: `benchmarks/gpu.sh` runs the equality tests on a GPU."""
+"""The device of the models in tests. `benchmarks/gpu.sh` runs the equality tests on a GPU."""
 
 BOUND = 3e-5
 """Per cell ||d|| / ||ref|| between our fp32 and upstream's fp32: upstream itself moves by 1.1e-5 between torch
@@ -67,7 +67,7 @@ class UpstreamCommand:
 
 
 def as_upstream_input(counts: Any, gene_ids: list[str], assays: list[str]) -> anndata.AnnData:
-    """Cells as a user of upstream's command would hold them."""
+    """Return cells in the form that upstream's command reads."""
     names = [str(i) for i in range(counts.shape[0])]
     return anndata.AnnData(
         X=scipy.sparse.csr_matrix(counts, dtype=np.float32),
@@ -97,7 +97,7 @@ with tiledbsoma.open(uri, context=tiledbsoma.SOMATileDBContext(tiledb_config=jso
 
 @dataclass(frozen=True)
 class StoredArray:
-    """What a fresh process read with tiledbsoma alone."""
+    """An array, as a fresh process read it with tiledbsoma alone."""
 
     ids: np.ndarray
     values: np.ndarray
@@ -198,7 +198,7 @@ class Project:
         return [dagster, "asset", "materialize", *module, "--select", asset, "--partition", partition]
 
     def materialize_all(self, name: str, shards: int = 4) -> None:
-        """Plan, all shards, array; each must succeed."""
+        """Materialize the plan, all shards and the array. Each must succeed."""
         steps = [("obs_id_plan", RELEASE)]
         steps += [("shard_embeddings", f"{RELEASE}|{shard}") for shard in range(shards)]
         steps += [("embeddings_array", RELEASE)]
@@ -207,7 +207,7 @@ class Project:
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     def array(self, name: str) -> Path:
-        """Where a set's only array stands."""
+        """Return the path of a set's only array."""
         (found,) = (self.folder / "store" / name / RELEASE).glob("*/embeddings")
         return found
 

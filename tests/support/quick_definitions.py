@@ -1,4 +1,4 @@
-"""The package's definitions, with sensors that look as often as Dagster's daemon does, every 5 s, instead of every 30."""
+"""The package's definitions, with sensors that run as often as Dagster's daemon looks: every 5 s, not 30 s."""
 
 from census_tf_dagster.orchestration import automation
 from census_tf_dagster.orchestration.sensors import lost_runs

@@ -1,4 +1,4 @@
-"""A local HTTP server that plays the Census release directory, and what it may answer."""
+"""A local HTTP server in the role of the Census release directory, and its possible answers."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def entry(build: str, uri: str = "", *, lts: bool = True, **more: Any) -> dict[str, Any]:
-    """An entry as the real directory has it."""
+    """An entry in the form of the real directory."""
     uri = uri or f"s3://cellxgene-data-public/cell-census/{build}/soma/"
     return {
         "release_date": None,

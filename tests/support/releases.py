@@ -43,7 +43,7 @@ class Pool:
         return cls(organism, dict(zip(versions, rows, strict=True)))
 
     def release(self, versions: Sequence[DatasetVersion], seed: int, *, shuffle_genes: bool = True) -> "Contents":
-        """Put datasets into an order of their own, and genes too; cells keep theirs within a dataset."""
+        """Reorder the datasets and the genes. Cells keep their order within a dataset."""
         rng = np.random.default_rng(seed)
         order = [versions[i] for i in rng.permutation(len(versions))]
         rows = np.concatenate([self.rows[version] for version in order])
@@ -64,7 +64,7 @@ class Pool:
 
 @dataclass
 class Contents:
-    """What a release holds; a cell's joinid is its position."""
+    """The content of a release. The joinid of a cell is its position."""
 
     rows: np.ndarray
     cells: pd.DataFrame
@@ -125,7 +125,7 @@ def two_releases(
 
 
 def fill_planned(context: ReleaseContext, *, reused: bool = False, shard: int | None = None) -> None:
-    """Commit values that tell of the cell for all planned megabatches of a kind, instead of a model's."""
+    """Commit values that name their cell, in place of a model's, for all planned megabatches of a kind."""
     plan = read_plan(context.store, context.folder.plan)
     array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
     batches = [b for b in plan.megabatches if b.reused == reused and shard in (None, b.shard)]

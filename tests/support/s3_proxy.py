@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 SPENT = ("expect", "transfer-encoding", "content-length")
-"""Headers of the client's connection; the body goes on in one piece."""
+"""Headers of the client's connection. The proxy forwards the body in one piece."""
 FAULTS = ("500", "503", "reset", "lost answer", "cut answer", "timeout", "slow")
 TIMEOUT_SECONDS = 7.0
 """Longer than TileDB waits for an answer (vfs.s3.request_timeout_ms)."""
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Send no answer."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Runs one shard in a process of its own and says what it does, so that it can be killed at any moment.
+"""Runs one shard in its own process and prints what it does, so that a test can kill it at any moment.
 
     python -m tests.support.shard_driver PROJECT_FOLDER SET SHARD [SECONDS_BETWEEN_COMMITS]
 

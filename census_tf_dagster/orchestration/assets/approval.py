@@ -1,7 +1,7 @@
-"""The asset `approval`: the gate before money, one partition per release, between plan and shards.
+"""The asset `approval`, with one partition per release: nothing is spent on a plan before it is approved.
 
-Run by automation it materializes within the set's budget only; otherwise it says what is asked and ends, and the shards
-wait. Materialized by a person it approves. What was approved stands in its metadata, with the plan it holds for.
+When automation runs it, it materializes if the cost is within the set's budget; otherwise it reports why it needs a
+person, and the shards wait. When a person materializes it, that person approves. Its metadata has the approved plan.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,16 @@ from census_tf_dagster.orchestration.resources import CensusResource, StoreResou
 
 
 class ApprovalConfig(dg.Config):
-    """Run configuration of an approval."""
+    """The run configuration of an approval."""
 
     plan: str = ""
-    """Approve only if this is still the current plan; empty: whatever is current."""
+    """Approve only if this is the current plan; empty: approve the current plan."""
     by: str = ""
-    """Who approves, for the record."""
+    """The name of the person who approves, for the record."""
 
 
 def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
-    """Build a set's gate."""
+    """Build the approval asset of a set."""
     key = asset_key(settings, APPROVAL)
 
     @dg.asset(
@@ -39,8 +39,8 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
         output_required=False,
         automation_condition=whenever_planned(settings.spending),
         description=(
-            "Whether the shards of a release may spend money. Within the set's `auto_start` it is given by itself; "
-            "above it the shards wait. Materialize a partition to approve its current plan."
+            "The approval to spend money on the shards of a release. It is automatic within the set's `auto_start`; "
+            "above that, the shards wait. Materialize a partition to approve its current plan."
         ),
     )
     def approval(
@@ -54,7 +54,10 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
             found = read_plan(opened.store, opened.folder.plan)
             plan = found.totals.plan
             if config.plan not in ("", plan):
-                raise UserError(f"the plan to approve is {config.plan}, and {plan} is current: look at it first.")
+                raise UserError(
+                    f"the plan to approve is {config.plan}; expected {plan}, which is current. Read that plan, then "
+                    "approve it."
+                )
             cost = estimate(opened, tokens_left(opened, found), last_shards(context.instance, settings))
         figures = {"plan": plan, **cost_metadata(cost, settings)}
         if not is_automatic(context.run.tags):
@@ -62,7 +65,7 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
             return
         earlier = approved(context.instance, settings, release)
         if earlier and earlier.covers(plan, cost.tokens):
-            context.log.info(f"approved on {earlier.at} by {earlier.by}; that holds for this plan")
+            context.log.info(f"approved on {earlier.at} by {earlier.by}; that approval covers this plan")
             return
         against = objections(cost, settings.spending)
         if listed := census.listed(release):
@@ -73,9 +76,9 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
             yield dg.MaterializeResult(metadata={"approved_by": by, **figures})
             return
         question = (
-            f"The shards of {settings.name} {release} wait for your approval: {'; '.join(against)}. It takes {cost}. "
-            f"To approve: materialize {settings.name}/approval of {release} in the web interface, or `python -m "
-            f"census_tf_dagster approve {settings.name} {release}`."
+            f"The shards of {settings.name} {release} wait for your approval: {'; '.join(against)}. The work: {cost}. "
+            f"To approve, materialize {settings.name}/approval of {release} in the web interface, or run "
+            f"`census-tf-dagster approve {settings.name} {release}`."
         )
         context.log.warning(question)
         context.log_event(

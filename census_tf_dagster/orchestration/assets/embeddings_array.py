@@ -1,11 +1,11 @@
-"""The asset `embeddings_array`: one partition per release, materialized only when verified."""
+"""The asset `embeddings_array`, with one partition per release. It materializes only when the array is verified."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
-from census_tf_dagster.config.dagster_names import ARRAY
+from census_tf_dagster.config.dagster_names import ARRAY, REUSED, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import (
     asset_key,
@@ -21,27 +21,27 @@ from census_tf_dagster.orchestration.resources import CensusResource, StoreResou
 
 
 class ArrayConfig(dg.Config):
-    """Run configuration of the final asset."""
+    """The run configuration of the array."""
 
     full: bool = False
-    """Read every value again, not only what was committed after the shards read theirs back."""
+    """Read every value again, not only values that were committed after the shards read theirs back."""
 
 
 def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
-    """Build a set's final asset."""
+    """Build the array asset of a set."""
 
     @dg.asset(
         **asset_of(settings, ARRAY),
         partitions_def=RELEASES,
         deps=[
             dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE)
-            for name in ("shard_embeddings", *(["reused_embeddings"] if settings.reuse else []))
+            for name in (SHARDS, *([REUSED] if settings.reuse else []))
         ],
         kinds={"tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         description=(
-            f"The TileDB-SOMA array with the embedding of every planned cell of {settings.organism}, verified: exactly "
-            "the planned cells less those that were set aside, each with all its values, all finite."
+            f"The verified TileDB-SOMA array of the embeddings of {settings.organism}: exactly the planned cells, "
+            "except those that were set aside, each with all its values, all finite."
         ),
     )
     def embeddings_array(
@@ -49,8 +49,8 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[None]:
         from census_tf_dagster.pipeline.finish_array import RuleError, finish_array
 
-        def show(done: int, of: int) -> None:
-            context.log.info(f"read {done} of {of} shards again")
+        def show(done: int, total: int) -> None:
+            context.log.info(f"read {done} of {total} shards again")
 
         with partition_context(settings, context.partition_key, census, store) as opened:
             try:
@@ -83,7 +83,7 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
 
 
 def published_as(info: "Mapping[str, Any] | None") -> str:
-    """Say in a line what the array says of itself; the whole stands in meta.yml beside it."""
+    """Return one line about the array's publication. meta.yml beside the array has all of it."""
     if not info:
         return "no: the set's YAML has no `publication`"
     return f"{info['embedding_name']}: {info['title']} ({info['id']})"

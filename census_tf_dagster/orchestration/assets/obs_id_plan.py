@@ -1,4 +1,4 @@
-"""The asset `obs_id_plan`: one partition per release."""
+"""The asset `obs_id_plan`, with one partition per release. `pipeline.plan_release` makes the plan."""
 
 import dagster as dg
 
@@ -15,7 +15,7 @@ from census_tf_dagster.orchestration.resources import CensusResource, StoreResou
 
 
 def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
-    """Build a set's plan asset."""
+    """Build the plan asset of a set."""
 
     @dg.asset(
         **asset_of(settings, PLAN),
@@ -23,8 +23,8 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
         kinds={"tiledb", "parquet"},
         automation_condition=once_for_new_partitions(settings.spending),
         description=(
-            f"Which cells of {settings.organism} are embedded, in which shard and write. Lists the matching obs ids, "
-            "writes the immutable plan and the list of planned ids, and creates the empty array."
+            f"The plan: which cells of {settings.organism} are embedded, in which shard and in which write. It lists "
+            "the matching obs ids, writes the immutable plan and the list of planned ids, and creates the empty array."
         ),
     )
     def obs_id_plan(
@@ -56,12 +56,14 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
         ours, theirs = summary.storage_versions
         if ours != theirs:
             context.log.warning(
-                f"the array has TileDB storage version {ours}, the Census {theirs}: its curators refuse that. "
-                "docs/publish.md says how to create the array in theirs before any shard runs."
+                f"the array has TileDB storage version {ours}; the Census has {theirs}, and its curators require that. "
+                "Before any shard runs, create the array with theirs (docs/publish.md)."
             )
         here, there = store.s3_region, "" if is_local(opened.release.uri) else opened.release.storage.s3.region
         if here and there and here != there:
-            context.log.warning(f"the Census is in {there}, the store in {here}: what crosses regions is paid for.")
+            context.log.warning(
+                f"the Census is in {there}, the store in {here}. AWS charges for data that crosses regions."
+            )
         listed = census.listed(context.partition_key)
         for warning in listed.objections(cost.finish(utc_now())) if listed else []:
             context.log.warning(warning)

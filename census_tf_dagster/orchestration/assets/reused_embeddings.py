@@ -1,4 +1,4 @@
-"""The asset `reused_embeddings` of sets with `reuse`: one partition per release and shard, on CPU."""
+"""The asset `reused_embeddings` of sets with `reuse`, with one partition per release and shard. It runs on the CPU."""
 
 import time
 from typing import TYPE_CHECKING
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class CopyConfig(dg.Config):
-    """Run configuration of copying."""
+    """The run configuration of `reused_embeddings`."""
 
     recompute: bool = False
-    """Copy all reused cells again, though they are in the array already."""
+    """Copy all reused cells again, even if they are already in the array."""
 
 
 def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
-    """Build the asset that copies a set's unchanged cells. It has no placement: it needs no GPU."""
+    """Build the asset that copies the unchanged cells of a set. It has no placement, because it needs no GPU."""
     key = asset_key(settings, REUSED)
 
     @dg.asset(
@@ -36,8 +36,8 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         kinds={"tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         description=(
-            f"Embeddings of those cells of one shard of {settings.organism} that an earlier release's array has "
-            "already, copied as the plan says. Run again, it does only what is missing."
+            f"The embeddings of those cells of one shard of {settings.organism} that are already in an earlier "
+            "release's array, copied as planned. If you run it again, it copies only what is missing."
         ),
     )
     def reused_embeddings(
@@ -62,7 +62,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
         with partition_context(settings, release, census, store) as opened:
             summary = copy_shard(opened, shard, recompute=config.recompute, report=show)
             if summary.megabatches_copied:
-                # Once more: the array may have been verified between the first commit and the last.
+                # Check again: the array may have been verified between the first commit and the last.
                 report_if_stale(context, settings, release, opened)
         return dg.MaterializeResult(
             metadata={

@@ -1,4 +1,4 @@
-"""The asset `shard_embeddings`: one partition per release and shard, one run each."""
+"""The asset `shard_embeddings`, with one partition per release and shard. `pipeline.embed_shard` does the work."""
 
 import platform
 import time
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from census_tf_dagster.config.dagster_names import SHARDS
+from census_tf_dagster.config.dagster_names import APPROVAL, PLAN, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.durations import duration
 from census_tf_dagster.orchestration.approval_gate import must_be_approved, require_approval
@@ -30,36 +30,35 @@ if TYPE_CHECKING:
     from census_tf_dagster.pipeline.embed_shard import ShardSummary
 
 OBSERVE_EVERY_SECONDS = 30.0
+"""A running shard reports its progress at most this often."""
 SET_ASIDE_NAMED = 100
-"""Cells that the metadata of a shard names; the consumers' list has all."""
+"""The most cells that a shard's metadata names. The list for consumers has all of them."""
 PACKAGES = ("census-tf-dagster", "torch", "tiledbsoma", "tiledb", "numpy")
-"""Whose versions a shard records."""
+"""The packages whose versions a shard records."""
 
 
 class ShardConfig(dg.Config):
-    """Run configuration of a shard."""
+    """The run configuration of a shard."""
 
     recompute: bool = False
-    """Compute and write all cells again, though they are in the array already."""
+    """Compute and write all cells again, even if they are already in the array."""
 
 
 def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) -> dg.AssetsDefinition:
-    """Build a set's GPU asset; the run coordinator carries the tags of its placement to its runs."""
+    """Build the GPU asset of a set. The run coordinator copies the placement tags to its runs."""
     key = asset_key(settings, SHARDS)
 
     @dg.asset(
         **asset_of(settings, SHARDS),
         partitions_def=shard_partitions(settings.shards),
-        deps=[
-            dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in ("obs_id_plan", "approval")
-        ],
+        deps=[dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in (PLAN, APPROVAL)],
         kinds={"torch", "tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         op_tags=placement,
         check_specs=[shard_check_spec(settings)],
         description=(
-            f"Embeddings of one shard of {settings.organism}: counts from the Census, tokens, model, committed to the "
-            "array megabatch by megabatch. Run again, it does only what is missing."
+            f"The embeddings of one shard of {settings.organism}, computed from the Census's counts and committed to "
+            "the array megabatch by megabatch. If you run it again, it computes only what is missing."
         ),
     )
     def shard_embeddings(
@@ -100,7 +99,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
 
         with partition_context(settings, release, census, store, require_device=True) as opened:
             if must_be_approved(context, settings):
-                # `embed_shard` does so too; what is left can be told only of an array that can be opened.
+                # Counting the remaining tokens needs an array that can be opened. `embed_shard` repairs it as well.
                 EmbeddingsArray.repair(opened.folder.array, opened.store, opened.identity)
                 plan = read_plan(opened.store, opened.folder.plan)
                 require_approval(context, settings, release, plan.totals.plan, tokens_left(opened, plan))
@@ -108,11 +107,11 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 upstream = find_upstream()
                 summary = embed_shard(opened, shard, recompute=config.recompute, upstream=upstream, report=show)
             except SetAsideError as error:
-                # A retry by itself would meet the same cells.
+                # An automatic retry would meet the same cells.
                 metadata = {"set_aside": error.details}
                 raise final_failure(str(error), metadata) from error
             if summary.megabatches_computed:
-                # Once more: the array may have been verified between the first commit and the last.
+                # Check again: the array may have been verified between the first commit and the last.
                 report_if_stale(context, settings, release, opened)
         return dg.MaterializeResult(
             metadata=_figures(summary, settings.spending.usd_per_gpu_hour),
@@ -147,7 +146,7 @@ def _figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[st
         named = list(summary.set_aside.items())[:SET_ASIDE_NAMED]
         figures["set_aside"] = [f"joinid {joinid}: {why}" for joinid, why in named]
     if summary.megabatches_computed:
-        # What is paid for, from loading to the verification.
+        # The paid time, from loading to verification.
         device_seconds = (times.load + summary.seconds + summary.verification_seconds) * len(times.devices)
         if usd_per_gpu_hour is not None:
             figures["usd"] = round(device_seconds / 3600 * usd_per_gpu_hour, 4)

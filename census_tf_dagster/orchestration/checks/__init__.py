@@ -1,1 +1,1 @@
-"""Asset checks: the rules that block an array, and its quality, which blocks nothing."""
+"""The asset checks of an array: rules, which block what follows, and quality, which never blocks."""

@@ -1,8 +1,8 @@
-"""The quality of a release as asset checks, with pictures. None of them blocks: they say whether to look, and where.
+"""The quality of a release as asset checks with pictures. They never block; they tell a person what to look at.
 
-They run as a step of their own after `embeddings_array` is materialized, so that no picture can hold up or undo a
-verification; to make them again, execute the checks. What they show stands on the asset's page: an observation carries the
-pictures.
+They run in their own step after `embeddings_array` is materialized, so that a picture can neither delay nor undo a
+verification. Execute the checks to make them again. An observation carries the pictures to the asset's page. The
+measures belong to `quality`, and the report to `pipeline.assess_quality`.
 """
 
 import base64
@@ -32,32 +32,33 @@ if TYPE_CHECKING:
     from census_tf_dagster.quality.verdicts import Verdict
 
 CHECKS = {
-    "neighbours_share_cell_type": "Cells that lie next to each other are more often of one type than when types are "
-    f"shuffled within each dataset: at least {LEAST_EXCESS} of the way from chance to perfect, by at least "
-    f"{LEAST_DEVIATIONS:g} standard deviations. If not, the embeddings tell little about cells: is the checkpoint the "
-    "right one, and the organism within its vocabulary?",
+    "neighbours_share_cell_type": "Neighbouring cells have the same type more often than when types are shuffled "
+    f"within each dataset: at least {LEAST_EXCESS} of the way from chance to perfect, and by at least "
+    f"{LEAST_DEVIATIONS:g} standard deviations. If not, the embeddings tell little about cells. Check whether the "
+    "checkpoint is the right one, and whether its vocabulary covers the organism.",
     "no_collapsed_dimensions": "Each dimension varies over the sample: its standard deviation is at least a thousandth "
-    "of the median one. A constant dimension is a fault; one that hardly varies is a reason to look.",
-    "drift_from_previous_release": "Cell types lie where they lay in the set's previous release: their means have "
-    f"moved by at most {MOST_SHIFT} standard deviations, their spread by at most a factor of {2**MOST_SPREAD:.2f}. If "
-    "not, cells of the two releases should not be compared before somebody knows why.",
-    "gene_ids_fit_counts": "Genes that nearly every cell needs (ribosome, respiratory chain) are expressed by more "
-    f"cells than others, in at least {LEAST_RANK:.0%} of pairs, and `var` and X agree on which genes are. "
-    "If not, the gene axis is permuted or another species': `same_as_upstream` reads the same `var` and cannot tell.",
-    "same_as_upstream": "In every shard a few cells were embedded again by upstream's own code, and the array holds "
-    "the same values within the bound of the set's precision.",
+    "of the median one. A constant dimension is an error; one that hardly varies is a warning.",
+    "drift_from_previous_release": "Cell types have the same place as in the set's previous release: their means have "
+    f"moved by at most {MOST_SHIFT} standard deviations, and their spread by at most a factor of {2**MOST_SPREAD:.2f}. "
+    "If not, do not compare cells of the two releases before you know the reason.",
+    "gene_ids_fit_counts": "Genes that nearly every cell needs (ribosome, respiratory chain) are expressed in more "
+    f"cells than other genes, in at least {LEAST_RANK:.0%} of pairs, and `var` and X agree on which genes are "
+    "expressed. If not, the genes are in the wrong order or of another species. `same_as_upstream` cannot show this, "
+    "because it reads the same `var`.",
+    "same_as_upstream": "Upstream's own code embedded a few cells of every shard again, and its values agree with the "
+    "array within the bound of the set's precision.",
 }
-"""What `steps.quality` judges, here so that definitions load without it."""
+"""The checks of `pipeline.assess_quality`. They are here so that definitions load without that module."""
 
 MOST_ROWS = 50
-"""Of a table in Dagster's event log; `qc/report.json` has all."""
+"""The most rows of a table in Dagster's event log. `qc/report.json` has all of them."""
 
 
 def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
-    """Build the checks of a set's finished arrays; they run in one step."""
+    """Build the quality checks of a set's array. All of them run in one step."""
     asset = asset_key(settings, ARRAY)
     with warnings.catch_warnings():
-        # Partitioned checks are marked as preview in Dagster 1.13; pinned, and covered by tests.
+        # Dagster 1.13 marks partitioned checks as preview. Its version is pinned, and tests cover them.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         specs = [
             dg.AssetCheckSpec(name, asset=asset, description=meaning, partitions_def=RELEASES)
@@ -76,9 +77,9 @@ def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
                 try:
                     report = assess(opened, say=context.log.info)
                 except Exception as error:
-                    # The array is verified whether or not it can be pictured.
+                    # A report that cannot be made does not change that the array is verified.
                     context.log.exception("the quality report could not be made")
-                    said = f"Not looked at: the quality report could not be made ({type(error).__name__}: {error})"
+                    said = f"Not checked: the quality report could not be made ({type(error).__name__}: {error})"
                     verdicts = dict.fromkeys(CHECKS, Verdict(False, said))
                 else:
                     verdicts = dict(report.verdicts)
@@ -92,23 +93,23 @@ def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
 
 
 def shard_check_spec(settings: SetSettings) -> dg.AssetCheckSpec:
-    """Return the check that a shard makes of itself."""
+    """Return the check `same_as_upstream` of a shard."""
     bound = upstream_bound(settings.compute_precision, settings.storage_precision)
     with warnings.catch_warnings():
-        # As above.
+        # See above.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.AssetCheckSpec(
             UPSTREAM_CHECK,
             asset=asset_key(settings, SHARDS),
             partitions_def=shard_partitions(settings.shards),
-            description="A few of the shard's cells, embedded by upstream's own code in float32 on the shard's device, "
-            f"are those of the array: none differs by more than {bound:.1e} of its norm. A warning where that could "
-            "not be done.",
+            description="Upstream's own code embeds a few of the shard's cells in float32 on the shard's device. No "
+            f"cell differs from the array by more than {bound:.1e} of its norm. If this cannot be done, the result is "
+            "a warning.",
         )
 
 
 def shard_check(settings: SetSettings, comparison: "UpstreamComparison | None") -> dg.AssetCheckResult:
-    """Return what upstream's own code made of a shard; None: it has no cells."""
+    """Return the result of comparing a shard with upstream's own code; None: the shard has no cells."""
     from census_tf_dagster.quality.verdicts import Verdict, of_comparison
 
     verdict = of_comparison(comparison) if comparison else Verdict(True, "The shard has no cells.")
@@ -116,7 +117,7 @@ def shard_check(settings: SetSettings, comparison: "UpstreamComparison | None") 
 
 
 def shown(report: "Report") -> dict[str, Any]:
-    """Return a report as metadata that a person reads: pictures, tables, figures."""
+    """Return a report as metadata for people: pictures, tables and figures."""
     metadata: dict[str, Any] = {}
     for name, content in report.pictures.items():
         encoded = base64.b64encode(content).decode()

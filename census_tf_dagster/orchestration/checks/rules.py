@@ -1,8 +1,9 @@
-"""The blocking checks of `embeddings_array`: whether its verification is fresh, and one check for each rule of the array.
+"""The blocking checks of `embeddings_array`: `verified`, and one check for each rule of the array.
 
-Dagster leaves out its own staleness edge at 100 and more upstream partitions, so `verified` says it: it runs after each
-materialization and on demand, and whatever makes the verification stale reports it as failed: a shard that commits, another
-plan. The rules are checked together: from metadata and the shards' verifications, reading only what came after them.
+`verified` says whether the verification is still valid, because Dagster shows no staleness at 100 or more upstream
+partitions. The check runs after each materialization and on demand. A shard that commits, and a new plan, also report
+it as failed. The rules are checked together, from metadata and from the shards' verifications; only values committed
+later are read again. The algorithms belong to `store.rules` and `pipeline.finish_array`.
 """
 
 import warnings
@@ -22,30 +23,32 @@ if TYPE_CHECKING:
     from census_tf_dagster.store.rules import Finding
 
 RULES = {
-    "schema": "A sparse SOMA array of two dimensions: int64 coordinates, float32 values, no coordinate twice.",
-    "shape": "As many rows as the Census's obs has, as many columns as the model gives values.",
-    "storage_version": "The TileDB storage version of the Census, which its curators ask for. A warning where the set "
-    "has no `publication`.",
-    "cells": "At least one cell, and exactly the planned ones, less those that were set aside: none is missing, and "
-    "none is there that was not planned.",
+    "schema": "The array is a sparse SOMA array of two dimensions, with int64 coordinates, float32 values and no "
+    "duplicate coordinates.",
+    "shape": "The array has as many rows as the Census's obs, and as many columns as the model's embedding has values.",
+    "storage_version": "The array has the TileDB storage version of the Census, which its curators require. This is "
+    "only a warning when the set has no `publication`.",
+    "cells": "The array has at least one cell, and exactly the planned cells except those that were set aside.",
     "features": "Each cell has each feature exactly once.",
-    "values": "All values are finite and those that were written, and no cell is all zero (START is always pooled).",
-    "publication": "CxG_embedding_info says what the set's YAML says, and what the array holds.",
-    "obs_ids": "obs_ids.parquet beside the array, the list of its cells, is as it was written when it was finished.",
+    "values": "All values are finite and equal to those that were written, and no cell is all zero (START is always "
+    "pooled).",
+    "publication": "CxG_embedding_info agrees with the set's YAML and with the array.",
+    "obs_ids": "obs_ids.parquet beside the array, the list of its cells, has not changed since the array was finished.",
 }
-"""What `store.rules` checks, here so that definitions load without it."""
+"""The rules that `store.rules` checks. They are here so that definitions load without that module."""
 
 MEANING = {
-    "verified": "The array is exactly the plan, and nothing was committed since that was verified.",
-    "stale": "Plan or commits have changed since the array was verified: materialize embeddings_array again.",
-    "unverified": "The array was never verified: materialize embeddings_array.",
+    "verified": "The array agrees with the plan, and nothing was committed since its verification.",
+    "stale": "The plan or the committed values have changed since the array was verified. Materialize embeddings_array "
+    "again.",
+    "unverified": "The array was never verified. Materialize embeddings_array.",
 }
 
 
 def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
-    """Build the blocking check of a set's final asset."""
+    """Build the blocking check `verified` of a set's array."""
     with warnings.catch_warnings():
-        # Partitioned checks are marked as preview in Dagster 1.13; pinned, and covered by tests.
+        # Dagster 1.13 marks partitioned checks as preview. Its version is pinned, and tests cover them.
         warnings.simplefilter("ignore", dg.PreviewWarning)
 
         @dg.asset_check(
@@ -72,12 +75,12 @@ def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
 def report_if_stale(
     context: dg.AssetExecutionContext, settings: SetSettings, release: str, opened: "ReleaseContext"
 ) -> None:
-    """Mark a release's array as no longer verified, from within the run that made it so."""
+    """Report a release's array as no longer verified, within the run that changed it."""
     from census_tf_dagster.pipeline.finish_array import array_state
 
     if array_state(opened) != "stale":
         return
-    # An event of the run: Dagster stores one evaluation a run, and a second without any run is an error.
+    # This is an event of the run. Dagster stores one evaluation per run, and refuses a second one without a run.
     context.log_event(
         dg.AssetCheckEvaluation(
             asset_key=asset_key(settings, ARRAY),
@@ -91,10 +94,10 @@ def report_if_stale(
 
 
 def build_rule_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
-    """Build one blocking check for each rule that the final asset keeps; they run in one step."""
+    """Build one blocking check for each rule of a set's array. All of them run in one step."""
     asset = asset_key(settings, ARRAY)
     with warnings.catch_warnings():
-        # As above.
+        # See above.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         specs = [
             dg.AssetCheckSpec(name, asset=asset, description=meaning, blocking=True, partitions_def=RELEASES)
@@ -130,10 +133,10 @@ def build_rule_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
 def evaluations(
     settings: SetSettings, release: str, findings: "Iterable[Finding]"
 ) -> Iterator[dg.AssetCheckEvaluation]:
-    """Yield what Dagster shows of findings; a rule without one could not be looked at."""
+    """Yield one check result per rule. A rule without a finding was not checked."""
     faults: dict[str, tuple[str, ...]] = {finding.rule: finding.wrong for finding in findings}
     for rule, meaning in RULES.items():
-        wrong = faults.get(rule, ("not looked at: a rule that comes before is broken",))
+        wrong = faults.get(rule, ("not checked, because an earlier rule is broken",))
         only_warns = rule == "storage_version" and settings.publication is None
         yield dg.AssetCheckEvaluation(
             asset_key=asset_key(settings, ARRAY),

@@ -1,1 +1,1 @@
-"""Sensors: what starts or ends runs without a person."""
+"""The sensors: `release_watch` adds new releases, and `lost_runs` ends or retries runs that were lost."""

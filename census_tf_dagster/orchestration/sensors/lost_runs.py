@@ -1,10 +1,10 @@
-"""Runs that nobody ends: a sensor that ends those whose worker is gone, and asks again for retries that were lost.
+"""The sensor `lost_runs`: it ends runs whose worker is gone, and requests retries that Dagster lost.
 
-Dagster's own run monitoring cannot see the workers of its default launcher, so after a reboot their runs would hold
-the queue for ever; on ECS and Kubernetes it does see them, and the sensor leaves those alone. A retry is lost when
-Dagster's daemon looks at a failed run just before the run is marked for its retry (Dagster issue 33741).
+Dagster's own run monitoring cannot see the workers of its default launcher, so after a reboot their runs would block
+the queue for ever. On ECS and Kubernetes it sees them, and the sensor ignores those runs. A retry is lost when
+Dagster's daemon reads a failed run just before the run is marked for its retry (Dagster issue 33741).
 
-It is a sensor because sensors are evaluated where the default launcher's workers are: in the code server's container.
+This is a sensor because sensors are evaluated where the default launcher's workers run: in the code server's container.
 """
 
 import time
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
 EVERY_SECONDS = 30
 OWED_SECONDS = 60.0
-"""Dagster's daemon looks every 5 s; a retry that has not come after this long was lost."""
+"""Dagster's daemon looks every 5 s. A retry that has not started after this time was lost."""
 MOST_ASKED = 5
+"""The most requests for one retry."""
 
 
 class _MarkingExecutor(InProcessExecutor):
-    """Dagster's executor in the run's own process, which the run is told of first."""
+    """Dagster's in-process executor, which first writes its process into the tags of the run."""
 
     def execute(
         self, plan_context: "PlanOrchestrationContext", execution_plan: "ExecutionPlan"
@@ -56,17 +57,17 @@ def _create(context: dg.InitExecutorContext) -> dg.Executor:
 marking_executor = dg.ExecutorDefinition(
     name="in_process", config_schema=dg.in_process_executor.config_schema.as_field(), executor_creation_fn=_create
 )
-"""Executes all steps in the run's own process, after naming that process on the run."""
+"""Executes all steps in the run's own process. The tags of the run name that process."""
 
 
 def build_lost_runs() -> dg.Definitions:
-    """Build the sensor."""
+    """Build the sensor `lost_runs`."""
 
     @dg.sensor(
         name=LOST_RUNS,
         minimum_interval_seconds=EVERY_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Ends runs whose worker is gone, and asks again for retries that Dagster has lost.",
+        description="Ends runs whose worker is gone, and requests retries that Dagster lost.",
     )
     def lost_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         found = [*end_lost_runs(context.instance), *ask_for_lost_retries(context.instance)]
@@ -78,16 +79,16 @@ def build_lost_runs() -> dg.Definitions:
 
 
 def end_lost_runs(instance: dg.DagsterInstance) -> Iterator[str]:
-    """End the runs whose worker is gone for certain; yield a line about each.
+    """End the runs whose worker is certainly gone, and yield a line about each.
 
-    Dagster retries them where `dagster.yaml` says so. A run whose worker cannot be seen from here is left alone: a
+    Dagster retries them if `dagster.yaml` says so. A run whose worker cannot be seen from here is not ended, because a
     second worker on its shard would cost money.
     """
     for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])):
         worker = WorkerProcess.of(run.run_id, run.tags)
         if worker is None or worker.alive() is not False:
             continue
-        # A worker writes down how its run ended before it ends itself, perhaps since the runs were read.
+        # A worker records the end of its run before it exits. It may have done so since the runs were read.
         now = instance.get_run_by_id(run.run_id)
         if now is None or now.is_finished:
             continue
@@ -100,27 +101,27 @@ def end_lost_runs(instance: dg.DagsterInstance) -> Iterator[str]:
 
 
 def ask_for_lost_retries(instance: dg.DagsterInstance) -> Iterator[str]:
-    """Ask Dagster again for retries that it announced and did not start; yield a line about each.
+    """Request the retries that Dagster announced and did not start, and yield a line about each.
 
-    Dagster's daemon retries a run when it reads that the run failed, and never twice: so the failure is reported again.
-    Where no retry can come, the announcement is withdrawn, and a backfill that waits for it ends.
+    Dagster's daemon retries a run once, when it reads the event of its failure. So this reports the failure again. If
+    no retry is possible, it withdraws the announcement, and a backfill that waits for the retry ends.
     """
     statuses = [dg.DagsterRunStatus.FAILURE]
     recent = datetime.now(UTC) - timedelta(days=LOOK_BACK_DAYS)
     wanted = dg.RunsFilter(statuses=statuses, tags={WILL_RETRY_TAG: "true"}, updated_after=recent)
     for record in instance.get_run_records(wanted):
         run = record.dagster_run
-        # A worker's clock, which this time may be of, may be ahead.
+        # This time may come from the clock of a worker, which may be ahead.
         if RETRIED_BY_TAG in run.tags or abs(time.time() - record.update_timestamp.timestamp()) < OWED_SECONDS:
             continue
         asked = _times_asked(instance, run.run_id)
         if not instance.run_retries_enabled or _backfill_has_ended(instance, run) or asked == MOST_ASKED:
             instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: "false"})
-            instance.report_engine_event("No retry of this run comes any more.", run)
-            yield f"run {run.run_id}: no retry of it comes any more"
+            instance.report_engine_event("This run will not be retried any more.", run)
+            yield f"run {run.run_id}: it will not be retried any more"
         else:
-            instance.report_run_failed(run, f"{ASKED_AGAIN}; Dagster is asked for it again ({asked + 1}).")
-            yield f"run {run.run_id}: its retry was lost, and was asked for again"
+            instance.report_run_failed(run, f"{ASKED_AGAIN}; it is requested again ({asked + 1}).")
+            yield f"run {run.run_id}: its retry was lost, and was requested again"
 
 
 def _times_asked(instance: dg.DagsterInstance, run_id: str) -> int:

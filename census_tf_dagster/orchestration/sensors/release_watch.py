@@ -1,7 +1,7 @@
-"""Watching the Census release directory: a sensor, and a schedule for those who prefer a calendar.
+"""The sensor that adds new Census releases, and a schedule for deployments that prefer a calendar.
 
-Both look in the same way and add the partition of a release once. Adding costs nothing: what may be spent on it is the
-gate's matter (`orchestration/assets/approval.py`).
+Both read the Census release directory and add the partition of a release once. Adding a partition costs nothing; the
+asset `approval` decides about spending.
 """
 
 from collections.abc import Sequence
@@ -20,45 +20,47 @@ if TYPE_CHECKING:
     from census_tf_dagster.census.directory import Directory, ListedRelease
 
 SEEN = "census_release_seen"
-"""Dynamic partitions of no asset: releases that were added or passed over, and retractions that were told. Kept in
-Dagster's database, so a release that somebody removed again stays away, restarts or not."""
+"""Dynamic partitions that belong to no asset. They record which releases were added or skipped, and which retractions
+were reported. They are in Dagster's database, so a release that a person removed is not added again after a restart."""
 
 RELEASES_NAME = str(RELEASES.name)
 EVERY_SECONDS = 3600
 PLANS_LOOKED_AT = 20
+"""How many of the last plans of a set are read to predict a finish time."""
 DAILY = "0 6 * * *"
+"""Every day at 6."""
 
 Kinds = Literal["lts", "weekly"]
 
 
 class NoDirectoryError(UserError):
-    """A deployment's own Census has no directory to look at."""
+    """The Census is the deployment's own, so it is not in the release directory."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a look at the directory found.
+class Assessment:
+    """The decision about the releases in the directory.
 
     Attributes
     ----------
     add
-        The release whose partition is to be added, if any.
-    passed
-        Older releases that are new as well: named once, never added by themselves.
+        The release whose partition should be added; None: no release is new.
+    skipped
+        Older releases that are also new. They are named once and never added automatically.
     retracted
-        Releases that were added once and are retracted now, and why.
+        Releases that were added before and are now retracted, each with the reason.
     notes
-        What a person should read, of all that was found.
+        Lines for a person to read.
     """
 
     add: str | None
-    passed: tuple[str, ...]
+    skipped: tuple[str, ...]
     retracted: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
 
 def read_kinds(value: str) -> Kinds:
-    """Check which releases are added by themselves.
+    """Return which releases are added automatically.
 
     Raises
     ------
@@ -66,36 +68,38 @@ def read_kinds(value: str) -> Kinds:
         When `value` is neither ``lts`` nor ``weekly``.
     """
     if value not in ("lts", "weekly"):
-        raise UserError(f"CENSUS_TF_RELEASES is {value!r}; expected lts, or weekly (which has the long-term ones too).")
+        raise UserError(
+            f"CENSUS_TF_RELEASES is {value!r}; expected lts, or weekly (which includes the lts releases). Set one."
+        )
     return cast("Kinds", value)
 
 
-def judge(
+def assess_releases(
     directory: "Directory", kinds: Kinds, *, there: Sequence[str], seen: Sequence[str], finish: datetime | None
-) -> Look:
-    """Decide what to do about a directory.
+) -> Assessment:
+    """Decide which release of a directory to add, and what to report.
 
     Parameters
     ----------
     directory
-        What it lists.
+        The releases that the directory lists.
     kinds
         ``lts``: long-term releases; ``weekly``: those and the weekly ones.
     there
         Releases that are partitions.
     seen
-        Those that were added or passed over before.
+        Releases that were added or skipped before.
     finish
-        When work on a new release would end, judged by the last plans; None when there is no plan yet.
+        When work on a new release would end, predicted from the last plans; None when there is no plan yet.
     """
     notes = [f"malformed entry: {text}" for text in directory.malformed]
     retracted = tuple(
         (one.name, str(one.retraction)) for one in directory.releases if one.retraction and one.name in there
     )
-    notes += [f"WARNING: release {name}, which was added, was {why}" for name, why in retracted]
+    notes += [f"WARNING: the added release {name} was {why}" for name, why in retracted]
     known = {*there, *seen}
     new: list[ListedRelease] = []
-    passed: list[str] = []
+    skipped: list[str] = []
     for one in directory.releases:
         if one.name in known or (kinds == "lts" and not one.long_term):
             continue
@@ -103,25 +107,26 @@ def judge(
         if against:
             notes.append(f"WARNING: release {one.name} ({one.kind}) is not added: {'; '.join(against)}")
         elif new or any(other.built > one.built for other in directory.releases if _outranks(other, one, known)):
-            passed.append(one.name)
+            skipped.append(one.name)
         else:
             new.append(one)
     if new:
-        notes.insert(0, f"release {new[0].name} ({new[0].kind}, built {new[0].built}) is new and added")
-    if passed:
-        notes.insert(0, f"older, and not added by themselves (`release add NAME` does it): {', '.join(passed)}")
-    return Look(new[0].name if new else None, tuple(passed), retracted, tuple(notes))
+        notes.insert(0, f"release {new[0].name} ({new[0].kind}, built {new[0].built}) is new and was added")
+    if skipped:
+        notes.insert(0, f"older releases, not added automatically (use `release add NAME`): {', '.join(skipped)}")
+    return Assessment(new[0].name if new else None, tuple(skipped), retracted, tuple(notes))
 
 
 def _outranks(other: "ListedRelease", one: "ListedRelease", known: set[str]) -> bool:
-    """Tell whether a known release stands in the way of an older one; a weekly one in that of weekly ones only."""
+    """Tell whether `other` is known and keeps `one` from being added. A weekly release outranks only weekly ones."""
     return other.name in known and (other.long_term or not one.long_term)
 
 
 def predicted_finish(instance: dg.DagsterInstance, plans: Sequence[dg.AssetKey]) -> datetime | None:
-    """Return when the slowest set would be done with a release that starts now.
+    """Return when the slowest set would finish a release that starts now; None when no set has a plan.
 
-    Each set's last planned release says how long that takes: by its first plan, as a later one finds cells done.
+    The duration is the longest that the plans of each set's last planned release gave, because later plans find cells
+    that are already done.
     """
     days: list[float] = []
     for key in plans:
@@ -134,52 +139,56 @@ def predicted_finish(instance: dg.DagsterInstance, plans: Sequence[dg.AssetKey])
     return utc_now() + timedelta(days=max(days)) if days else None
 
 
-def look(instance: dg.DagsterInstance, census: CensusResource, kinds: Kinds, plans: Sequence[dg.AssetKey]) -> Look:
-    """Look at the directory once, and remember what was seen.
+def read_releases(
+    instance: dg.DagsterInstance, census: CensusResource, kinds: Kinds, plans: Sequence[dg.AssetKey]
+) -> Assessment:
+    """Read the directory once, decide, and record the releases that were seen.
 
-    What is to be added is remembered by the next look, when it is there: so nothing is lost when this one breaks off.
+    A release to add is recorded at the next call, when its partition exists. So nothing is lost if this call is
+    interrupted.
 
     Raises
     ------
     NoDirectoryError
-        When the Census is a deployment's own, of which no directory tells.
+        When the Census is the deployment's own.
     DirectoryError
-        When the directory does not answer, or not as a directory does.
+        When the directory does not answer, or its answer is not a directory.
     """
     from census_tf_dagster.census.directory import read_directory
 
     if not census.is_public:
         raise NoDirectoryError(
-            f"the releases of {census.location} stand in no directory: add one with `release add NAME`. "
-            "(CENSUS_TF_CENSUS is `public` where those of the CELLxGENE Census are meant.)"
+            f"the releases of {census.location} are in no directory. Add each with `census-tf-dagster release add "
+            "NAME`. (For the public CELLxGENE Census, set CENSUS_TF_CENSUS to `public`.)"
         )
     directory = read_directory(census.directory)
     there = instance.get_dynamic_partitions(RELEASES_NAME)
     seen = instance.get_dynamic_partitions(SEEN)
-    found = judge(directory, kinds, there=there, seen=seen, finish=predicted_finish(instance, plans))
-    told = [_told(name) for name, _ in found.retracted]
-    news = tuple((name, why) for name, why in found.retracted if _told(name) not in seen)
-    instance.add_dynamic_partitions(SEEN, [*there, *found.passed, *told])
+    found = assess_releases(directory, kinds, there=there, seen=seen, finish=predicted_finish(instance, plans))
+    reported = [_retraction_mark(name) for name, _ in found.retracted]
+    news = tuple((name, why) for name, why in found.retracted if _retraction_mark(name) not in seen)
+    instance.add_dynamic_partitions(SEEN, [*there, *found.skipped, *reported])
     return replace(found, retracted=news)
 
 
-def _told(name: str) -> str:
+def _retraction_mark(name: str) -> str:
+    """Return the partition that records a retraction as reported."""
     return f"{name} retracted"
 
 
 def build_release_watch(kinds: Kinds, plans: Sequence[dg.AssetKey]) -> dg.Definitions:
-    """Build the sensor, and the job that the schedule runs.
+    """Build the sensor, and the schedule with its job.
 
     Parameters
     ----------
     kinds
-        Which releases are added.
+        Which releases are added automatically.
     plans
         The plan assets of all sets.
     """
     what = "long-term releases" if kinds == "lts" else "long-term and weekly releases"
 
-    def observations(found: Look) -> list[dg.AssetObservation]:
+    def observations(found: Assessment) -> list[dg.AssetObservation]:
         return [
             dg.AssetObservation(
                 key, partition=name, description=f"WARNING: the release was {why}", metadata={"retracted": why}
@@ -192,11 +201,11 @@ def build_release_watch(kinds: Kinds, plans: Sequence[dg.AssetKey]) -> dg.Defini
         name="census_releases",
         minimum_interval_seconds=EVERY_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"Looks at the Census release directory and adds the partition of what is new, once: {what}.",
+        description=f"Reads the Census release directory and adds the partition of each new release once: {what}.",
     )
     def census_releases(context: dg.SensorEvaluationContext, census: CensusResource) -> dg.SensorResult:
         try:
-            found = look(context.instance, census, kinds, plans)
+            found = read_releases(context.instance, census, kinds, plans)
         except (DirectoryError, NoDirectoryError) as error:
             return dg.SensorResult(skip_reason=str(error))
         for note in found.notes:
@@ -207,9 +216,9 @@ def build_release_watch(kinds: Kinds, plans: Sequence[dg.AssetKey]) -> dg.Defini
             asset_events=observations(found),
         )
 
-    @dg.op(description=f"Looks at the Census release directory and adds the partition of what is new, once: {what}.")
+    @dg.op(description=f"Reads the Census release directory and adds the partition of each new release once: {what}.")
     def look_for_releases(context: dg.OpExecutionContext, census: CensusResource) -> None:
-        found = look(context.instance, census, kinds, plans)
+        found = read_releases(context.instance, census, kinds, plans)
         for note in found.notes or ("nothing new",):
             (context.log.warning if note.startswith("WARNING") else context.log.info)(note)
         if found.add:
@@ -217,7 +226,7 @@ def build_release_watch(kinds: Kinds, plans: Sequence[dg.AssetKey]) -> dg.Defini
         for observation in observations(found):
             context.log_event(observation)
 
-    @dg.job(name="look_for_census_releases", description="What the sensor census_releases does, as a run.")
+    @dg.job(name="look_for_census_releases", description="Does the work of the sensor census_releases as a run.")
     def look_for_census_releases() -> None:
         look_for_releases()
 
@@ -225,6 +234,6 @@ def build_release_watch(kinds: Kinds, plans: Sequence[dg.AssetKey]) -> dg.Defini
         name="census_releases_daily",
         job=look_for_census_releases,
         cron_schedule=DAILY,
-        description="For those who prefer a calendar: switch it on here, and the sensor census_releases off.",
+        description="If you prefer a calendar, switch this schedule on and the sensor census_releases off.",
     )
     return dg.Definitions(sensors=[census_releases], jobs=[look_for_census_releases], schedules=[schedule])
