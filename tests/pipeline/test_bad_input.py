@@ -160,7 +160,7 @@ def test_something_that_is_no_census(project: Project) -> None:
     shutil.rmtree(project.census)
     with tiledbsoma.Collection.create(str(project.census)):
         pass
-    plan_is_refused(project, "is no Census; expected census_data and census_info in it")
+    plan_is_refused(project, "is not a Census .*; expected census_data and census_info in it")
 
 
 def test_a_folder_that_is_no_soma_at_all(project: Project) -> None:
@@ -298,7 +298,7 @@ def test_a_shard_beyond_the_plan(project: Project) -> None:
     with project.context("tiny") as context:
         make_plan(context)
         with pytest.raises(
-            UserError, match=r"shard 9 is not in the plan, which has 4 \(0 to 3\).*`shards` was changed"
+            UserError, match=r"shard 9 is not in the plan; expected a shard from 0 to 3\. If you changed .*`shards`"
         ):
             embed_shard(context, 9)
 
@@ -332,7 +332,7 @@ def test_planned_ids_that_disagree_with_the_index(project: Project) -> None:
         swapped = replace(
             plan, megabatches=(replace(plan.megabatches[0], ids=plan.megabatches[1].ids), *plan.megabatches[1:])
         )
-        with pytest.raises(UserError, match="megabatch 0 holds other ids than were planned"):
+        with pytest.raises(UserError, match="megabatch 0 holds other ids than the plan"):
             swapped.read_ids(context.store, swapped.megabatches[:1])
 
 

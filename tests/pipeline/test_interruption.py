@@ -172,7 +172,7 @@ def test_a_bad_cell_is_set_aside_and_all_others_are_there(with_bad_cell: Project
         assert summary.verified
         assert summary.cells_computed == summary.cells - 1
         (reason,) = summary.set_aside.values()
-        assert re.fullmatch(r"X/raw holds -\d+\.0, which is no count", reason)
+        assert re.fullmatch(r"X/raw holds -\d+\.0, which is not a count", reason)
         assert embed_shard(context, batch.shard).megabatches_computed == 0
         for shard in {0, 1, 2, 3} - {batch.shard}:
             assert embed_shard(context, shard).set_aside == {}
