@@ -56,8 +56,8 @@ def divide(
         Cells in a megabatch; the last one of a shard may be smaller.
     reused
         Which cells are copied, bool ``(n,)``; None: no cell is. Copied and computed cells never share a megabatch. A
-        megabatch never spans a gap of more than `megabatch_size` joinid positions, so ranges interleave little, and
-        there are at most twice as many megabatches as without reuse.
+        megabatch never spans `megabatch_size` or more consecutive cells of the other kind. So ranges interleave little,
+        and there are at most twice as many megabatches as without reuse.
     """
     weights = tokens if reused is None else np.where(reused, tokens.dtype.type(COPY_TOKENS), tokens)
     batches: list[Megabatch] = []

@@ -188,7 +188,7 @@ class OrganismRelease:
         }
 
     def presence(self, datasets: int, genes: int) -> npt.NDArray[np.bool_] | None:
-        """Return which genes each dataset has, bool ``(datasets, genes)`` by joinid; None if the Census has no record."""
+        """Return which genes each dataset has, bool ``(datasets, genes)`` by joinid; None without such a matrix."""
         if PRESENCE not in (measurement := self.experiment.ms[MEASUREMENT]):
             return None
         matrix = measurement[PRESENCE]

@@ -81,9 +81,9 @@ def test_devices_have_an_index(monkeypatch: pytest.MonkeyPatch, visible: str | N
     [
         (None, "cuda:2", "cuda:2 .* 2 GPUs: cuda:0 to cuda:1"),
         ("1", "cuda:1", "cuda:1 .* 1 GPU"),
-        ("", "cuda", "none that torch can use.*CUDA_VISIBLE_DEVICES is ''"),
-        ("-1", "cuda", "none that torch can use.*CUDA_VISIBLE_DEVICES is '-1'"),
-        ("7", "cuda", "none that torch can use.*CUDA_VISIBLE_DEVICES is '7'"),
+        ("", "cuda", "no GPU that torch can use.*CUDA_VISIBLE_DEVICES is ''"),
+        ("-1", "cuda", "no GPU that torch can use.*CUDA_VISIBLE_DEVICES is '-1'"),
+        ("7", "cuda", "no GPU that torch can use.*CUDA_VISIBLE_DEVICES is '7'"),
     ],
 )
 def test_devices_that_are_not_there(

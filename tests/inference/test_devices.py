@@ -58,7 +58,10 @@ def test_a_second_answer_waits_until_the_first_is_committed(prepared: Path) -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(prepared: Path) -> None:
-    with pytest.raises(UserError, match="asks for a GPU"), open_devices(prepared, GENES, "cuda", None):
+    with (
+        pytest.raises(UserError, match="has `device: cuda`, but this machine has no GPU"),
+        open_devices(prepared, GENES, "cuda", None),
+    ):
         pass
 
 

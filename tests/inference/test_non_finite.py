@@ -14,7 +14,7 @@ from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import open_devices
 from census_tf_dagster.inference.engine import Engine, PendingCells
 from census_tf_dagster.inference.model import Model
-from census_tf_dagster.inference.non_finite import RowResult, SecondLook
+from census_tf_dagster.inference.non_finite import NonFiniteCells, RowResult
 from census_tf_dagster.inference.packing import PackedCells, assemble
 from tests.support.cells import ASSAYS, GENES, START
 from tests.support.cuda_double import gpus_of_tests
@@ -136,7 +136,7 @@ def test_a_cell_that_is_not_finite_in_any_precision_is_given_up_alone(overflows_
 def test_nothing_is_wider_than_fp32(tmp_path: Path) -> None:
     engine = Engine.load(prepared(tmp_path, OVERFLOWS_FP32, "fp32"), GENES, "cpu")
     assert finish(engine, packed()).set_aside == dict.fromkeys(CULPRITS, "Its embedding is not finite in fp32.")
-    message = r"2 cells have embeddings that are not finite, positions \[2, 11\]\. Of the first: .* in fp32\."
+    message = r"2 cells have embeddings that are not finite, positions \[2, 11\]\. The first cell: .* in fp32\."
     with pytest.raises(NonFiniteError, match=message):
         engine.embed(packed())
 
@@ -191,14 +191,14 @@ def test_memory_that_runs_out_in_the_second_look_halves_the_row(
 ) -> None:
     with gpus_of_tests(1):
         engine = Engine.load(overflows_fp16, GENES, "cuda", batch_size=6)
-        judge, errors = SecondLook.__call__, [torch.OutOfMemoryError("CUDA out of memory")]
+        recompute, errors = NonFiniteCells.__call__, [torch.OutOfMemoryError("CUDA out of memory")]
 
-        def full(self: SecondLook, *arguments: Any) -> RowResult:
+        def full(self: NonFiniteCells, *arguments: Any) -> RowResult:
             if errors:
                 raise errors.pop()
-            return judge(self, *arguments)
+            return recompute(self, *arguments)
 
-        monkeypatch.setattr(SecondLook, "__call__", full)
+        monkeypatch.setattr(NonFiniteCells, "__call__", full)
         work = finish(engine, packed())
     assert engine.counters.halvings == 1
     assert (work.failure, work.set_aside, work.widened) == (None, {}, CULPRITS)

@@ -180,7 +180,7 @@ def test_disks_that_are_full_or_read_only(project: Project) -> None:
     assert "cannot be removed" in said
     assert "read-only: prepare refused: the prepared checkpoint cannot be written below" in said
     assert "full: prepare refused: the prepared checkpoint cannot be written below" in said
-    assert said.count("or set CENSUS_TF_CACHE to another local folder") == 2
+    assert said.count("or set CENSUS_TF_CACHE to another folder") == 2
     assert said.endswith("left behind: []\n")
 
 

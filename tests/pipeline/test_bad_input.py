@@ -341,6 +341,6 @@ def test_no_gpu_where_the_set_asks_for_one(project: Project) -> None:
     with project.context("tiny") as context:
         make_plan(context)
         before = snapshot(Path(context.folder.root))
-        with pytest.raises(UserError, match=r"asks for a GPU \(device: cuda\) and this machine has none"):
+        with pytest.raises(UserError, match="has `device: cuda`, but this machine has no GPU"):
             embed_shard(context, 0)
         assert snapshot(Path(context.folder.root)) == before
