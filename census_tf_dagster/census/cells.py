@@ -122,7 +122,9 @@ def read_cells(
     impossible, fractional = _check_counts(indptr, counts)
     set_aside(impossible >= 0, lambda row: f"X/{LAYER} holds {counts[impossible[row]]!s}, which is not a count")
     if whole_counts:
-        set_aside(fractional >= 0, lambda row: f"X/{LAYER} holds {counts[fractional[row]]!s}, not a whole number")
+        set_aside(
+            fractional >= 0, lambda row: f"X/{LAYER} holds {counts[fractional[row]]!s}, which is not a whole number"
+        )
     kept = np.ones(len(joinids), np.bool_)
     kept[list(reasons)] = False
     assays = obs[assay_column].to_pylist()

@@ -75,7 +75,7 @@ def require_quiet(storage: Storage, root: str) -> None:
         )
 
 
-def require_not_begun(storage: Storage, folder: ReleaseFolder) -> None:
+def require_no_removal(storage: Storage, folder: ReleaseFolder) -> None:
     """Refuse to plan in a folder whose removal was cut short.
 
     Raises

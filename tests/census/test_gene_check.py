@@ -17,7 +17,7 @@ from census_tf_dagster.demo.run import GENES, ORGANISMS
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
-from census_tf_dagster.pipeline.plan_release import make_plan, survey
+from census_tf_dagster.pipeline.plan_release import draft_plan, make_plan
 from census_tf_dagster.quality.thresholds import LEAST_RANK
 from tests.support.builders import fill, tiny
 from tests.support.project import RELEASE, REPOSITORY, SHARED_DATA, Project
@@ -114,7 +114,7 @@ def test_planning_warns_of_a_permuted_axis(project: Project) -> None:
 def test_planning_finds_nothing_against_the_right_axis(project: Project) -> None:
     tiny(project, change=name_genes)
     with project.context("tiny") as context:
-        summary = survey(context).summary
+        summary = draft_plan(context).summary
     assert summary.warnings == ()
     assert "40 housekeeping genes outrank other expressed genes in" in summary.gene_check
 

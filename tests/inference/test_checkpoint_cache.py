@@ -55,7 +55,7 @@ def test_damaged_it_is_not_loaded_and_built_again(checkpoint: Checkpoint, tmp_pa
     good = path.read_bytes()
     places = {"length": 0, "header": 20, "digest": good.index(b'"digest":"') + 12, "middle": len(good) // 2, "end": -1}
     flip(path, places[where])
-    with pytest.raises(UserError, match="is missing or damaged; .* run this again"):
+    with pytest.raises(UserError, match=r"is missing or damaged; .* run this again"):
         load_model(path, GENES, torch.device("cpu"))
     assert prepare(checkpoint, "fp32", tmp_path / "cache") == path
     assert path.stat().st_size == len(good)

@@ -74,7 +74,7 @@ def test_a_cell_with_an_impossible_count_is_set_aside(project: Project, value: f
     with project.context("tiny") as context:
         cells = read_cells(context.release, np.arange(4), whole_counts=whole)
     what = "whole number" if whole else "count"
-    assert cells.set_aside == {0: f"X/raw holds {np.float32(value)!s}, which is no {what}"}
+    assert cells.set_aside == {0: f"X/raw holds {np.float32(value)!s}, which is not a {what}"}
     assert cells.joinids.tolist() == [1, 2, 3]
     assert len(cells.indptr) == 4
     assert cells.indptr[-1] == len(cells.values) == len(cells.columns)
@@ -186,7 +186,7 @@ def test_an_organism_that_the_checkpoint_hardly_knows(project: Project) -> None:
     project.add_set("hardly", organism="homo_sapiens", checkpoint=str(project.folder / "other"))
     plan_is_refused(
         project,
-        r"knows \d+\.\d% of what cells of homo_sapiens express \(1 of 120 genes.*set `pretrained_embeddings`",
+        r"knows \d+\.\d% of the genes that cells of homo_sapiens express \(1 of 120 genes.*set `pretrained_embeddings`",
         name="hardly",
     )
 

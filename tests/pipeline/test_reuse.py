@@ -18,7 +18,7 @@ from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.copy_shard import CopySummary, copy_shard
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import array_state, finish_array
-from census_tf_dagster.pipeline.plan_release import make_plan, survey
+from census_tf_dagster.pipeline.plan_release import draft_plan, make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.write_notes import NoteBook, Written
@@ -279,10 +279,10 @@ def test_an_array_of_another_identity_is_passed_over(verified: TwoReleases, name
     with verified.project.context("reusing", EARLIER) as context:
         root, right = Path(context.folder.root), getattr(context.identity, name)
     with verified.project.context("reusing") as context:
-        assert survey(context).summary.cells_reused == 160
+        assert draft_plan(context).summary.cells_reused == 160
         rewrite_identity(root, **{name: 17 if isinstance(right, int) else "another"})
         try:
-            summary = survey(context).summary
+            summary = draft_plan(context).summary
         finally:
             rewrite_identity(root, **{name: right})
     assert (summary.cells_reused, summary.totals.source) == (0, None)
@@ -313,7 +313,7 @@ def unverify(context: ReleaseContext, plan: Plan) -> str:
 
 def forget_keys(context: ReleaseContext, plan: Plan) -> str:
     Path(plan.keys).unlink()
-    return "planned without `reuse`, so without keys"
+    return "its plan was made without `reuse`, so it has no keys"
 
 
 def lose_plan(context: ReleaseContext, plan: Plan) -> str:
@@ -373,7 +373,7 @@ def test_a_source_that_was_damaged_is_named_and_planning_again_computes(project:
                 unverify(earlier, read_plan(earlier.store, earlier.folder.plan))
             else:
                 rewrite_identity(root, mod=7)
-        with pytest.raises(UserError, match="Materialize obs_id_plan of this release again: its plan then computes"):
+        with pytest.raises(UserError, match=r"materialize obs_id_plan of this release again. Its new plan computes"):
             copy_shard(context, 1)
         summary = make_plan(context)
         assert summary.cells_reused == 0 or damage == "another identity"

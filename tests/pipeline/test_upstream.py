@@ -30,7 +30,7 @@ KNOWS_ITS_VERSION = 'case "$2" in *metadata*) echo transcriptformer 0.6.1;; *) e
 @pytest.mark.parametrize(
     ("python", "name", "message"),
     [
-        (HANGS, "transcriptformer", "did not say within 1 s which version of transcriptformer it has"),
+        (HANGS, "transcriptformer", "did not report within 1 s which version of transcriptformer it has"),
         ("yes | head -100000", "transcriptformer", "is another program .the Python beside it says 'y'"),
         ("echo no such package >&2; exit 1", "transcriptformer", "says 'no such package'"),
         (None, "transcriptformer", "no Python beside it can be run"),

@@ -72,7 +72,7 @@ def test_canary_of_fp32_wants_upstream(project: Project) -> None:
     tiny(project)
     done = project.command("canary", "tiny", RELEASE)
     assert done.returncode == 1
-    assert "name it with --upstream" in done.stderr
+    assert "pass its path with --upstream" in done.stderr
     absent = project.command("canary", "tiny", RELEASE, "--upstream", "nowhere/transcriptformer")
     assert absent.stderr.startswith("error: --upstream nowhere/transcriptformer: there is no such file")
     unknown = project.command("canary", "else", RELEASE)
