@@ -18,7 +18,7 @@ from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.mending import mend_shard
 from census_tf_dagster.store.verification import require_shard
-from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
+from census_tf_dagster.store.write_notes import NoteWriter, Written, read_notes
 
 CELLS_AT_ONCE = 4096
 """Cells read at once. Several such reads make a megabatch, which one write commits."""
@@ -91,7 +91,7 @@ def copy_shard(
     summary = CopySummary(
         plan.totals.plan, plan.totals.source, cells, cells - sum(batch.cells for batch in todo), len(batches)
     )
-    notebook = NoteBook(context.store, context.folder, plan, shard)
+    notes_of_run = NoteWriter(context.store, context.folder, plan, shard)
 
     def copy(some: Sequence[Megabatch]) -> None:
         source = plan.totals.source
@@ -103,7 +103,7 @@ def copy_shard(
             for batch in some:
                 ids, sources = plan.read_copies(context.store, batch)
                 values = _gather(values_of, array.n_features, source, sources)
-                notebook.note(Written.of(batch, ids, values))
+                notes_of_run.note(Written.of(batch, ids, values))
                 write(ids, values)
                 summary.seconds = time.monotonic() - began
                 summary.megabatches_copied += 1

@@ -17,7 +17,7 @@ from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.mending import mend_shard
 from census_tf_dagster.store.verification import is_verified, require_shard, set_aside_of
-from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
+from census_tf_dagster.store.write_notes import NoteWriter, Written, read_notes
 
 MOST_FAILED = 8
 """Failed megabatches at which a shard stops. With so many, the cause is probably not in the cells."""
@@ -187,7 +187,7 @@ class _Writing:
         # After a failed recomputation the earlier values exist, so a run without the flag would find nothing missing.
         self._recompute = recompute
         self._summary, self._report = summary, report
-        self._notes = NoteBook(context.store, context.folder, plan, shard)
+        self._notes = NoteWriter(context.store, context.folder, plan, shard)
         # A few cells, or 1 %, may be bad. With more, the cause is probably not in the cells.
         self._most_set_aside = max(MOST_SET_ASIDE, summary.cells // 100)
 

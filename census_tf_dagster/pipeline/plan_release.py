@@ -154,7 +154,8 @@ def draft_plan(context: ReleaseContext) -> DraftPlan:
     if not release.has_nnz:
         warnings.append(
             f"obs of this release does not state how many genes cells express (schema 1.0). So tokens are estimated "
-            f"from {len(sample.joinids)} cells, shards have equal numbers of cells, and cells without counts are unknown."
+            f"from {len(sample.joinids)} cells, shards have equal numbers of cells, and no list names cells without "
+            "counts."
         )
     if sample.fractional:
         warnings.append(

@@ -21,7 +21,7 @@ from census_tf_dagster.pipeline.finish_array import array_state, finish_array
 from census_tf_dagster.pipeline.plan_release import draft_plan, make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
-from census_tf_dagster.store.write_notes import NoteBook, Written
+from census_tf_dagster.store.write_notes import NoteWriter, Written
 from tests.support.builders import value_of
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
 from tests.support.releases import EARLIER, Contents, TwoReleases, fill_planned, two_releases, verify_earlier
@@ -104,7 +104,7 @@ def test_a_cell_that_was_set_aside_earlier_is_computed(project: Project) -> None
             kept = ids[ids != lost]
             reasons = {lost: "for a test"} if lost in ids else {}
             values = value_of(kept, 16)
-            NoteBook(context.store, context.folder, plan, batch.shard).note(Written.of(batch, kept, values, reasons))
+            NoteWriter(context.store, context.folder, plan, batch.shard).note(Written.of(batch, kept, values, reasons))
             array.write(kept, values)
         assert finish_array(context).set_aside == {lost: "for a test"}
     with project.context("reusing") as context:

@@ -1,4 +1,4 @@
-"""An array whose files or values change after they were verified: it is noticed, and running the shard again mends it."""
+"""Files or values of an array that change after verification: runs notice it, and running the shard again mends it."""
 
 import json
 import os
@@ -162,7 +162,7 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
     shard = shard_of(finished)
     damage(finished)
     if damage in UNOPENABLE:
-        with pytest.raises(UserError, match=rf"They are of shards \[{shard}\]\."):
+        with pytest.raises(UserError, match=rf"They belong to shards \[{shard}\]\."):
             wrong(finished)
     else:
         assert wrong(finished, full=damage in SEEN_BY_READING) != {}
