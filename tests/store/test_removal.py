@@ -72,7 +72,7 @@ def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(project: P
     cut_short(root, seed)
     (holding,) = inspect_store(str(root.parents[2]), Storage())
     assert (holding.state, holding.identity) == ("removing", root.name)
-    unfinished = r"was begun and not finished\. Finish it: "
+    unfinished = r"was started but not finished.*Finish it: "
     with project.context("tiny") as context, pytest.raises(UserError, match=unfinished) as told:
         make_plan(context)
     assert f"remove tiny {RELEASE} {root.name} --confirm {root.name}" in str(told.value)
