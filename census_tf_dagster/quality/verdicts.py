@@ -1,4 +1,7 @@
-"""What the figures mean: whether each check passes, and a sentence that says why."""
+"""Decides whether each quality check passes, with a sentence that gives the reason.
+
+The figures come from `measures`, `census.gene_check` and `upstream_comparison`, the limits from `thresholds`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,18 +22,18 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class Verdict:
-    """One check's outcome.
+    """The outcome of one check.
 
     Attributes
     ----------
     passed
-        Whether it holds, or there is nothing to look at.
+        Whether the check passes. It also passes if there is nothing to compare.
     text
-        For a person.
+        The reason, for a person.
     grave
-        Whether a failure is certainly a fault; otherwise it is a reason to look.
+        Whether a failure is certainly an error. Otherwise it is a reason to look closer.
     figures
-        What it rests on.
+        The figures behind the decision.
     """
 
     passed: bool
@@ -40,7 +43,7 @@ class Verdict:
 
 
 def of_neighbours(found: Agreement | None) -> Verdict:
-    """Judge whether neighbours share a cell type more often than by chance."""
+    """Check whether neighbours share a cell type more often than by chance."""
     if found is None or found.excess is None or found.deviations is None or found.cells < LEAST_LABELLED:
         few = found is not None and found.cells < LEAST_LABELLED
         why = f"fewer than {LEAST_LABELLED} cells of the sample have a cell type" if few else "cell types cannot differ"
@@ -63,7 +66,7 @@ def of_neighbours(found: Agreement | None) -> Verdict:
 
 
 def of_dimensions(found: Dimensions) -> Verdict:
-    """Judge whether each dimension tells something; a constant one is certainly a fault."""
+    """Check whether each dimension varies. A constant dimension is certainly an error."""
     figures: dict[str, float | int | str] = {
         "dimensions": found.dimensions,
         "constant": len(found.constant),
@@ -72,7 +75,8 @@ def of_dimensions(found: Dimensions) -> Verdict:
     }
     if not found.collapsed:
         text = (
-            f"All {found.dimensions:,} dimensions vary; the variance is that of {found.effective_rank:,.1f} equal ones."
+            f"All {found.dimensions:,} dimensions vary; their variance equals that of {found.effective_rank:,.1f} "
+            "equal dimensions."
         )
         return Verdict(True, text, figures=figures)
     text = (
@@ -84,9 +88,9 @@ def of_dimensions(found: Dimensions) -> Verdict:
 
 
 def of_drift(found: Drift | None, before: str | None) -> Verdict:
-    """Judge how far cell types have moved since an earlier release."""
+    """Check how far cell types have moved since an earlier release."""
     if before is None:
-        return Verdict(True, "Nothing to compare: no earlier release of this set has a report by the same checkpoint.")
+        return Verdict(True, "Nothing to compare: no earlier release of this set has a report on the same checkpoint.")
     if found is None:
         return Verdict(True, f"Nothing to compare: the samples of this release and of {before} share no cell type.")
     figures: dict[str, float | int | str] = {
@@ -100,13 +104,13 @@ def of_drift(found: Drift | None, before: str | None) -> Verdict:
     text = (
         f"Since {before}, {found.types} cell types have moved by {found.shift:.2f} standard deviations (median; at "
         f"most {MOST_SHIFT}), and their spread by a factor of {2**found.spread:.2f} (at most {2**MOST_SPREAD:.2f}). "
-        f"Most: {found.worst_type}, by {found.worst_shift:.2f}."
+        f"The cell type {found.worst_type} moved most, by {found.worst_shift:.2f}."
     )
     return Verdict(found.shift <= MOST_SHIFT and found.spread <= MOST_SPREAD, text, figures=figures)
 
 
 def of_genes(found: GeneEvidence) -> Verdict:
-    """Judge whether the gene ids belong to the counts."""
+    """Check whether the gene ids belong to the counts."""
     figures: dict[str, float | int | str] = {"cells": found.cells, "housekeeping_genes": found.listed}
     if found.rank is not None:
         figures["rank"] = found.rank
@@ -116,7 +120,7 @@ def of_genes(found: GeneEvidence) -> Verdict:
 
 
 def of_comparison(found: UpstreamComparison) -> Verdict:
-    """Judge a shard by what upstream's own code made of a few of its cells."""
+    """Check the comparison of a shard with upstream's own code."""
     if found.not_done:
         return Verdict(False, f"Not done: {found.not_done}")
     figures: dict[str, float | int | str] = {
@@ -128,29 +132,29 @@ def of_comparison(found: UpstreamComparison) -> Verdict:
         "seconds": found.seconds,
     }
     text = (
-        f"{len(found.joinids)} cells of the array against upstream's own code in float32, on the same device: the "
-        f"worst differs by {found.worst_cell:.1e} of its norm (at most {found.bound:.1e})."
+        f"{len(found.joinids)} cells of the array were compared with upstream's own code in float32 on the same "
+        f"device: the worst differs by {found.worst_cell:.1e} of its norm (at most {found.bound:.1e})."
     )
     return Verdict(found.worst_cell <= found.bound, text, grave=True, figures=figures)
 
 
 def of_comparisons(found: Sequence[UpstreamComparison | None]) -> Verdict:
-    """Judge all shards of a release together."""
-    done = {one.shard: one for one in found if one is not None and not one.not_done}
-    wrong = sorted(shard for shard, one in done.items() if one.worst_cell > one.bound)
+    """Check the comparisons of all shards of a release together."""
+    done = {comparison.shard: comparison for comparison in found if comparison is not None and not comparison.not_done}
+    wrong = sorted(shard for shard, comparison in done.items() if comparison.worst_cell > comparison.bound)
     missing = len(found) - len(done)
     figures: dict[str, float | int | str] = {"shards": len(found), "shards_compared": len(done)}
     if done:
-        figures["worst_cell"] = max(one.worst_cell for one in done.values())
-        figures["bound"] = max(one.bound for one in done.values())
+        figures["worst_cell"] = max(comparison.worst_cell for comparison in done.values())
+        figures["bound"] = max(comparison.bound for comparison in done.values())
     if wrong:
         text = (
-            f"{len(wrong)} of {len(done)} shards that were compared differ from upstream's own code: {wrong[:NAMED]}. "
-            "Their check says by how much."
+            f"{len(wrong)} of {len(done)} compared shards differ from upstream's own code: {wrong[:NAMED]}. "
+            "The checks of these shards show by how much."
         )
         return Verdict(False, text, grave=True, figures=figures)
     if missing:
-        reasons = sorted({one.not_done for one in found if one is not None and one.not_done})
+        reasons = sorted({comparison.not_done for comparison in found if comparison and comparison.not_done})
         why = f" {reasons[0]}" if reasons else ""
         text = f"{missing} of {len(found)} shards were not compared with upstream's own code.{why}"
         return Verdict(False, text, figures=figures)

@@ -69,7 +69,7 @@ def test_a_device_process_that_dies(prepared: Path) -> None:
     with open_devices(prepared, GENES, "cpu", None) as (device,):
         device.process.send_signal(signal.SIGKILL)
         device.process.wait()
-        with pytest.raises(DeviceLostError, match=r"the process of CPU ended with signal 9; .* run the shard again"):
+        with pytest.raises(DeviceLostError, match=r"the process of CPU ended with signal 9; .* Run the shard again"):
             device.embed(cells(30, seed=0))
 
 

@@ -144,7 +144,7 @@ def test_what_came_is_compared_with_the_md5_of_s3(
         Path(path).write_bytes(content[:-1] + b"?")
 
     monkeypatch.setattr(storage._objects._client, "download_file", corrupt)
-    with pytest.raises(StoreError, match=r"big.h5: what came has the MD5 .*, and S3 says it holds"):
+    with pytest.raises(StoreError, match=r"big.h5: the copy has the MD5 .*; expected .*, as S3 states"):
         storage.download("s3://models/big.h5", tmp_path / "corrupt", found)
     assert not (tmp_path / "corrupt").exists()
 
@@ -157,7 +157,7 @@ def test_a_short_answer_and_a_change_meanwhile(
     assert found is not None
     with monkeypatch.context() as patch:
         patch.setattr(storage._objects._client, "download_file", lambda bucket, key, path: Path(path).write_bytes(b"?"))
-        with pytest.raises(StoreError, match=rf"1 bytes came, and S3 says it holds {found.size}"):
+        with pytest.raises(StoreError, match=rf"1 bytes came; expected {found.size}"):
             storage.download(uri, tmp_path / "short", found)
     client.put_object(Bucket="models", Key="tf/c/config.json", Body=b"{}")
     with pytest.raises(StoreError, match=r"config.json changed while it was fetched"):

@@ -104,7 +104,7 @@ def test_a_folder_of_temporary_files_that_cannot_be_used(s3: str, monkeypatch: p
     client(s3).create_bucket(Bucket="a-store")
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     with (
-        pytest.raises(UserError, match=r"no temporary folder can be made .*: set TMPDIR to a folder"),
+        pytest.raises(UserError, match=r"no temporary folder can be made .*: set TMPDIR to one"),
         Storage(S3Settings(REGION, s3)).writing("s3://a-store/x"),
     ):
         pass

@@ -17,8 +17,14 @@ from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.inventory import inspect_store, remove_release
-from census_tf_dagster.store.removal import delete_marked, mark_for_removal, noticing_removal, removal_word,
-require_quiet from tests.support.builders import age, fill, tiny
+from census_tf_dagster.store.removal import (
+    delete_marked,
+    mark_for_removal,
+    noticing_removal,
+    removal_word,
+    require_quiet,
+)
+from tests.support.builders import age, fill, tiny
 from tests.support.moto_servers import client
 from tests.support.project import RELEASE, Project
 
@@ -58,7 +64,7 @@ def test_what_is_being_written_is_not_removed(project: Project, root: Path) -> N
     before = sorted(root.rglob("*"))
     done = project.command("remove", "tiny", RELEASE, root.name, "--confirm", root.name)
     assert done.returncode == 1
-    assert "so a worker may be at work there; expected 15 min without a write. Nothing was removed." in done.stderr
+    assert "so a worker may be using it; expected 15 min without a write. Nothing was removed." in done.stderr
     assert sorted(root.rglob("*")) == before
     age(root)
     done = project.command("remove", "tiny", RELEASE, root.name, "--confirm", root.name)

@@ -117,7 +117,7 @@ def longer(context: ReleaseContext) -> None:
 
 DAMAGES: list[tuple[Callable[[ReleaseContext], None], dict[str, str]]] = [
     (infinite, {"values": "2 cells have values that are not finite, joinids [4, 8]"}),
-    (zero, {"values": "1 cells have nothing but zeros, though START is always pooled, joinids [4]"}),
+    (zero, {"values": "1 cells have only zeros, which cannot be, because START is always pooled, joinids [4]"}),
     (many_infinite, {"values": f"30 cells have values that are not finite, joinids {list(range(0, 20, 2))}"}),
     (unplanned, {"cells": "2 cells are in the array but not planned, joinids [7, 199]"}),
     (missing, {"cells": "planned cells are missing, joinids ["}),
@@ -214,7 +214,7 @@ def with_info(context: ReleaseContext, change: Callable[[dict[str, Any]], Any]) 
 
 INFOS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda _: None, "CxG_embedding_info is missing"),
-    (lambda _: "{", "CxG_embedding_info is no JSON"),
+    (lambda _: "{", "CxG_embedding_info is not JSON"),
     (lambda info: json.dumps([info]), "CxG_embedding_info is a list; expected an object"),
     (lambda info: json.dumps({**info, "n_embeddings": 99}), "n_embeddings is 99; expected 100"),
     (lambda info: json.dumps({**info, "n_features": 2048}), "n_features is 2048; expected 16"),
@@ -254,7 +254,7 @@ def test_another_storage_version_is_said_at_planning_and_refused_at_the_end(
 ) -> None:
     monkeypatch.setattr(OrganismRelease, "storage_version", lambda _: 21)
     assert broken(finished)["storage_version"] == (
-        "the array has storage version 22, the Census 21 (docs/publish.md says what can be done)",
+        "the array has storage version 22; expected 21, as the Census has (see docs/publish.md)",
     )
     with pytest.raises(RuleError, match="storage version 22"):
         finish_array(finished)

@@ -89,7 +89,7 @@ def test_whole_job_with_an_anonymous_census_and_a_signed_store(
         assert project.command("release", "add", RELEASE).returncode == 0
         refused = project.materialize("tiny/obs_id_plan", RELEASE)
         assert refused.returncode != 0
-        assert "is denied with the credentials found here" in refused.stderr
+        assert "is denied with the credentials of this environment" in refused.stderr
         assert "access to s3://the-store/some/prefix" in refused.stderr
 
         project.env["AWS_SECRET_ACCESS_KEY"] = key["SecretAccessKey"]
@@ -181,7 +181,7 @@ def outage(project: Project, s3: str, kind: str, patience: float) -> None:
             assert time.monotonic() - began < patience
             assert worker.returncode != 0
             assert "StoreError" in errors
-            assert "What is committed stays: run this again" in errors
+            assert "Expected a writable store: run this again" in errors
             proxy.outage.unlink()
             there = len(array.fragments())
             assert 1 <= there < 20
@@ -202,7 +202,7 @@ def test_other_outages(project: Project, s3: str, kind: str) -> None:
 
 def test_a_bucket_that_cannot_be_made(s3: str, tmp_path: Path) -> None:
     storage = Storage(S3Settings(REGION, s3))
-    with pytest.raises(UserError, match=r"there is no bucket 'b' for s3://b/x, and it cannot be made"):
+    with pytest.raises(UserError, match=r"there is no bucket 'b' for s3://b/x, and it cannot be created"):
         storage.make_place("s3://b/x")
     storage.make_place("s3://a-bucket/x")
     storage.make_place("s3://a-bucket/y")
