@@ -1,4 +1,4 @@
-"""Gene ids against what is known outside the Census: real axes pass, permuted ones and other species' do not."""
+"""The check of gene ids passes real gene axes, and refuses permuted axes and those of other species."""
 
 import warnings
 from importlib.util import find_spec
@@ -28,7 +28,7 @@ def expressing(counts: sp.csr_matrix) -> np.ndarray:
 
 
 def evidence(ids: list[str], counts: sp.csr_matrix, organism: str, var: np.ndarray | None = None) -> GeneEvidence:
-    """Look at all cells, with a `var` that counts them, or another one."""
+    """Check all cells, with a `var` that counts them or with another one."""
     whole = expressing(counts)
     return look_at_genes(Genes(tuple(ids), whole if var is None else var, ""), organism, whole, counts.shape[0])
 
@@ -48,7 +48,7 @@ def test_real_axes_have_no_doubts(name: str, organism: str, rank: float | None) 
     require_organism(ids, organism)
     found = evidence(ids, counts, organism)
     assert (found.rank and round(found.rank, 2), found.doubts) == (rank, [])
-    # A table of genes whose rows, counts of cells included, belong to other columns.
+    # In this table of genes, the rows with their numbers of cells belong to other columns.
     rng = np.random.default_rng(0)
     for _ in range(50):
         order = rng.permutation(len(ids))
@@ -61,7 +61,7 @@ def test_real_axes_have_no_doubts(name: str, organism: str, rank: float | None) 
 
 
 def test_permuted_ids_of_real_blood_cells_are_doubted() -> None:
-    """700 cells and 765 genes that scanpy ships, chosen because they vary: the hardest case for housekeeping genes."""
+    """Read scanpy's 700 cells and 765 genes. The genes vary: the hardest case for the check."""
     found = find_spec("scanpy")
     assert found is not None
     assert found.origin is not None

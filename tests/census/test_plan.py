@@ -1,4 +1,4 @@
-"""Dividing cells into shards and megabatches, and the files that hold it."""
+"""Cells are divided into shards and megabatches, and plan files are written and checked."""
 
 import itertools
 import json
@@ -92,7 +92,7 @@ def pointer_is(content: bytes) -> Callable[[Path, Plan], None]:
 
 
 def swapped_ids(folder: Path, plan: Plan) -> None:
-    """Exchange two cells of neighbouring megabatches."""
+    """Exchange two cells of adjacent megabatches."""
     path = folder / f"{plan.totals.plan}.obs_ids.parquet"
     tables = [pq.ParquetFile(path).read_row_group(i) for i in range(len(plan.megabatches))]
     ids = [table["soma_joinid"].to_numpy().copy() for table in tables]

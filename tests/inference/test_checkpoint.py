@@ -1,4 +1,4 @@
-"""What is refused before a model is loaded."""
+"""Bad checkpoints are refused before a model is loaded."""
 
 import json
 import math
@@ -169,7 +169,7 @@ def load(folder: Path, precision: str = "fp32") -> tuple[Tokenizer, Engine]:
 
 
 def edit_state(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Save the weights anew: edited in place, or what `edit` returns."""
+    """Save the weights again: edited in place, or the return value of `edit`."""
     state = torch.load(folder / "model_weights.pt", weights_only=True)
     edited = edit(state)
     torch.save(edited if isinstance(edited, dict) else state, folder / "model_weights.pt")
@@ -296,7 +296,7 @@ def test_biases(folder: Path) -> None:
 def test_weights_that_are_not_finite(folder: Path, value: float, dtype: torch.dtype) -> None:
     def harm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state = {key: tensor.to(dtype) for key, tensor in state.items()}
-        # Only a head: nothing of an embedding.
+        # This tensor belongs to a head, so no embedding depends on it.
         state["mu.mlp.layers.4.bias"][:] = value
         return state
 
@@ -342,7 +342,7 @@ def test_any_flipped_bit_is_one_clear_error(folder: Path) -> None:
         content[at] ^= 1 << rng.integers(8)
         weights.write_bytes(content)
         with suppress(UserError):
-            # What lies between the entries is read by nobody, but it is another file.
+            # Nobody reads the bytes between the entries, but the file differs.
             assert read_checkpoint(folder).fingerprint != fingerprint
             continue
         refusals.append(at)
@@ -441,7 +441,7 @@ def grow(folder: Path, factor: float) -> None:
 
 
 def test_values_that_leave_fp16_are_computed_in_float32(folder: Path) -> None:
-    # The weights are in range, what is computed with them is not.
+    # The weights are in range, but values computed with them are not.
     grow(folder, 4e4)
     cells = packed(load(folder, "fp16")[0], np.random.default_rng(0))
     found, exact = (load(folder, precision)[1].embed(cells) for precision in ("fp16", "fp32"))

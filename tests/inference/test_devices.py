@@ -1,4 +1,4 @@
-"""Device processes: the same values from several, and none that outlives its parent or hides its end."""
+"""Several device processes give the same values; none outlives its parent or ends without an error."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""Checkpoints on S3: fetched once, verified each time, and never mixed."""
+"""Checkpoints on S3 are fetched once, verified each time, and never mixed."""
 
 import hashlib
 import os
@@ -46,7 +46,7 @@ def storage(s3: str, client: Any) -> Storage:
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The objects that were downloaded."""
+    """Return the names of the downloaded objects."""
     found: list[str] = []
     real = S3Objects.download
 
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_named(tmp_path: Path, storage: Storage) -> None:
 def test_another_version_gets_a_folder_of_its_own(tmp_path: Path, client: Any, storage: Storage) -> None:
     first = fetch(URI, storage, tmp_path / "cache")
     before = (first / "config.json").read_bytes()
-    # The same size.
+    # The new object has the same size.
     client.put_object(Bucket="models", Key="tf/c/config.json", Body=before.replace(b"model", b"MODEL"))
     second = fetch(URI, storage, tmp_path / "cache")
     assert (second / "config.json").read_bytes() == before.replace(b"model", b"MODEL")

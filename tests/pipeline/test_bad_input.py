@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("no_model")
 
 
 def edit_counts(project: Project, value: float) -> None:
-    """Write the first cell's counts anew, one of them changed; the old ones are taken out."""
+    """Replace the first cell's counts, with one of them changed."""
     uri = counts_folder(project)
     with tiledbsoma.open(str(uri)) as array:
         table = array.read().tables().concat()
@@ -255,7 +255,7 @@ ARRAY_FOLDERS = (
     "__fragment_meta",
     "__labels",
 )
-"""What TileDB makes within an array's folder, in this order, before it writes the schema."""
+"""Entries that TileDB makes in an array's folder, in this order, before it writes the schema."""
 
 
 @pytest.mark.parametrize("made", range(len(ARRAY_FOLDERS) + 1))

@@ -1,4 +1,4 @@
-"""Which cells a plan takes: joined and unknown labels, cells without counts, releases of older schemas."""
+"""A plan selects the right cells: joined and unknown labels, cells without counts, older schemas."""
 
 import numpy as np
 import pyarrow as pa
@@ -136,7 +136,7 @@ def drop(uri: str, *columns: str) -> None:
 
 
 def test_a_release_of_schema_1_0(project: Project) -> None:
-    """2023-05-15 and 2023-07-25: no statistics of the counts in obs or var, no observation_joinid, plain text."""
+    """Make a release like 2023-05-15 and 2023-07-25: no statistics of counts, no observation_joinid, plain text."""
     tiny(project, value_filter="is_primary_data == True", reuse=True, gene_order="vocabulary")
     organism = project.census / "census_data" / "homo_sapiens"
     statistics = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
@@ -186,7 +186,7 @@ def test_joinids_far_apart_take_no_memory(project: Project) -> None:
 
 
 def widen(uri: str, domain: list[int]) -> None:
-    """Replace an array by one of before SOMA 1.15: its shape is as large as its type allows."""
+    """Replace an array by one from before SOMA 1.15, whose shape is as large as its type allows."""
     with tiledbsoma.open(uri) as array:
         content = array.read().tables().concat()
     old = tiledb.ArraySchema.load(uri)

@@ -1,4 +1,4 @@
-"""`inspect`, `remove`, `canary` and `launch --dry-run` as an operator types them."""
+"""`inspect`, `remove`, `canary` and `launch --dry-run` work as an operator types them."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_canary_judges_by_fp32_and_keeps_only_its_rate(project: Project) -> None
     assert found["assays"] == 4
     assert found["release_cells"] == 200
     assert found["release_hours"] > 0
-    # Nothing but its rate, which the next plan's cost is told with.
+    # The canary stores nothing but its rate, from which the next plan's cost follows.
     assert [path.name for path in (project.folder / "store").rglob("*") if path.is_file()] == ["canary.json"]
     shown = project.command("launch", "tiny", RELEASE, "--dry-run")
     assert "(rate: measured: the canary of this set on CPU)" in shown.stdout

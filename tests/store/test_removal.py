@@ -1,4 +1,4 @@
-"""Removing what a store holds: never under a worker, and finished by the same command when it was cut short."""
+"""A removal never happens under a worker, and the same command finishes an interrupted one."""
 
 import json
 import os
@@ -33,7 +33,7 @@ DAY = 86400
 
 @pytest.fixture
 def root(project: Project) -> Path:
-    """The folder of an array that was finished an hour ago."""
+    """Return the folder of an array that was finished an hour ago."""
     tiny(project, cells=40, shards=2)
     with project.context("tiny") as context:
         fill(context)
@@ -49,7 +49,7 @@ def remove(root: Path) -> str:
 
 
 def cut_short(root: Path, seed: int) -> None:
-    """Delete some of the files, as a removal that was killed has done."""
+    """Delete some of the files, like a killed removal."""
     rng = random.Random(seed)
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.parent.name != "removal"]
     for path in rng.sample(files, rng.randrange(1, len(files))):

@@ -1,4 +1,4 @@
-"""Every rule of a finished array, broken on purpose; and what a set says of itself when it publishes."""
+"""A broken rule of a finished array is always found; a published set has the right metadata."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ RULES = ["schema", "shape", "storage_version", "cells", "features", "values", "p
 
 @pytest.fixture
 def finished(project: Project) -> Iterator[ReleaseContext]:
-    """A published array of every second cell, 100 of 200."""
+    """Make a published array of every second cell, 100 of 200."""
     tiny(project, mod=2, publication=PUBLICATION)
     with project.context("tiny") as context:
         fill(context)
@@ -42,7 +42,7 @@ def finished(project: Project) -> Iterator[ReleaseContext]:
 
 
 def broken(context: ReleaseContext) -> dict[str, tuple[str, ...]]:
-    """What each rule finds wrong, of those that find anything."""
+    """Return the faults of each broken rule."""
     try:
         findings = verify_array(context)
     except RuleError as error:
@@ -55,7 +55,7 @@ def opened(context: ReleaseContext) -> EmbeddingsArray:
 
 
 def put(context: ReleaseContext, joinids: list[int], features: list[int], values: list[float]) -> None:
-    """Commit some values as any program might, past all of our own checks."""
+    """Commit values as any program could, without this project's checks."""
     table = pa.table(
         {
             "soma_dim_0": pa.array(joinids, pa.int64()),
@@ -147,7 +147,7 @@ def test_damage_is_found_and_named(
 
 
 def test_files_that_were_replaced_under_the_same_names_are_found(finished: ReleaseContext) -> None:
-    """They leave all that TileDB says of its fragments as it was, but for their sizes."""
+    """Such values change nothing in TileDB's description of its fragments except their sizes."""
     good = opened(finished).fragments()[2]
     ids = np.arange(good.first, good.last + 1, 2)
     put(finished, np.repeat(ids, 16).tolist(), list(range(16)) * len(ids), [np.nan] * len(ids) * 16)
@@ -156,7 +156,7 @@ def test_files_that_were_replaced_under_the_same_names_are_found(finished: Relea
     shutil.rmtree(fragments / good.name)
     (fragments / bad.name).rename(fragments / good.name)
     (commits / f"{bad.name}.wrt").unlink()
-    # What was gathered of the fragments' metadata says the old file sizes.
+    # The consolidated metadata of fragments still has the old file sizes.
     shutil.rmtree(Path(finished.folder.array) / "__fragment_meta")
     found = broken(finished)
     assert found.keys() == {"values"}
@@ -164,7 +164,7 @@ def test_files_that_were_replaced_under_the_same_names_are_found(finished: Relea
 
 
 def replace_array(context: ReleaseContext, **options: Any) -> None:
-    """Put another array in the place of ours, with the metadata of ours."""
+    """Replace the array by another one with the same metadata."""
     with tiledbsoma.open(context.folder.array) as array:
         metadata = {key: value for key, value in array.metadata.items() if not key.startswith("soma_")}
         table = array.read().tables().concat()
@@ -293,7 +293,7 @@ def test_checks_in_dagster_name_the_cells(project: Project) -> None:
     def evaluations() -> dict[str, dg.AssetCheckEvaluation]:
         latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
         found = {key.name: record.event.dagster_event for key, record in latest.items() if record.event}
-        # A check whose step was not run is only planned.
+        # A check whose step did not run is only planned.
         return {
             name: event.asset_check_evaluation_data
             for name, event in found.items()
@@ -305,12 +305,12 @@ def test_checks_in_dagster_name_the_cells(project: Project) -> None:
         assert run({asset})
         assert {name for name, one in evaluations().items() if one.passed} == {*RULES, "verified"}
         infinite(context)
-        # The asset is not materialized then, and says why as its checks' results.
+        # Then the asset is not materialized, and the results of its checks say why.
         assert not run({asset})
         failed = {name: one for name, one in evaluations().items() if not one.passed}
         assert failed.keys() == {"values"}
         assert "2 cells have values that are not finite, joinids [4, 8]" in str(failed["values"].description)
-        # By command, the same.
+        # The command does the same.
         for more in ([], ["--full"]):
             done = project.command("verify", "tiny", RELEASE, *more)
             assert done.returncode == 1, done.stderr
