@@ -38,7 +38,7 @@ with open_devices(Path(sys.argv[1]), genes, "cpu", None) as (device,):
     sys.stdin.read()
 """
 """Imports no torch."""
-JUDGE = """
+UPSTREAM_WORKER = """
 import subprocess, sys
 from census_tf_dagster.pipeline.upstream import run_upstream
 process = subprocess.Popen([sys.executable, "-c", run_upstream()], stdin=subprocess.PIPE)
@@ -140,6 +140,6 @@ def test_a_parent_that_ended_before(stuck_import: str) -> None:
 
 
 def test_upstreams_command_ends_as_well(stuck_import: str, tmp_path: Path) -> None:
-    with started(JUDGE, path=stuck_import) as worker:
+    with started(UPSTREAM_WORKER, path=stuck_import) as worker:
         wait_for((tmp_path / "importing").exists)
         assert seconds_after_kill(worker) < LONGEST

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as torch sees them, on CPU tensors: what can be judged about CUDA calls without a card.
+"""NVIDIA GPUs as torch sees them, on CPU tensors, to test CUDA calls without a GPU.
 
 Doubles stand only for what torch has in C++. Torch's own Python above it is real, so a call that it refuses on a
 machine with GPUs (a device without an index, one that is out of range) is refused here as well. Tensors remember on
