@@ -63,9 +63,9 @@ def of_neighbours(agreement: Agreement | None) -> Verdict:
     }
     passed = agreement.excess >= LEAST_EXCESS and agreement.deviations >= LEAST_DEVIATIONS
     text = (
-        f"{agreement.share:.1%} of a cell's neighbours share its cell type, {agreement.baseline:.1%} when types are shuffled "
-        f"within each dataset: {agreement.excess:.2f} of the way from chance to perfect (at least {LEAST_EXCESS}), "
-        f"{agreement.deviations:,.0f} standard deviations (at least {LEAST_DEVIATIONS:g})."
+        f"{agreement.share:.1%} of a cell's neighbours share its cell type, {agreement.baseline:.1%} when types are "
+        f"shuffled within each dataset: {agreement.excess:.2f} of the way from chance to perfect (at least "
+        f"{LEAST_EXCESS}), {agreement.deviations:,.0f} standard deviations (at least {LEAST_DEVIATIONS:g})."
     )
     return Verdict(passed, text, figures=figures)
 
@@ -80,8 +80,8 @@ def of_dimensions(dimensions: Dimensions) -> Verdict:
     }
     if not dimensions.collapsed:
         text = (
-            f"All {dimensions.dimensions:,} dimensions vary; their variance equals that of {dimensions.effective_rank:,.1f} "
-            "equal dimensions."
+            f"All {dimensions.dimensions:,} dimensions vary; their variance equals that of "
+            f"{dimensions.effective_rank:,.1f} equal dimensions."
         )
         return Verdict(True, text, figures=figures)
     text = (
