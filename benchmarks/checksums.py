@@ -39,7 +39,7 @@ from census_tf_dagster.store import array as array_module
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.verification import verify_shard
-from census_tf_dagster.store.write_notes import Checksum, NoteBook, Written
+from census_tf_dagster.store.write_notes import Checksum, NoteWriter, Written
 
 FEATURES = 2048
 RELEASE = "2025-11-08"
@@ -83,7 +83,7 @@ def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[
         release = stack.enter_context(open_release(f"{place}/census", "homo_sapiens", storage))
         tokenizer = Tokenizer.build(release.genes().ids, read_checkpoint(Path(place) / "checkpoint"))
         tokenizer(read_cells(release, joinids[:megabatch]))
-        notes = NoteBook(storage, folder, plan, 0)
+        notes = NoteWriter(storage, folder, plan, 0)
         began = time.process_time()
         with array.writing() as write:
             for batch in batches:

@@ -23,7 +23,7 @@ from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.verification import is_verified, verify_shard
-from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
+from census_tf_dagster.store.write_notes import NoteWriter, Written, read_notes
 
 FEATURES = 8
 
@@ -53,7 +53,7 @@ def main() -> None:
         batches = with_checksums(divide(joinids, np.full(cells, 1800, np.int32), 1, 16384).megabatches, joinids)
         write_plan(storage, folder.plan, joinids, batches, plan_totals(batches, 1, 0))
         array = EmbeddingsArray.create(folder.array, storage, identity, cells)
-        notes = NoteBook(storage, folder, read_plan(storage, folder.plan), 0)
+        notes = NoteWriter(storage, folder, read_plan(storage, folder.plan), 0)
         rows: dict[str, list[float]] = {}
 
         def ask() -> int:

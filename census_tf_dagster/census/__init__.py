@@ -1,1 +1,1 @@
-"""The Census side: which cells a release holds, how they are split, and their counts as CSR."""
+"""The Census side: finds releases, plans which cells are embedded where, and reads their counts. Imports no Dagster."""

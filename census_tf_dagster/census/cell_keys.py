@@ -1,9 +1,11 @@
-"""A key for each cell that is equal in two releases only where the model would see the same cell.
+"""Makes a key for each cell. Two releases have equal keys only for cells that look the same to the model.
 
-Everything that the rule of reuse asks of a cell is hashed into 128 bits: its dataset and that dataset's version, its
-`observation_joinid`, its assay, the numbers of its counts (`nnz`, `raw_sum`), and the sequence of genes that its
-dataset has, in the order in which the model sees them. So two releases are compared without the Census of the earlier
-one, which may be gone. Among 200 million cells two keys are equal by chance with a probability of 1e-22.
+The key is a hash of 128 bits over everything that the rule of reuse compares: the dataset and its version, the cell's
+`observation_joinid`, its assay, the numbers of its counts (`nnz`, `raw_sum`), and the genes of its dataset in the order
+in which the model sees them. Two releases can therefore be compared without the earlier Census, which may be deleted.
+Among 200 million cells, two keys are equal by chance with a probability of 1e-22.
+
+Writing keys to a file and looking them up belongs in `key_file`.
 """
 
 import hashlib
@@ -17,31 +19,33 @@ from census_tf_dagster.census.release import OrganismRelease
 from census_tf_dagster.io.compiled import compiled
 
 Keys = npt.NDArray[np.uint64]
-"""``(n, 2)``. Zeros: the cell has no key, and is computed."""
+"""uint64 ``(n, 2)``. Two zeros: the cell has no key, so it is computed."""
 
 JOINID = "observation_joinid"
 KEY_COLUMNS = ("dataset_id", JOINID, "nnz")
 OPTIONAL_COLUMNS = ("raw_sum",)
-"""Compared where both releases have them: a key with is another one than without."""
+"""Columns that some releases lack. A key that includes such a column never equals a key without it."""
 
 _ROWS_AT_ONCE = 2**20
 
 
 def dataset_digests(release: OrganismRelease, gene_ids: Sequence[str], seen: Sequence[str]) -> dict[str, bytes]:
-    """Hash what a key needs of each dataset: id, version, and the genes it has in the order the model sees them.
+    """Hash each dataset's part of the keys: its id, its version, and its genes in the order the model sees them.
 
     Parameters
     ----------
     release
-        Where datasets and presence matrix stand.
-    gene_ids, seen
-        The gene axis in `var` order; those of it that get a token, in the order in which the model sees them.
+        The release that has the table of datasets and the presence matrix.
+    gene_ids
+        The gene axis in `var` order.
+    seen
+        The genes of that axis that get a token, in the order in which the model sees them.
 
     Returns
     -------
     dict
-        16 bytes by dataset id. A dataset without a version, or of which the presence matrix has no gene, is left out:
-        its cells are computed. Without a presence matrix, every dataset counts as having the whole axis.
+        16 bytes by dataset id. A dataset is left out if it has no version or no gene in the presence matrix; its cells
+        are computed. Without a presence matrix, every dataset counts as having the whole axis.
     """
     versions = release.dataset_versions()
     column_of = {gene: column for column, gene in enumerate(gene_ids)}
@@ -63,9 +67,9 @@ class KeyMaker:
     Parameters
     ----------
     datasets
-        As `dataset_digests` gives them.
+        The result of `dataset_digests`.
     assay_column
-        The obs column whose value the model is given beside the counts.
+        The obs column that the model gets besides the counts.
     """
 
     def __init__(self, datasets: Mapping[str, bytes], assay_column: str) -> None:
@@ -73,7 +77,7 @@ class KeyMaker:
         self.assay_column = assay_column
 
     def __call__(self, table: pa.Table) -> Keys:
-        """Return the keys of some rows of obs, uint64 ``(n, 2)``; zeros where a part of the key is missing."""
+        """Return the keys of some rows of obs, uint64 ``(n, 2)``; a row is zeros if a part of its key is missing."""
         keys = np.zeros((len(table), 2), np.uint64)
         start = 0
         for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
@@ -81,7 +85,7 @@ class KeyMaker:
             dataset, dataset_digest = _encode(batch["dataset_id"], lambda name: self.datasets.get(name, b""))
             assay, assay_digest = _encode(batch[self.assay_column], lambda name: _digest(name) if name else b"")
             joinids = batch[JOINID].cast(pa.large_string()).fill_null("")
-            # The buffers of an array that begins elsewhere are shared.
+            # A sliced array shares its buffers with the whole one, so the offset matters.
             offsets = np.frombuffer(joinids.buffers()[1], np.int64)[joinids.offset : joinids.offset + len(batch) + 1]
             text = joinids.buffers()[2]
             numbers = np.zeros((len(batch), 1 + len(OPTIONAL_COLUMNS)), np.uint64)
@@ -105,7 +109,7 @@ def _digest(*parts: str | bytes) -> bytes:
 
 
 def _encode(column: pa.Array, digest_of):  # type: ignore[no-untyped-def]
-    """Return codes, int32, and the digest of each code, uint64 ``(codes, 2)``; the last code stands for nothing."""
+    """Return codes, int32, and the digest of each code, uint64 ``(codes, 2)``; the last code means a missing value."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     names = column.dictionary.to_pylist()
@@ -119,7 +123,7 @@ def _encode(column: pa.Array, digest_of):  # type: ignore[no-untyped-def]
 
 @compiled(inline="always")
 def _mix(x):  # type: ignore[no-untyped-def]
-    """Return splitmix64's finalizer: a bijection in which each bit of the input moves half of the output's."""
+    """Apply splitmix64's finalizer: a bijection in which each input bit changes half of the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -127,7 +131,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _absorb(dataset, dataset_digest, assay, assay_digest, offsets, data, numbers, keys):  # type: ignore[no-untyped-def]
-    """Hash each row into two chains of 64 bits, which begin and take words differently."""
+    """Hash each row into two 64-bit chains that start from different values and mix words differently."""
     for row in range(len(dataset)):
         first, last = offsets[row], offsets[row + 1]
         a, b = dataset_digest[dataset[row], 0], dataset_digest[dataset[row], 1]
@@ -136,7 +140,7 @@ def _absorb(dataset, dataset_digest, assay, assay_digest, offsets, data, numbers
             continue
         a, b = _mix(a ^ c), _mix(b + d * np.uint64(0x9E3779B97F4A7C15))
         n_words = (last - first + 7) // 8
-        # The length of the text comes first, so that no text continues as another's numbers.
+        # The length of the text comes first, so that the end of a text cannot be mistaken for the numbers after it.
         for word in range(-1, n_words + numbers.shape[1]):
             if word < 0:
                 x = np.uint64(last - first)

@@ -1,4 +1,7 @@
-"""Counts of a megabatch's cells, read from the Census as CSR."""
+"""Reads the counts of a megabatch's cells from the Census as CSR, and sets aside cells with impossible counts.
+
+Turning counts into tokens belongs in `inference.tokens`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ from census_tf_dagster.io.compiled import compiled
 
 @dataclass(frozen=True)
 class Cells:
-    """Some cells, in ascending order of joinid, whose counts can be embedded.
+    """Cells whose counts can be embedded, in ascending order of joinid.
 
     Attributes
     ----------
@@ -26,9 +29,9 @@ class Cells:
     assays
         Assay label of each cell.
     set_aside
-        Why other cells that were asked for are not among these, by joinid.
+        The reason for each requested cell that is missing here, by joinid.
     fractional
-        How many of these cells have counts that are no whole numbers; upstream takes them as they are.
+        How many of these cells have counts that are not whole numbers. Upstream uses such counts as they are.
     """
 
     joinids: npt.NDArray[np.int64]
@@ -47,21 +50,21 @@ def read_cells(
     *,
     whole_counts: bool = False,
 ) -> Cells:
-    """Read raw counts and assays of the given cells; set aside those whose counts cannot be right.
+    """Read raw counts and assays of the given cells; set aside cells whose counts cannot be right.
 
-    A cell is set aside when a count is negative or not finite, a gene occurs twice, or obs states other counts than
-    X/raw has.
+    A cell is set aside when a count is negative or not finite, when a gene occurs twice, or when obs and X/raw disagree
+    about the number of its counts.
 
     Parameters
     ----------
     release
-        Where to read.
+        The release to read from.
     joinids
-        Ascending soma_joinids.
+        Ascending soma_joinids, int64 ``(n,)``.
     assay_column
         The obs column whose value becomes the auxiliary token.
     whole_counts
-        Set aside cells with counts that are no whole numbers, too.
+        Whether to set aside also cells with counts that are not whole numbers.
 
     Raises
     ------
@@ -78,8 +81,9 @@ def read_cells(
     if not np.array_equal(found, joinids):
         missing = np.setdiff1d(joinids, found)
         raise UserError(
-            f"{len(missing)} planned cells are not in {release.uri} {release.organism}, e.g. joinids "
-            f"{missing[:10].tolist()}: the Census has changed since it was planned."
+            f"{len(missing)} planned cells are not in obs of {release.organism} in {release.uri}, e.g. joinids "
+            f"{missing[:10].tolist()}. Expected the Census that was planned, but it has changed since: restore it, or "
+            "materialize obs_id_plan again."
         )
 
     tables = [
@@ -102,8 +106,8 @@ def read_cells(
         for row in np.flatnonzero(wrong).tolist():
             reasons.setdefault(row, why(row))
 
-    # A Census that was copied in part, or written twice, shows here. The Census builder counts stored values, which
-    # may include zeros, so fewer alone is no fault.
+    # This finds a Census that was copied in part or written twice. The Census builder counts stored values, which may
+    # include zeros, so fewer expressed genes than obs states are not an error.
     stated = obs[NNZ].to_numpy() if release.has_nnz else expressed
     set_aside(
         (expressed > stated) | ((expressed == 0) & (stated > 0)),
@@ -116,9 +120,11 @@ def read_cells(
         _scatter(row, genes, values, filled, columns, counts)
     set_aside(_sort_rows(indptr, columns, counts), lambda _: f"X/{LAYER} holds a gene twice")
     impossible, fractional = _check_counts(indptr, counts)
-    set_aside(impossible >= 0, lambda row: f"X/{LAYER} holds {counts[impossible[row]]!s}, which is no count")
+    set_aside(impossible >= 0, lambda row: f"X/{LAYER} holds {counts[impossible[row]]!s}, which is not a count")
     if whole_counts:
-        set_aside(fractional >= 0, lambda row: f"X/{LAYER} holds {counts[fractional[row]]!s}, which is no whole number")
+        set_aside(
+            fractional >= 0, lambda row: f"X/{LAYER} holds {counts[fractional[row]]!s}, which is not a whole number"
+        )
     kept = np.ones(len(joinids), np.bool_)
     kept[list(reasons)] = False
     assays = obs[assay_column].to_pylist()
@@ -156,7 +162,7 @@ def _scatter(rows, genes, values, filled, columns, counts):  # type: ignore[no-u
 
 @compiled()
 def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
-    """Sort each row by column; return which rows have a column twice."""
+    """Sort each row by column, in place; return which rows have a column twice, bool ``(rows,)``."""
     twice = np.zeros(len(indptr) - 1, np.bool_)
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
@@ -178,7 +184,7 @@ def _sort_rows(indptr, columns, counts):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _check_counts(indptr, counts):  # type: ignore[no-untyped-def]
-    """Return where each row's first impossible count is, and its first that is no whole number; -1: nowhere."""
+    """Return where each row has its first impossible count, and its first fractional one; -1 if it has none."""
     impossible = np.full(len(indptr) - 1, -1, np.int64)
     fractional = np.full(len(indptr) - 1, -1, np.int64)
     for row in range(len(indptr) - 1):

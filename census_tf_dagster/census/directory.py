@@ -1,8 +1,10 @@
-"""The Census release directory: which releases there are, for how long, and which were withdrawn.
+"""Reads the Census release directory: which releases exist, how long they stay, and which were withdrawn.
 
-It is read with cellxgene_census's own function, in a process of its own: that function waits for ever where a server
-does not answer, and follows aliases that name each other without end. Who looks (a sensor, in Dagster's code server)
-stays light and has an answer in time.
+cellxgene_census's own function reads the directory. It runs in a separate process, because it waits forever for a
+server that does not answer, and follows aliases that name each other without end. So the caller (a sensor in Dagster's
+code server) gets an answer in time and imports little.
+
+Opening a release belongs in `release`.
 """
 
 import calendar
@@ -20,16 +22,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from census_tf_dagster.errors import DirectoryError, UserError
 
 PATIENCE_SECONDS = 45.0
-"""Dagster gives a sensor 60 seconds."""
+"""How long to wait for the directory. Dagster gives a sensor 60 seconds."""
 
 WEEKLY_MONTHS = 1
 """How long weekly releases stay: "available for public access for 1 month" (Census data releases, November 2025)."""
 
 NAME = re.compile(r"\d{4}-\d{2}-\d{2}")
-"""Releases are named by their day; other names (stable, latest, V2) are aliases, which come and go."""
+"""A release is named by its day. Other names (stable, latest, V2) are aliases, which may change or disappear."""
 
 UNREACHABLE = "the Census release directory cannot be reached"
-ELSEWHERE = " (behind a proxy, set HTTPS_PROXY; a mirror of release.json is named by CENSUS_TF_CENSUS_DIRECTORY)"
+ELSEWHERE = (
+    ". Expected an answer from it: behind a proxy, set HTTPS_PROXY; to use a mirror of release.json, set "
+    "CENSUS_TF_CENSUS_DIRECTORY to its address"
+)
 
 
 class _Model(BaseModel):
@@ -42,7 +47,7 @@ class _Flags(_Model):
 
 
 class Retraction(_Model):
-    """Why a release was withdrawn, as the directory says."""
+    """When and why a release was withdrawn, as the directory states it."""
 
     date: str
     reason: str | None = None
@@ -77,13 +82,13 @@ class ListedRelease:
     built
         Day of its build.
     long_term
-        Kept for at least five years; otherwise it is a weekly one.
+        Whether it is kept for at least five years; otherwise it is a weekly release.
     retraction
-        Why it was withdrawn; None when it was not.
+        Why it was withdrawn; None if it was not.
     uri
-        Where its SOMA objects are.
+        Address of its SOMA objects.
     s3_region
-        Region of that bucket; empty where the directory does not say.
+        Region of that bucket; empty if the directory does not state it.
     """
 
     name: str
@@ -95,9 +100,10 @@ class ListedRelease:
 
     @property
     def deleted_from(self) -> date | None:
-        """The first day on which a weekly release may be gone, by policy; None for long-term ones.
+        """The first day on which a weekly release may be deleted, by policy; None for long-term releases.
 
-        The directory does not say it, and publication follows the build by some days: this is the earliest day.
+        The directory does not state the day. A release is published some days after its build, so this is the earliest
+        possible day.
         """
         return None if self.long_term else _months_later(self.built, WEEKLY_MONTHS)
 
@@ -107,19 +113,19 @@ class ListedRelease:
         return "long-term" if self.long_term else "weekly"
 
     def objections(self, finish: datetime | None) -> list[str]:
-        """Say why no work on it should start by itself; nothing when it may.
+        """Return the reasons against starting work on this release automatically; empty if there are none.
 
         Parameters
         ----------
         finish
-            When the work would end; None when that is unknown, and only a release that stays is safe.
+            When the work would end; None if that is unknown. Then every weekly release has an objection.
         """
         found = [f"the release was {self.retraction}"] if self.retraction else []
         if self.deleted_from is not None and (finish is None or finish.date() >= self.deleted_from):
             when = (
                 f"on {finish:%Y-%m-%d}"
                 if finish
-                else "on a day that nobody knows yet (no measured rate, or no fleet_gpus)"
+                else "on a day that is not known yet (no measured rate, or no fleet_gpus)"
             )
             found.append(f"the weekly release may be deleted from {self.deleted_from}, and the work would end {when}")
         return found
@@ -127,14 +133,14 @@ class ListedRelease:
 
 @dataclass(frozen=True)
 class Directory:
-    """What the directory lists: releases, the last one first, and what is wrong with entries that are none."""
+    """The directory's releases, latest first, and a message about each entry that is malformed."""
 
     releases: tuple[ListedRelease, ...]
     malformed: tuple[str, ...]
 
     def find(self, name: str) -> ListedRelease | None:
-        """Return a release by its name."""
-        return next((one for one in self.releases if one.name == name), None)
+        """Return a release by its name; None if the directory does not list it."""
+        return next((release for release in self.releases if release.name == name), None)
 
 
 def read_directory(url: str = "", patience: float = PATIENCE_SECONDS) -> Directory:
@@ -143,38 +149,41 @@ def read_directory(url: str = "", patience: float = PATIENCE_SECONDS) -> Directo
     Parameters
     ----------
     url
-        Where it is; empty: where cellxgene_census looks.
+        Address of the directory; empty: the one that cellxgene_census uses.
     patience
         Seconds that reading may take.
 
     Raises
     ------
     UserError
-        When `url` is no http address.
+        When `url` is not an http address.
     DirectoryError
-        When it does not answer in time, or answers something that is no directory.
+        When the directory does not answer in time, or the answer is not a directory.
     """
     if url and (urlparse(url).scheme not in ("http", "https") or not urlparse(url).netloc):
-        raise UserError(f"the Census directory's address is {url!r}; expected http(s)://HOST/.../release.json.")
+        raise UserError(
+            f"the Census directory's address is {url!r}; expected http(s)://HOST/.../release.json. Correct or unset "
+            "CENSUS_TF_CENSUS_DIRECTORY."
+        )
     where = f" at {url}" if url else ""
     command = [sys.executable, "-W", "ignore", "-m", __name__, url]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)  # noqa: S603
     except subprocess.TimeoutExpired as error:
-        raise DirectoryError(f"{UNREACHABLE}{where}: no answer in {patience:.0f} s.") from error
+        raise DirectoryError(f"{UNREACHABLE}{where}: no answer in {patience:.0f} s{ELSEWHERE}.") from error
     try:
         answer = json.loads(done.stdout)
     except ValueError as error:
-        raise DirectoryError(f"the Census release directory{where} was not read: {done.stderr[-1000:]}") from error
+        raise DirectoryError(f"the Census release directory{where} could not be read: {done.stderr[-1000:]}") from error
     if "unreachable" in answer:
-        raise DirectoryError(f"{UNREACHABLE}{where}: {answer['unreachable']}{ELSEWHERE}")
+        raise DirectoryError(f"{UNREACHABLE}{where}: {answer['unreachable']}{ELSEWHERE}.")
     if "malformed" in answer:
         raise DirectoryError(f"the Census release directory{where} is malformed: {answer['malformed']}")
     return parse_directory(answer["directory"])
 
 
 def parse_directory(entries: dict[str, Any]) -> Directory:
-    """Check what cellxgene_census made of the directory, entry by entry; aliases are left out.
+    """Check the entries that cellxgene_census read from the directory, one by one; aliases are left out.
 
     Raises
     ------
@@ -187,14 +196,14 @@ def parse_directory(entries: dict[str, Any]) -> Directory:
         try:
             releases.append(_release(name, _Entry.model_validate(entries[name])))
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            wrong = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
             malformed.append(f"{name}: {wrong}")
         except ValueError as error:
             malformed.append(f"{name}: {error}")
     if not releases:
         raise DirectoryError(
-            "the Census release directory is malformed: no entry is a release named by its day. "
-            + ("; ".join(malformed) or f"it has: {', '.join(sorted(entries)[:10]) or 'nothing'}")
+            "the Census release directory is malformed: it lists no release that is named by its day. "
+            + ("; ".join(malformed) or f"It lists: {', '.join(sorted(entries)[:10]) or 'nothing'}")
         )
     return Directory(tuple(releases), tuple(malformed))
 
@@ -225,16 +234,16 @@ def _ask(url: str) -> dict[str, Any]:
     from cellxgene_census import get_census_version_directory
 
     if url:
-        # Its own name for the address; there is no argument for it.
+        # cellxgene_census has no argument for the address, only this variable.
         upstream.CELL_CENSUS_RELEASE_DIRECTORY_URL = url
     try:
         return {"directory": get_census_version_directory(lts=None, retracted=None)}
     except requests.exceptions.JSONDecodeError as error:
-        return {"malformed": f"it is no JSON ({error})"}
+        return {"malformed": f"it is not JSON ({error})"}
     except requests.RequestException as error:
         return {"unreachable": f"{type(error).__name__}: {error}"}
     except (TypeError, AttributeError, KeyError, ValueError) as error:
-        return {"malformed": f"it is JSON of another form ({type(error).__name__}: {error})"}
+        return {"malformed": f"its JSON has another structure ({type(error).__name__}: {error})"}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Dividing the cells of a plan: into shards by what they cost, and each shard into megabatches."""
+"""Divides the cells of a plan into shards of about equal cost, and each shard into megabatches.
+
+It works on arrays alone. Choosing the cells belongs in `pipeline.list_cells`, writing the plan in `plan`.
+"""
 
 from dataclasses import dataclass
 
@@ -10,22 +13,22 @@ from census_tf_dagster.census.plan import Megabatch
 Int64Array = npt.NDArray[np.int64]
 
 COPY_TOKENS = 100
-"""What copying a cell counts beside computing one, in tokens: in time it is worth several hundred (about 1,500 cells/s
-a core against 750,000 tokens/s of a GPU), in money a few. Shards of copies alone then last about as long as others."""
+"""Cost of copying a cell, in tokens. In time a copy is worth several hundred tokens (about 1,500 cells/s per core
+against 750,000 tokens/s per GPU), in money a few. With this value, a shard of copies takes about as long as others."""
 
 _BLOCK = 2**16
 
 
 @dataclass(frozen=True)
 class Division:
-    """How cells are divided.
+    """The result of `divide`.
 
     Attributes
     ----------
     megabatches
         In the plan's order.
     order
-        Positions of the cells in that order; None: as they are.
+        Positions of the cells in that order, int64 ``(n,)``; None: the order did not change.
     """
 
     megabatches: tuple[Megabatch, ...]
@@ -48,19 +51,19 @@ def divide(
     tokens
         Tokens of each of those cells, ``(n,)``.
     shards
-        Number of shards; some stay empty when there are fewer cells.
+        Number of shards; some are empty if there are fewer cells than shards.
     megabatch_size
-        Cells in a megabatch; the last of a shard may be smaller.
+        Cells in a megabatch; the last one of a shard may be smaller.
     reused
-        Which cells are copied, ``(n,)``; None: none. Copied and computed cells never share a megabatch. A megabatch
-        does not reach across as many cells of the other kind as a megabatch has, so ranges interleave little, and
-        there are at most twice as many megabatches as without reuse.
+        Which cells are copied, bool ``(n,)``; None: no cell is. Copied and computed cells never share a megabatch. A
+        megabatch never spans `megabatch_size` or more consecutive cells of the other kind. So ranges interleave little,
+        and there are at most twice as many megabatches as without reuse.
     """
     weights = tokens if reused is None else np.where(reused, tokens.dtype.type(COPY_TOKENS), tokens)
     batches: list[Megabatch] = []
     chosen: list[Int64Array] = []
     for shard, (start, stop) in enumerate(_shard_edges(weights, shards)):
-        # Each is (first position, positions, copied or not).
+        # Each piece is (first position, positions, copied or not).
         pieces: list[tuple[int, slice | Int64Array, bool]] = []
         if reused is None:
             pieces += [
@@ -91,7 +94,7 @@ def divide(
 
 
 def _shard_edges(weights: npt.NDArray[np.integer], shards: int) -> list[tuple[int, int]]:
-    """Return start and stop of each shard; sums are taken block by block, as running ones take 8 bytes a cell."""
+    """Return start and stop of each shard. It sums block by block: running sums would take 8 bytes per cell."""
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.int64)
     running = np.cumsum(sums)
     edges = [0]

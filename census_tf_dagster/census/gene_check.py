@@ -1,12 +1,12 @@
-"""Whether gene ids belong to the counts beside them, judged by what is known outside the Census.
+"""Checks whether gene ids belong to the counts, with facts from outside the Census's `var`.
 
-Upstream's code and ours read the same `var`, so their agreement says nothing about a gene axis that is permuted or that
-belongs to another species. Three facts do not come from that table: which prefix Ensembl gives an organism's gene ids,
-which genes nearly every cell expresses, and how many cells express each column of X.
+Upstream's code and this project read the same `var`. If both agree, the gene axis may still be permuted or belong to
+another species. Three facts do not come from that table: the prefix that Ensembl gives an organism's gene ids, the
+genes that nearly every cell expresses, and the number of cells that express each column of X.
 
 `housekeeping_genes.tsv` lists 258 subunits of the ribosome, proteasome, chaperonin, respiratory chain, ATP synthase,
-translation factor 3 and spliceosome, without their tissue-specific paralogs. Ids are those of GENCODE 48 and M37 and
-Ensembl 114, by symbol, as CELLxGENE's curators use them for dataset schema 7.1 (single-cell-curation,
+translation factor 3 and spliceosome, without their tissue-specific paralogs. Its ids are those of GENCODE 48 and M37
+and of Ensembl 114, looked up by symbol, as CELLxGENE's curators use them for dataset schema 7.1 (single-cell-curation,
 `gencode_files`).
 """
 
@@ -43,31 +43,31 @@ PREFIXES = {
 """Prefix of the gene ids of each organism that CELLxGENE accepts."""
 
 LEAST_OF_ORGANISM = 0.5
-"""Share of ids that must have the organism's prefix; in a Census all have it."""
+"""Least share of ids that must have the organism's prefix; in a Census all have it."""
 
 LEAST_LISTED = 5
-"""Expressed housekeeping genes; with fewer, nothing can be said."""
+"""Least number of expressed housekeeping genes; with fewer, the rank says nothing."""
 
 LEAST_CORRELATED = 50
-"""Genes expressed in the sample; with fewer, a correlation says nothing."""
+"""Least number of genes expressed in the sample; with fewer, the correlation says nothing."""
 
 
 @dataclass(frozen=True)
 class GeneEvidence:
-    """What speaks for the gene ids.
+    """The evidence for the gene ids, from a sample of cells.
 
     Attributes
     ----------
     listed
-        Housekeeping genes that the looked-at cells express.
+        Number of housekeeping genes that the sample expresses.
     rank
-        Share of pairs of such a gene and another expressed one in which it is expressed by more cells; None where
-        fewer than `LEAST_LISTED` are expressed, or no other.
+        Over all pairs of an expressed housekeeping gene and another expressed gene: the share in which more cells
+        express the housekeeping gene. None if the sample expresses fewer than `LEAST_LISTED` of them or no other gene.
     correlation
-        Of `var`'s number of expressing cells with the sample's; None where `var` does not have it, or fewer than
-        `LEAST_CORRELATED` genes are expressed.
+        Rank correlation, over genes, of the number of expressing cells in `var` with that in the sample. None if `var`
+        does not have the number, or if the sample expresses fewer than `LEAST_CORRELATED` genes.
     cells
-        Cells looked at.
+        Number of cells in the sample.
     """
 
     listed: int
@@ -77,19 +77,19 @@ class GeneEvidence:
 
     @property
     def doubts(self) -> list[str]:
-        """Say what speaks against the gene ids; nothing when nothing does."""
+        """The reasons to doubt the gene ids; empty if there are none."""
         found = []
         if self.rank is not None and self.rank < LEAST_RANK:
             found.append(
-                f"gene ids hardly belong to these counts: {self.listed} housekeeping genes outrank other expressed "
-                f"genes in {self.rank:.0%} of pairs by number of cells (50% is chance; at least {LEAST_RANK:.0%} is "
-                f"expected; {self.cells:,} cells). Compare `var` with the source before anything is embedded."
+                f"the gene ids do not seem to belong to these counts: {self.listed} housekeeping genes outrank other "
+                f"expressed genes in {self.rank:.0%} of pairs by number of cells (50% is chance; {self.cells:,} "
+                f"cells). Expected at least {LEAST_RANK:.0%}: compare `var` with its source before you embed anything."
             )
         if self.correlation is not None and self.correlation < LEAST_CORRELATION:
             found.append(
-                "the order of `var` hardly belongs to X: the number of cells that express each gene, by `var` and by "
-                f"{self.cells:,} cells of X, has a rank correlation of {self.correlation:.2f} (at least "
-                f"{LEAST_CORRELATION} is expected). Compare `var` with the source before anything is embedded."
+                "the order of `var` does not seem to be that of X: the number of cells that express each gene, in "
+                f"`var` and in {self.cells:,} cells of X, has a rank correlation of {self.correlation:.2f}. Expected "
+                f"at least {LEAST_CORRELATION}: compare `var` with its source before you embed anything."
             )
         return found
 
@@ -98,8 +98,8 @@ class GeneEvidence:
             return " ".join(self.doubts)
         if self.rank is None:
             return (
-                f"Cannot be judged by housekeeping genes: these cells express {self.listed} of them "
-                f"(at least {LEAST_LISTED})."
+                f"Housekeeping genes cannot decide: these cells express {self.listed} of them, and at least "
+                f"{LEAST_LISTED} are needed."
             )
         return (
             f"{self.listed} housekeeping genes outrank other expressed genes in {self.rank:.0%} of pairs by number of "
@@ -108,7 +108,7 @@ class GeneEvidence:
 
 
 def require_organism(ids: Sequence[str], organism: str) -> None:
-    """Refuse gene ids of another species.
+    """Raise an error if the gene ids belong to another species.
 
     Raises
     ------
@@ -121,10 +121,11 @@ def require_organism(ids: Sequence[str], organism: str) -> None:
     found = Counter(_prefix(gene) for gene in ids)
     if found[prefix] < LEAST_OF_ORGANISM * len(ids):
         other, often = found.most_common(1)[0]
-        whose = next((name for name, one in PREFIXES.items() if one == other), "no organism of CELLxGENE")
+        owner = next((name for name, known in PREFIXES.items() if known == other), "no organism of CELLxGENE")
         raise UserError(
             f"{organism} has {found[prefix]:,} of {len(ids):,} gene ids with the prefix {prefix}; {often:,} have "
-            f"{other or 'none'!r}, which belongs to {whose}. Expected ids of {organism}: this gene axis is not its own."
+            f"{other or 'none'!r}, which belongs to {owner}. Expected gene ids of {organism}: check the set's "
+            "`organism` and the `var` of this Census."
         )
 
 
@@ -134,21 +135,21 @@ def _prefix(gene: str) -> str:
 
 
 def expressing_cells(cells: Cells, n_genes: int) -> npt.NDArray[np.int64]:
-    """Return how many of some cells express each gene, int64 ``(n_genes,)``."""
+    """Return how many of these cells express each gene, int64 ``(n_genes,)``."""
     return np.bincount(cells.columns[cells.values > 0], minlength=n_genes)
 
 
 def look_at_genes(genes: Genes, organism: str, expressing: npt.NDArray[np.int64], cells: int) -> GeneEvidence:
-    """Compare the counts of some cells with what is known of an organism's genes.
+    """Compare the counts of a sample of cells with the known facts about an organism's genes.
 
     Parameters
     ----------
     genes, organism
-        The gene axis, and whose it should be.
+        The gene axis, and the organism that it should belong to.
     expressing
-        How many of the cells express each gene, ``(n_genes,)``.
+        How many cells of the sample express each gene, int64 ``(n_genes,)``.
     cells
-        How many cells they are.
+        Number of cells in the sample.
     """
     expressed = expressing > 0
     ranks = _ranks(expressing[expressed])
@@ -160,13 +161,13 @@ def look_at_genes(genes: Genes, organism: str, expressing: npt.NDArray[np.int64]
     if genes.cells_expressing is not None and len(ranks) >= LEAST_CORRELATED:
         stated = _ranks(genes.cells_expressing[expressed])
         spread = ranks.std() * stated.std()
-        # All alike, as in a few cells of few genes, correlates with nothing.
+        # If all ranks are equal, as in a few cells with few genes, there is no correlation.
         correlation = float(np.mean((ranks - ranks.mean()) * (stated - stated.mean())) / spread) if spread else None
     return GeneEvidence(n, rank, correlation, cells)
 
 
 def _ranks(values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return ranks from 1; equal values share the mean of theirs."""
+    """Return ranks from 1; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
@@ -174,7 +175,7 @@ def _ranks(values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 @cache
 def housekeeping_genes(organism: str) -> frozenset[str]:
-    """Return the ids of genes that nearly every cell of an organism expresses; none where they are not listed."""
+    """Return the ids of genes that nearly every cell of an organism expresses; empty for an organism without a list."""
     head, *rows = (files(__package__) / "housekeeping_genes.tsv").read_text().splitlines()
     names = head.split("\t")
     if organism not in names:

@@ -1,7 +1,7 @@
-"""The keys of a plan's cells in a file, and finding in an earlier plan's file the cells of a new one.
+"""Writes the keys of a plan's cells to a file, and finds a new plan's cells in the file of an earlier plan.
 
-Parquet, in buckets by the first bits of the key, one row group each: two plans of any size are compared bucket by
-bucket, in the memory of one.
+The file is Parquet. The first bits of a key choose its bucket, and each bucket is one row group. Two plans of any size
+are compared bucket by bucket, in the memory of one bucket. Making keys belongs in `cell_keys`.
 """
 
 import json
@@ -21,7 +21,7 @@ from census_tf_dagster.io.storage import Storage
 Int64Array = npt.NDArray[np.int64]
 
 CELLS_IN_BUCKET = 2**20
-"""About how many cells a bucket holds."""
+"""Approximate number of cells in a bucket."""
 
 _COUNTS = b"census_tf_buckets"
 _SCHEMA = pa.schema({"soma_joinid": pa.int64(), "key": pa.binary(16)})
@@ -33,7 +33,7 @@ def write_keys(storage: Storage, uri: str, joinids: Int64Array, keys: Keys) -> N
     Parameters
     ----------
     joinids, keys
-        ``(n,)`` ascending, and ``(n, 2)``.
+        Ascending int64 ``(n,)``, and uint64 ``(n, 2)``.
     """
     bits = max(0, int(len(joinids) / CELLS_IN_BUCKET).bit_length())
     order, ends = _by_bucket(keys, bits)
@@ -59,20 +59,20 @@ def write_keys(storage: Storage, uri: str, joinids: Int64Array, keys: Keys) -> N
 
 
 def find_cells(storage: Storage, uri: str, keys: Keys) -> Int64Array:
-    """Find cells by their keys in a file of `write_keys`.
+    """Find cells by their keys in a file that `write_keys` wrote.
 
     Parameters
     ----------
     storage, uri
         The earlier plan's file.
     keys
-        Keys of the new cells, ``(n, 2)``.
+        Keys of the new cells, uint64 ``(n, 2)``.
 
     Returns
     -------
     numpy.ndarray
-        The earlier joinid of each cell, int64 ``(n,)``; -1 for a cell without a key, with one that the file does not
-        hold, or with one that two cells have on either side.
+        The earlier joinid of each cell, int64 ``(n,)``. It is -1 for a cell without a key, for a key that the file does
+        not hold, and for a key that two cells share in either plan.
 
     Raises
     ------
@@ -90,7 +90,10 @@ def find_cells(storage: Storage, uri: str, keys: Keys) -> Int64Array:
                 if len(joinids) and len(chosen):
                     found[chosen] = _match(earlier, joinids, keys[chosen])
     except (ValueError, KeyError, TypeError, pa.ArrowInvalid, OSError, tiledb.TileDBError) as error:
-        raise UserError(f"the keys at {uri} cannot be read ({error}).") from error
+        raise UserError(
+            f"the cells' keys at {uri} cannot be read ({error}). Expected the Parquet file that its obs_id_plan wrote: "
+            "materialize obs_id_plan of that release again."
+        ) from error
     return found
 
 
@@ -109,7 +112,7 @@ def _buckets(parquet: pq.ParquetFile, counts: list[int]) -> Iterator[tuple[Int64
 
 @compiled()
 def _by_bucket(keys, bits):  # type: ignore[no-untyped-def]
-    """Return positions of cells that have a key by bucket, in their order within each, and the buckets' ends."""
+    """Return the positions of cells with a key, bucket by bucket and in order within each, and the buckets' ends."""
     n_buckets = 1 << bits
     shift = np.uint64(64 - bits) if bits else np.uint64(0)
     ends = np.zeros(n_buckets + 1, np.int64)
@@ -129,7 +132,7 @@ def _by_bucket(keys, bits):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _match(earlier, joinids, keys):  # type: ignore[no-untyped-def]
-    """Return the earlier joinid for each key; -1 where there is none, or where either side has the key twice."""
+    """Return the earlier joinid for each key; -1 if there is none, or if either plan has the key twice."""
     size = 1
     while size < 2 * len(earlier):
         size *= 2

@@ -1,7 +1,9 @@
-"""Labels in a value filter that do not mean what they seem to: joined labels, and labels that obs does not have.
+"""Finds labels in a value filter that are misleading: joined labels, and labels that obs does not have.
 
-Releases since 2025 join the labels of a cell that has several by `` || ``, sorted: ``COVID-19 || pneumonia``. A filter
-``disease == 'COVID-19'`` does not match such a cell.
+Since 2025, a cell may have several labels in one column. The release sorts them and joins them by `` || ``, as in
+``COVID-19 || pneumonia``. A filter ``disease == 'COVID-19'`` does not match such a cell.
+
+Applying a filter belongs in `release`.
 """
 
 import ast
@@ -17,7 +19,7 @@ from census_tf_dagster.census.release import OrganismRelease, shortened
 
 SEPARATOR = "||"
 MOST_LABELS = 10_000
-"""Distinct values of a plain text column that are looked at: above, the column holds names of cells, not labels."""
+"""Most distinct values of a plain text column. A column with more holds names of cells, not labels."""
 
 _NEAREST = 3
 
@@ -29,9 +31,9 @@ class Comparison:
     Attributes
     ----------
     column, labels
-        As the filter has them.
+        As written in the filter.
     chosen
-        Whether the comparison takes these labels (``==``, ``in``) or leaves them out (``!=``, ``not in``).
+        Whether the comparison selects these labels (``==``, ``in``) or leaves them out (``!=``, ``not in``).
     tree, node
         The whole filter, parsed, and the comparison in it.
     """
@@ -48,12 +50,12 @@ class Comparison:
         left, right = self.node.left, self.node.comparators[0]
         values = ast.List([ast.Constant(label) for label in labels], ast.Load())
         other = ast.Compare(left if _attribute(left) else right, [operator], [values])
-        # What deepcopy believes to have copied already, it puts in place of the original.
+        # The memo tells deepcopy that it has already copied this node, so it inserts the new comparison.
         return ast.unparse(copy.deepcopy(self.tree, {id(self.node): other}))
 
 
 def find_comparisons(value_filter: str) -> list[Comparison]:
-    """Return the comparisons with text in a filter that SOMA has accepted."""
+    """Return the comparisons of columns with text in a filter. SOMA must have accepted the filter."""
     tree = ast.parse(value_filter.strip(), mode="eval")
     found = []
     for node in ast.walk(tree):
@@ -65,7 +67,7 @@ def find_comparisons(value_filter: str) -> list[Comparison]:
         chosen = isinstance(node.ops[0], ast.Eq | ast.In)
         if column is None or not (chosen or isinstance(node.ops[0], ast.NotEq | ast.NotIn)):
             continue
-        labels = [_constant(one) for one in (value.elts if isinstance(value, ast.List) else [value])]
+        labels = [_constant(element) for element in (value.elts if isinstance(value, ast.List) else [value])]
         texts = tuple(label for label in labels if isinstance(label, str))
         if texts and len(texts) == len(labels):
             found.append(Comparison(column, texts, chosen, tree, node))
@@ -86,7 +88,7 @@ def _constant(node: ast.expr) -> object:
 
 
 def read_labels(release: OrganismRelease, columns: set[str]) -> dict[str, list[str]]:
-    """Return the labels of those columns of obs that hold labels; of dictionary-encoded ones from metadata alone."""
+    """Return the labels of each of these obs columns that holds labels; dictionary columns need metadata only."""
     schema = release.obs.schema
     found = {}
     for column in columns & set(schema.names):
@@ -96,7 +98,7 @@ def read_labels(release: OrganismRelease, columns: set[str]) -> dict[str, list[s
         elif pa.types.is_large_string(kind):
             labels: set[str] = set()
             for table in release.obs.read(column_names=[column]):
-                labels.update(one for one in pc.unique(table[column]).to_pylist() if one is not None)
+                labels.update(label for label in pc.unique(table[column]).to_pylist() if label is not None)
                 if len(labels) > MOST_LABELS:
                     break
             else:
@@ -105,55 +107,55 @@ def read_labels(release: OrganismRelease, columns: set[str]) -> dict[str, list[s
 
 
 def unknown_labels(comparisons: Sequence[Comparison], labels: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return a sentence for each label of a filter that its column does not have, with the nearest that it has."""
+    """Return a message for each label of a filter that its column does not have, with the nearest existing labels."""
     said = []
-    for one in comparisons:
-        if one.column not in labels:
+    for comparison in comparisons:
+        if comparison.column not in labels:
             continue
-        known = {label.lower(): label for label in labels[one.column]}
-        for label in dict.fromkeys(one.labels):
+        known = {label.lower(): label for label in labels[comparison.column]}
+        for label in dict.fromkeys(comparison.labels):
             if label in known.values():
                 continue
             near = difflib.get_close_matches(label.lower(), list(known), n=_NEAREST)
             near = near or [other for other in known if label.lower() in other][:_NEAREST]
             nearest = f"; the nearest are {', '.join(repr(known[other]) for other in near)}" if near else ""
-            said.append(f"no cell has {one.column} {shortened(label)}{nearest}")
+            said.append(f"no cell has {comparison.column} {shortened(label)}{nearest}")
     return list(dict.fromkeys(said))
 
 
 def joined_labels(
     comparisons: Sequence[Comparison], labels: Mapping[str, Sequence[str]], cells: int, count: Callable[[str], int]
 ) -> list[str]:
-    """Return a sentence for each comparison that joined labels escape, with the filter that would not let them.
+    """Return a message for each comparison that misses joined labels, with a filter that includes them.
 
     Parameters
     ----------
     comparisons
-        Of the filter.
+        The comparisons of the filter.
     labels
-        By column, as `read_labels` gives them.
+        Labels by column, the result of `read_labels`.
     cells
-        Cells that the filter takes.
+        Number of cells that the filter selects.
     count
-        Tells how many another filter takes.
+        Returns the number of cells that another filter selects.
     """
     said = []
-    for one in comparisons:
-        wanted = [_parts(label) for label in one.labels]
+    for comparison in comparisons:
+        wanted = [_parts(label) for label in comparison.labels]
         joined = [
             label
-            for label in labels.get(one.column, ())
-            if label not in one.labels and any(parts < _parts(label) for parts in wanted)
+            for label in labels.get(comparison.column, ())
+            if label not in comparison.labels and any(parts < _parts(label) for parts in wanted)
         ]
         if not joined:
             continue
-        wider = one.with_labels([*one.labels, *joined])
+        wider = comparison.with_labels([*comparison.labels, *joined])
         if not (difference := abs(count(wider) - cells)):
             continue
-        does, aim = ("misses", "To take them") if one.chosen else ("keeps", "To leave them out")
+        does, aim = ("misses", "To take them") if comparison.chosen else ("keeps", "To leave them out")
         said.append(
-            f"value_filter: `{ast.unparse(one.node)[:160]}` {does} {difference:,} cells whose {one.column} joins that "
-            f"label with others, such as {joined[0]!r}. {aim} too, write: {wider}"
+            f"value_filter: `{ast.unparse(comparison.node)[:160]}` {does} {difference:,} cells whose "
+            f"{comparison.column} joins that label with others, such as {joined[0]!r}. {aim} too, write: {wider}"
         )
     return said
 

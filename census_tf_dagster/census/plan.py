@@ -1,14 +1,16 @@
-"""The plan: which cells are embedded, in which shard, in which write. Immutable once written.
+"""Writes and reads plans: which cells are embedded, in which shard, in which write. A written plan never changes.
 
-A plan is two Parquet files named by the plan's content hash, and a pointer to the current one:
+A plan is two Parquet files named by the plan's content hash, and a pointer to the current plan:
 
-- ``<hash>.obs_ids.parquet``: soma_joinid, **one row group per megabatch**, so that a worker reads just its own; in a
-  plan that reuses cells also source_joinid, where they stand in the earlier array;
+- ``<hash>.obs_ids.parquet``: soma_joinid, **one row group per megabatch**, so that a worker reads only its own. A plan
+  that reuses cells also has source_joinid: the cell's joinid in the earlier array.
 - ``<hash>.megabatches.parquet``: a row per megabatch (shard, first and last joinid, cells, tokens, checksum of its ids,
-  whether reused); the plan's hash is of these rows, so whoever reads a part of the ids can still check them;
+  whether it is reused). The plan's hash covers these rows, so a reader of some ids can still check them.
 - ``current.json``: the hash, and the totals that people ask for.
 
-Beside them, for sets with `reuse`, ``<hash>.keys.parquet`` lets a later release find these cells (`key_file`).
+For sets with `reuse`, a fourth file, ``<hash>.keys.parquet``, lets a later release find these cells (`key_file`).
+
+Choosing the cells belongs in `pipeline.list_cells`, dividing them in `division`.
 """
 
 import hashlib
@@ -40,7 +42,7 @@ _BATCH_OF_REUSE = ("reused", "sources")
 
 @dataclass(frozen=True)
 class Megabatch:
-    """What one write commits: some cells of one shard, ascending by joinid.
+    """The cells that one write commits: cells of one shard, ascending by joinid.
 
     Attributes
     ----------
@@ -51,11 +53,11 @@ class Megabatch:
     first, last
         Smallest and largest soma_joinid.
     cells, tokens
-        How many cells, and how many tokens they make at most.
+        Number of cells, and the largest number of tokens that they can make.
     reused
-        Whether they are copied from an earlier array, not computed.
+        Whether the cells are copied from an earlier array instead of computed.
     ids, sources
-        Checksums of its joinids and, where it is reused, of where they stand in the earlier array.
+        Checksum of the joinids and, if the megabatch is reused, of the same cells' joinids in the earlier array.
     """
 
     index: int
@@ -88,23 +90,23 @@ class Source:
 
 @dataclass(frozen=True)
 class PlanTotals:
-    """What a plan amounts to, as `current.json` and the asset's metadata show it.
+    """Totals of a plan, as `current.json` and the asset's metadata show them.
 
     Attributes
     ----------
     plan
-        Its content hash.
+        The plan's content hash.
     cells, primary_cells, tokens
-        Of the whole plan.
+        Totals of the whole plan.
     cells_reused, tokens_reused, source
-        Of the cells that are copied, and the array that they are copied from.
+        Totals of the cells that are copied, and the array that they are copied from.
     obs_ids
         Checksum of the consumers' list that was written with the plan (`store.obs_ids`).
     cells_without_counts
-        Planned cells that express no gene; None where the Census does not say.
+        Planned cells that express no gene; None if the Census does not state it.
     """
 
-    # What a later version adds may matter: this one then cannot read the plan.
+    # A field that a later version adds may matter, so this version refuses such a plan.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     plan: str
@@ -121,23 +123,23 @@ class PlanTotals:
 
     @property
     def cells_to_compute(self) -> int:
-        """Cells that go through the model."""
+        """Number of cells that go through the model."""
         return self.cells - self.cells_reused
 
     @property
     def tokens_to_compute(self) -> int:
-        """Tokens of the cells that go through the model, at most."""
+        """Largest number of tokens that go through the model."""
         return self.tokens - self.tokens_reused
 
 
 def to_compute(batches: Iterable[Megabatch]) -> list[Megabatch]:
-    """Return those of some megabatches that go through the model; the others are copied."""
+    """Return the megabatches that go through the model; the others are copied."""
     return [batch for batch in batches if not batch.reused]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A written plan. Ids stay in the file until they are asked for."""
+    """A written plan. It reads ids from the file only when a caller asks for them."""
 
     totals: PlanTotals
     megabatches: tuple[Megabatch, ...]
@@ -145,11 +147,11 @@ class Plan:
 
     @property
     def keys(self) -> str:
-        """Where the keys of its cells stand, if the set reuses cells."""
+        """Path of the file with the cells' keys, which exists if the set reuses cells."""
         return f"{self.folder}/{self.totals.plan}.keys.parquet"
 
     def shard(self, shard: int) -> tuple[Megabatch, ...]:
-        """Return the megabatches of one shard; empty when the plan has fewer cells than shards.
+        """Return the megabatches of one shard, which may be none if the plan has fewer cells than shards.
 
         Raises
         ------
@@ -158,8 +160,8 @@ class Plan:
         """
         if not 0 <= shard < self.totals.shards:
             raise UserError(
-                f"shard {shard} is not in the plan, which has {self.totals.shards} (0 to {self.totals.shards - 1}). "
-                "If the set's `shards` was changed, materialize obs_id_plan again."
+                f"shard {shard} is not in the plan; expected a shard from 0 to {self.totals.shards - 1}. "
+                "If you changed the set's `shards`, materialize obs_id_plan again."
             )
         return self._by_shard.get(shard, ())
 
@@ -169,18 +171,18 @@ class Plan:
         return {shard: tuple(batches) for shard, batches in groupby(ordered, key=lambda batch: batch.shard)}
 
     def read_ids(self, storage: Storage, batches: Iterable[Megabatch]) -> list[Int64Array]:
-        """Read the soma_joinids, int64 ascending, of each of some megabatches."""
+        """Read the soma_joinids of each given megabatch, int64 ascending."""
         return [ids for ids, _ in self._read(storage, batches, ["soma_joinid"])]
 
     def read_copies(self, storage: Storage, batch: Megabatch) -> tuple[Int64Array, Int64Array]:
-        """Read the soma_joinids of a megabatch that is reused, and those of the same cells in the earlier array."""
+        """Read the soma_joinids of a reused megabatch, and the joinids of the same cells in the earlier array."""
         ((ids, sources),) = self._read(storage, [batch], ["soma_joinid", "source_joinid"])
         return ids, sources
 
     def _read(
         self, storage: Storage, batches: Iterable[Megabatch], columns: list[str]
     ) -> list[tuple[Int64Array, Int64Array]]:
-        """Read the first and the last of some columns."""
+        """Read and check the first and the last of these columns, for each megabatch."""
         found = []
         try:
             with storage.open(f"{self.folder}/{self.totals.plan}.obs_ids.parquet") as file:
@@ -191,7 +193,7 @@ class Plan:
                         raise ValueError(f"megabatch {batch.index} lacks values of {' or '.join(columns)}")
                     ids, last = (table[name].to_numpy() for name in (columns[0], columns[-1]))
                     if checksum(ids) != batch.ids or (len(columns) > 1 and checksum(last) != batch.sources):
-                        raise ValueError(f"megabatch {batch.index} holds other ids than were planned")
+                        raise ValueError(f"megabatch {batch.index} holds other ids than the plan")
                     found.append((ids, last))
         except _DAMAGE as error:
             raise _damaged(self.folder, error) from error
@@ -199,16 +201,19 @@ class Plan:
 
 
 _DAMAGE = (ValueError, TypeError, KeyError, IndexError, OSError, pa.ArrowException, tiledb.TileDBError)
-"""What reading a file with another content may raise."""
+"""Errors that a file with unexpected content may cause."""
 
 
 def _damaged(folder: str, error: Exception | str) -> UserError:
     said = str(error).replace("\n", " ")[:200]
-    return UserError(f"the plan at {folder} is damaged ({said}): materialize obs_id_plan again.")
+    return UserError(
+        f"the plan at {folder} is damaged ({said}). Expected the files that obs_id_plan wrote: materialize obs_id_plan "
+        "again."
+    )
 
 
 def checksum(ids: Int64Array) -> str:
-    """Return the XXH3 checksum, 128 bits in hexadecimal, of some ids."""
+    """Return the XXH3 checksum of ids, 128 bits in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ids, "<i8").data)
 
 
@@ -234,16 +239,16 @@ def with_checksums(
 def plan_totals(
     megabatches: Sequence[Megabatch], shards: int, primary_cells: int, source: Source | None = None
 ) -> PlanTotals:
-    """Sum a division up, and name it by the hash of its content.
+    """Sum up a division, and name the plan by the hash of its content.
 
     Parameters
     ----------
     megabatches
-        With their checksums.
+        Megabatches with their checksums.
     shards, primary_cells
-        As `PlanTotals` has them.
+        The fields of `PlanTotals`.
     source
-        The array that the plan copies from, if it copies.
+        The array that the plan copies from; None if it copies nothing.
     """
     copied = [batch for batch in megabatches if batch.reused]
     source = source if copied else None
@@ -269,19 +274,19 @@ def write_plan(
     totals: PlanTotals,
     sources: Int64Array | None = None,
 ) -> Plan:
-    """Write a plan below `folder` and make it the current one; equal plans are equal files.
+    """Write a plan below `folder` and make it the current one. Equal plans give equal files.
 
     Parameters
     ----------
     joinids
         In the order of the megabatches.
     sources
-        Where each cell stands in the earlier array, in the same order; None for a plan that reuses nothing.
+        The joinid of each cell in the earlier array, in the same order; None for a plan that reuses nothing.
     """
     index = pa.Table.from_pylist([asdict(batch) for batch in megabatches])
     if sources is None:
         index = index.drop_columns(list(_BATCH_OF_REUSE))
-    # Written again when they are there: the same content, and whole again should one have been damaged.
+    # Existing files are written again: the content is the same, and this repairs a damaged file.
     storage.write(f"{folder}/{totals.plan}.megabatches.parquet", parquet_bytes([index]))
     ids = parquet_bytes(_id_tables(joinids, megabatches, sources))
     storage.write(f"{folder}/{totals.plan}.obs_ids.parquet", ids)
@@ -309,11 +314,11 @@ def read_plan(storage: Storage, folder: str) -> Plan:
     Raises
     ------
     UserError
-        When there is none yet, or its files disagree.
+        When there is no plan yet, or its files disagree.
     """
     pointer = f"{folder}/current.json"
     if not storage.exists(pointer):
-        raise UserError(f"there is no plan at {folder}: materialize obs_id_plan of this release first.")
+        raise UserError(f"there is no plan at {folder}; expected one: materialize obs_id_plan of this release first.")
     try:
         totals = _TOTALS.validate_json(storage.read(pointer))
         rows = pq.read_table(io.BytesIO(storage.read(f"{folder}/{totals.plan}.megabatches.parquet"))).to_pylist()
@@ -336,7 +341,7 @@ def parquet_bytes(row_groups: Iterable[pa.Table]) -> bytes:
     writer = None
     for table in row_groups:
         if writer is None:
-            # Ascending ids take about a byte each when delta-encoded.
+            # With delta encoding, an ascending id takes about one byte.
             encoding = {name: "DELTA_BINARY_PACKED" for name in table.column_names if name in _ID_COLUMNS}
             writer = pq.ParquetWriter(
                 sink, table.schema, compression="zstd", use_dictionary=False, column_encoding=encoding or None

@@ -1,6 +1,7 @@
-"""Write a Census: the layout of CELLxGENE Census schema 2.4.0, on a local path.
+"""Writes a Census in the layout of CELLxGENE Census schema 2.4.0, to a local path.
 
-`cellxgene_census.open_soma(uri=...)` opens what `build_census` writes.
+`cellxgene_census.open_soma(uri=...)` opens the result of `build_census`. Making up cells belongs in `synthetic`,
+columns and terms in `schema`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from census_tf_dagster.demo.frames import write_frame
 from census_tf_dagster.errors import UserError
 
 ROWS_PER_WRITE = 2048
-"""One row of tiles: a write touches no tile twice, and its memory does not grow with the Census."""
+"""Rows per write, one row of tiles. So a write touches no tile twice, and its memory does not grow with the Census."""
 
 _GENES_PER_TILE = 2048
 
@@ -53,17 +54,17 @@ class Organism:
     label
         Scientific name, ``"Homo sapiens"``.
     counts
-        Raw counts, cells x genes, float32: whole numbers from 1 up, no stored zeros.
+        Raw counts, cells x genes, float32: whole numbers of 1 or more, no stored zeros.
     genes
-        One row a gene in var order: ``feature_id``, ``feature_name``, ``feature_length``, and
-        ``feature_type`` where it is known (otherwise ``"protein_coding"``).
+        One row per gene in var order: ``feature_id``, ``feature_name``, ``feature_length``, and optionally
+        ``feature_type`` (default ``"protein_coding"``).
     cells
-        One row a cell, any subset of `schema.OBS_COLUMNS`; the rest gets defaults the schema accepts.
+        One row per cell, with any of `schema.OBS_COLUMNS`; the others get defaults that the schema accepts.
 
     Raises
     ------
     UserError
-        If the parts do not fit each other or the counts are no raw counts.
+        If the parts do not match, or the counts are not raw counts.
     """
 
     name: str
@@ -75,25 +76,32 @@ class Organism:
     def __post_init__(self) -> None:
         key = schema.experiment_name(self.label)
         if self.name != key:
-            raise UserError(f"organism name is {self.name!r}; its label {self.label!r} requires {key!r}.")
+            raise UserError(
+                f"the organism's name is {self.name!r}; expected {key!r} for the label {self.label!r}: use that."
+            )
         if self.counts.shape != (len(self.cells), len(self.genes)) or 0 in self.counts.shape:
             raise UserError(
-                f"{self.name}: counts are {self.counts.shape}, with {len(self.cells)} rows of cells and "
-                f"{len(self.genes)} rows of genes. Give one row a cell and a gene, at least one of each."
+                f"{self.name}: the counts are {self.counts.shape}, but there are {len(self.cells)} rows of cells and "
+                f"{len(self.genes)} rows of genes. Give one row per cell and per gene, at least one of each."
             )
         missing = {"feature_id", "feature_name", "feature_length"} - set(self.genes.columns)
         if missing:
-            raise UserError(f"{self.name}: genes lack {sorted(missing)}; found {list(self.genes.columns)}.")
+            raise UserError(
+                f"{self.name}: the genes have the columns {list(self.genes.columns)}; expected also {sorted(missing)}: "
+                "add them."
+            )
         ids = self.genes["feature_id"]
         if ids.duplicated().any():
             twice = ids[ids.duplicated()].iloc[0]
-            raise UserError(f"{self.name}: feature_id {twice!r} stands twice in genes. Keep one of them.")
+            raise UserError(
+                f"{self.name}: the genes have the feature_id {twice!r} twice; expected each id once. Keep one of them."
+            )
         data = self.counts.data
         wrong = data[(data < 1) | (data != np.rint(data))]
         if len(wrong):
             raise UserError(
-                f"{self.name}: {len(wrong)} stored counts are no whole number of 1 or more, "
-                f"first {wrong[0]}. Give raw counts and call eliminate_zeros() on them."
+                f"{self.name}: {len(wrong)} stored counts are not whole numbers of 1 or more, such as {wrong[0]}. "
+                "Give raw counts and call eliminate_zeros() on them."
             )
 
 
@@ -103,12 +111,11 @@ def build_census(uri: str, release: str, organisms: Sequence[Organism]) -> None:
     Parameters
     ----------
     uri
-        Local path; nothing may be there yet.
+        Local path, which must not exist yet.
     release
-        Name of the release. Where it is a date it becomes the ``census_build_date``, otherwise that is
-        2025-11-08.
+        Name of the release. If it is a date, it becomes the ``census_build_date``; otherwise that is 2025-11-08.
     organisms
-        What stands below ``census_data``, at most one of each name.
+        The organisms below ``census_data``, at most one of each name.
     """
     obs = {organism.name: schema.complete_cells(organism.cells, organism.name) for organism in organisms}
     labels = [organism.label for organism in organisms]
@@ -171,7 +178,7 @@ def _write_experiment(experiment: Any, organism: Organism, obs: pd.DataFrame, da
                     long = full_gene[start : start + block.shape[0]][rows]
                     weights = values / np.where(long, lengths[block.indices], 1.0)
                     values = weights / np.bincount(rows, weights, minlength=block.shape[0])[rows]
-                # Rows ascend already: a stable sort by tile gives TileDB's global order, five times faster.
+                # Rows ascend already, so a stable sort by tile gives TileDB's global order. It is five times faster.
                 order = np.argsort((block.indices // _GENES_PER_TILE).astype(np.uint16), kind="stable")
                 layer.write(
                     _coordinates(rows[order] + start, block.indices[order], values[order].astype(np.float32)),

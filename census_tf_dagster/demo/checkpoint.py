@@ -1,7 +1,7 @@
-"""Write a small checkpoint with random weights, in the layout of TranscriptFormer 0.6.1.
+"""Writes a small checkpoint with random weights, in the layout of TranscriptFormer 0.6.1.
 
-Names and shapes follow that release's ``model.py``, ``layers.py`` and ``vocab.py``; its command line loads
-the result with a strict state dict.
+Names and shapes follow that release's ``model.py``, ``layers.py`` and ``vocab.py``. Its command line loads the result
+with a strict state dict. Reading a checkpoint belongs in `inference.checkpoint`.
 """
 
 import json
@@ -18,7 +18,8 @@ from census_tf_dagster.errors import UserError
 SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
 UNKNOWN_ASSAY = "unknown"
 
-# Attention scores then have a standard deviation near 4: far from uniform, and the softcap of 10 bends them.
+# With this gain, attention scores have a standard deviation near 4. So attention is far from uniform, and the softcap
+# of 10 has an effect.
 _QUERY_KEY_GAIN = 2.0
 
 
@@ -42,9 +43,9 @@ def build_checkpoint(
     Parameters
     ----------
     folder
-        Created where it is missing.
+        Folder to write; created if it is missing.
     gene_ids
-        The vocabulary: ``{species: ids}`` becomes one ``<species>_gene.h5`` each, in that order; a plain
+        The vocabulary: ``{species: ids}`` becomes one ``<species>_gene.h5`` per species, in that order; a plain
         sequence becomes ``demo_gene.h5``.
     assays
         Labels that the model knows; ``"unknown"`` is added as index 0.
@@ -52,7 +53,7 @@ def build_checkpoint(
         Sizes of the model: token width, attention heads, layers, feed-forward width, width of the protein
         embeddings. The real models have 2048, 16, 12, 2048 and 2560.
     seq_len, block_len
-        Gene positions, and the attention block that has to divide ``seq_len + 1``.
+        Number of gene positions, and the attention block, which must divide ``seq_len + 1``.
     gene_head_dim
         Hidden width of the gene-id head, which no embedding needs; 2048 in the real models.
     seed
@@ -61,7 +62,7 @@ def build_checkpoint(
     Raises
     ------
     UserError
-        If a gene stands twice, or sizes do not divide.
+        If a gene or assay occurs twice, or sizes are not multiples.
     """
     species = dict(gene_ids) if isinstance(gene_ids, Mapping) else {"demo": gene_ids}
     genes = [gene for ids in species.values() for gene in ids]
@@ -69,14 +70,15 @@ def build_checkpoint(
     _require_unique("assay", [UNKNOWN_ASSAY, *assays])
     if embed_dim % (2 * num_heads) or (seq_len + 1) % block_len:
         raise UserError(
-            f"embed_dim {embed_dim} must be a multiple of 2 x num_heads {num_heads}, and seq_len + 1 = "
-            f"{seq_len + 1} a multiple of block_len {block_len}. The real models have 2048, 16, 2047, 128."
+            f"embed_dim is {embed_dim}, num_heads {num_heads}, seq_len {seq_len}, block_len {block_len}; expected "
+            "embed_dim as a multiple of 2 x num_heads and seq_len + 1 as a multiple of block_len. Change the sizes; "
+            "the real models have 2048, 16, 2047, 128."
         )
     vocabs = folder / "vocabs"
     vocabs.mkdir(parents=True, exist_ok=True)
     assay_vocab = {assay: index for index, assay in enumerate([UNKNOWN_ASSAY, *assays])}
     (vocabs / "assay_vocab.json").write_text(json.dumps(assay_vocab, indent=1))
-    # Upstream draws the special tokens this way.
+    # Upstream makes the special tokens' embeddings this way.
     special = np.random.RandomState(42).rand(len(SPECIAL_TOKENS), esm_dim).astype(np.float32)
     tables = [special]
     rng = np.random.default_rng([0, seed])
@@ -133,14 +135,14 @@ def build_pretrained_embeddings(path: Path, gene_ids: Sequence[str], esm_dim: in
     gene_ids
         Genes of the species, each once.
     esm_dim
-        That of the checkpoint which the file is for.
+        The `esm_dim` of the checkpoint for which the file is made.
     seed
         Equal arguments give equal embeddings.
 
     Raises
     ------
     UserError
-        If a gene stands twice.
+        If a gene occurs twice.
     """
     _require_unique("gene", gene_ids)
     _write_gene_h5(path, gene_ids, _protein_embeddings(np.random.default_rng([1, seed]), len(gene_ids), esm_dim))
@@ -197,7 +199,7 @@ def _weights(
         state[f"{name}.bias"] = 0.1 * normal(width)
 
     def mlp(name: str, n_in: int, n_hidden: int, n_out: int) -> None:
-        # Positions in upstream's nn.Sequential; ReLU (1) and Dropout (3) hold no weights.
+        # These are positions in upstream's nn.Sequential. ReLU (1) and Dropout (3) have no weights.
         linear(f"{name}.layers.0", n_in, n_hidden)
         norm(f"{name}.layers.2", n_hidden)
         linear(f"{name}.layers.4", n_hidden, n_out)
@@ -213,7 +215,7 @@ def _weights(
             linear(f"{layer}.self_attn.linears.{part}", embed_dim, embed_dim, gain, bias=False)
         norm(f"{layer}.norm1", embed_dim)
         norm(f"{layer}.norm2", embed_dim)
-    # The count and gene-id heads: no embedding needs them, but the state dict is strict.
+    # No embedding needs the count and gene-id heads, but the state dict is strict.
     state["mu.gene_embedding.weight"] = normal(n_genes, 1)
     mlp("mu.mlp", 2 * embed_dim, embed_dim // 2, 1)
     mlp("gene_id_head", embed_dim, gene_head_dim, n_genes)
@@ -221,7 +223,7 @@ def _weights(
 
 
 def _protein_embeddings(rng: np.random.Generator, n: int, width: int) -> npt.NDArray[np.float32]:
-    # Mean ESM-2 embeddings share a large part across all species; the genes differ around it.
+    # Mean ESM-2 embeddings share a large part across all species, and genes differ from it a little.
     common = np.random.default_rng(width).normal(0.0, 0.5, width)
     return (common + rng.normal(0.0, 0.3, (n, width))).astype(np.float32)
 
@@ -230,7 +232,7 @@ def _write_gene_h5(path: Path, gene_ids: Sequence[str], embeddings: npt.NDArray[
     with h5py.File(path, "w", libver="latest") as file:
         file.create_dataset("keys", data=np.array(gene_ids, dtype="S"))
         arrays = file.create_group("arrays")
-        # h5py's low level, for it is twice as fast: one dataset a gene makes 20,000 of them.
+        # h5py's low-level functions are twice as fast, which matters for 20,000 datasets, one per gene.
         space = h5py.h5s.create_simple((embeddings.shape[1],))
         create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         create.set_layout(h5py.h5d.COMPACT)
@@ -243,5 +245,5 @@ def _require_unique(kind: str, names: Sequence[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise UserError(f"{kind} {name!r} stands twice in the vocabulary. Give each {kind} once.")
+            raise UserError(f"{kind} {name!r} occurs twice in the vocabulary; expected each once: remove one of them.")
         seen.add(name)

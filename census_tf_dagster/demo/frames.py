@@ -1,7 +1,8 @@
-"""Write a SOMA dataframe that tiledbsoma 1.15.3 can filter too: the version that builds the Census, and its curators'.
+"""Writes a SOMA dataframe that tiledbsoma 1.15.3 can filter, too: the Census is built and curated with that version.
 
-tiledbsoma 2.3.0 names the enumeration of the column `disease` `disease_U`. Version 1.15.3 looks for one with the name
-of the column, and refuses every filter where it finds none. Newer versions follow the column's own reference.
+tiledbsoma 2.3.0 gives the enumeration of the column `disease` the name `disease_U`. Version 1.15.3 looks for an
+enumeration with the name of the column, and refuses every filter if there is none. Newer versions follow the column's
+own reference.
 """
 
 import shutil
@@ -22,15 +23,15 @@ def write_frame(parent: Any, name: str, frame: pd.DataFrame) -> None:
     parent
         A collection on a local path, open for writing.
     name
-        Key of the dataframe in it.
+        Key of the dataframe in the collection.
     frame
-        The rows; joinids are their positions. Text columns of categories become dictionary-encoded columns.
+        The rows; joinids are their positions. Categorical text columns become dictionary-encoded columns.
     """
     frame = frame.assign(soma_joinid=np.arange(len(frame)))
     frame = frame[["soma_joinid", *frame.columns.drop("soma_joinid")]]
     table = pa.Table.from_pandas(frame, preserve_index=False)
     domain = [(0, len(frame) - 1)]
-    # tiledbsoma 2.3.0 loses enumeration values written through the handle that creates the dataframe.
+    # tiledbsoma 2.3.0 loses enumeration values that are written through the handle that creates the dataframe.
     with parent.add_new_dataframe(
         name, schema=table.schema, index_column_names=["soma_joinid"], domain=domain
     ) as created:
@@ -41,10 +42,10 @@ def write_frame(parent: Any, name: str, frame: pd.DataFrame) -> None:
 
 
 def _name_enumerations_as_columns(path: str) -> None:
-    """Replace an empty array by one with the same schema and metadata, but other names of enumerations."""
+    """Replace an empty array by one with the same schema and metadata, whose enumerations have their columns' names."""
     schema = tiledb.ArraySchema.load(path)
     attributes = [schema.attr(i) for i in range(schema.nattr)]
-    encoded = [one.name for one in attributes if one.enum_label is not None]
+    encoded = [attribute.name for attribute in attributes if attribute.enum_label is not None]
     if not encoded:
         return
     with tiledb.open(path) as array:
@@ -53,14 +54,14 @@ def _name_enumerations_as_columns(path: str) -> None:
         domain=schema.domain,
         attrs=[
             tiledb.Attr(
-                name=one.name,
-                dtype="U" if one.isvar else one.dtype,
-                var=one.isvar,
-                nullable=one.isnullable,
-                filters=one.filters,
-                enum_label=one.name if one.name in encoded else None,
+                name=attribute.name,
+                dtype="U" if attribute.isvar else attribute.dtype,
+                var=attribute.isvar,
+                nullable=attribute.isnullable,
+                filters=attribute.filters,
+                enum_label=attribute.name if attribute.name in encoded else None,
             )
-            for one in attributes
+            for attribute in attributes
         ],
         enums=[tiledb.Enumeration(column, False, dtype="U") for column in encoded],
         cell_order=schema.cell_order,

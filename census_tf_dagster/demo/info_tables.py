@@ -1,4 +1,4 @@
-"""The tables below ``census_info``: what a Census says of itself."""
+"""Makes the tables below ``census_info``, which describe a Census. Writing them belongs in `census`."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ _FALLBACK_BUILD_DATE = "2025-11-08"
 
 
 def summary(release: str, obs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of ``summary``: versions, build date, numbers of cells and donors."""
+    """Return the table ``summary``: versions, build date, numbers of cells and donors."""
     try:
         build_date = datetime.date.fromisoformat(release).isoformat()
     except ValueError:
@@ -24,13 +24,13 @@ def summary(release: str, obs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         "unique_cell_count": str(sum(int(cells["is_primary_data"].sum()) for cells in obs.values())),
     }
     for name, cells in obs.items():
-        # The schema counts a donor once in each dataset.
+        # By the schema, a donor counts once per dataset.
         rows[f"number_donors_{name}"] = str(len(cells[["dataset_id", "donor_id"]].drop_duplicates()))
     return pd.DataFrame(rows.items(), columns=["label", "value"])
 
 
 def datasets(obs: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return one row a dataset of any organism, in the order in which the cells name them."""
+    """Return the table ``datasets``: one row per dataset of any organism, in order of first occurrence."""
     found = pd.concat([cells[["dataset_id", "dataset_version_id"]].astype(str) for cells in obs])
     groups = found.groupby("dataset_id", sort=False)["dataset_version_id"].agg(["first", "size"]).reset_index()
     return pd.DataFrame(
@@ -50,7 +50,7 @@ def datasets(obs: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def cell_counts(obs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return ``summary_cell_counts``: cells by organism label, category and value."""
+    """Return the table ``summary_cell_counts``: numbers of cells by organism label, category and value."""
     parts = []
     for organism, cells in obs.items():
         primary = cells["is_primary_data"]
@@ -79,7 +79,7 @@ def _part(
 
 
 def organisms(labels: Sequence[str]) -> pd.DataFrame:
-    """Return one row an organism."""
+    """Return the table ``organisms``: one row per organism."""
     return pd.DataFrame(
         {
             "organism_ontology_term_id": [schema.term_id(label) for label in labels],

@@ -1,4 +1,7 @@
-"""The demo: a small Census and checkpoint, and Dagster taking them to the final arrays."""
+"""Runs the demo: builds a small Census and checkpoint, and lets Dagster materialize everything up to the arrays.
+
+Writing the data belongs in `census` and `checkpoint`.
+"""
 
 import os
 import sys
@@ -35,12 +38,12 @@ concurrency:
   runs:
     # Shards of one machine share its devices.
     max_concurrent_runs: 1
-# A run that does not start, or does not end when it is cancelled, fails; the sensor lost_runs ends those whose worker
-# is gone.
+# A run fails if it does not start, or does not end when it is cancelled. The sensor lost_runs ends runs whose worker is
+# gone.
 run_monitoring:
   enabled: true
   start_timeout_seconds: 600
-# For lost workers; what an asset raises is for a person.
+# Runs are retried if their worker is lost. An error that an asset raises needs a person.
 run_retries:
   enabled: true
   max_retries: 3
@@ -52,7 +55,7 @@ SETS_FOLDER = Path(__file__).parent.parent / "defs"
 
 @dataclass(frozen=True)
 class DemoOrganism:
-    """One organism of the demo, and how many synthetic cells it gets when no h5ad file is named."""
+    """One organism of the demo, with its number of synthetic cells if the user gives no h5ad file."""
 
     label: str
     gene_prefix: str
@@ -73,19 +76,21 @@ def run_demo(h5ads: Sequence[str], *, data_only: bool) -> None:
     Parameters
     ----------
     h5ads
-        ``organism=file`` for organisms whose cells come from a file.
+        ``organism=file`` for each organism whose cells come from a file.
     data_only
-        Stop before Dagster runs.
+        Whether to stop before Dagster runs.
 
     Raises
     ------
     UserError
-        When there is a demo already, or an h5ad argument is not understood.
+        When a demo exists already, or an h5ad argument is invalid.
     """
     started = time.monotonic()
     files = _parse_h5ads(h5ads)
     if (FOLDER / "census").exists():
-        raise UserError(f"{FOLDER}/census exists already. To build the demo anew, remove the folder {FOLDER}.")
+        raise UserError(
+            f"{FOLDER}/census exists already; expected no demo. To build the demo anew, remove the folder {FOLDER}."
+        )
     organisms = [
         organism_from_h5ad(files[name], name, kind.label)
         if name in files
@@ -96,8 +101,8 @@ def run_demo(h5ads: Sequence[str], *, data_only: bool) -> None:
         build_data(organisms)
     except (OSError, tiledb.TileDBError, tiledbsoma.SOMAError) as error:
         raise UserError(
-            f"the demo cannot be written below {FOLDER.absolute()} ({error}): run it in a folder that can be written, "
-            "with 1 GB of free space."
+            f"the demo cannot be written below {FOLDER.absolute()} ({error}). Expected a writable folder with 1 GB of "
+            "free space: run the demo in one."
         ) from error
     print(f"Built a Census and a checkpoint in {time.monotonic() - started:.0f} s below {FOLDER}/.", flush=True)
     if not data_only:
@@ -105,13 +110,13 @@ def run_demo(h5ads: Sequence[str], *, data_only: bool) -> None:
 
 
 def build_data(organisms: Sequence[Organism]) -> None:
-    """Write the Census, the checkpoint and the embedding files of species that the checkpoint does not know."""
+    """Write the Census, the checkpoint, and embedding files for species that the checkpoint does not know."""
     build_census(str(FOLDER / "census" / RELEASE), RELEASE, organisms)
     genes = {organism.name: organism.genes["feature_id"].tolist() for organism in organisms}
     assays = {str(assay) for organism in organisms for assay in organism.cells.get("assay", ())}
     build_checkpoint(
         FOLDER / "checkpoint",
-        # One gene in twenty stays outside, as with the real vocabularies.
+        # One gene in twenty is outside the vocabulary, as with the real ones.
         {name: [gene for i, gene in enumerate(ids) if i % 20] for name, ids in genes.items() if _known(name)},
         sorted(assays - {UNLISTED_ASSAY}),
         esm_dim=ESM_DIM,
@@ -131,9 +136,13 @@ def _parse_h5ads(arguments: Sequence[str]) -> dict[str, Path]:
     for argument in arguments:
         organism, separator, file = argument.partition("=")
         if not separator or organism not in ORGANISMS:
-            raise UserError(f"--h5ad {argument!r}: expected ORGANISM=FILE with one of {', '.join(ORGANISMS)}.")
+            raise UserError(
+                f"--h5ad is {argument!r}; expected ORGANISM=FILE: give one of the organisms {', '.join(ORGANISMS)}."
+            )
         if not Path(file).is_file():
-            raise UserError(f"--h5ad {argument!r}: there is no file {file}.")
+            raise UserError(
+                f"--h5ad is {argument!r}, but there is no file {file}; expected an AnnData file: correct the path."
+            )
         files[organism] = Path(file)
     return files
 

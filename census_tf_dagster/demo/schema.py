@@ -1,4 +1,4 @@
-"""Columns, types and terms of the CELLxGENE Census schema 2.4.0, as far as a demo Census needs them.
+"""Defines columns, types and terms of the CELLxGENE Census schema 2.4.0, as far as a demo Census needs them.
 
 Source: docs/cellxgene_census_schema.md and the builder's table specifications in the repository
 chanzuckerberg/cellxgene-census.
@@ -17,7 +17,7 @@ from census_tf_dagster.errors import UserError
 CENSUS_SCHEMA_VERSION = "2.4.0"
 DATASET_SCHEMA_VERSION = "7.0.0"
 
-# Label columns that come with a `<label>_ontology_term_id` column, and the label of a cell that has none.
+# Label columns that have a `<label>_ontology_term_id` column, with the label of a cell without one.
 TERM_DEFAULTS = {
     "assay": "10x 3' v3",
     "cell_type": "unknown",
@@ -36,7 +36,7 @@ CATEGORICAL_COLUMNS = (
     *PLAIN_DEFAULTS,
 )
 OBS_COLUMNS = (*CATEGORICAL_COLUMNS, "is_primary_data", "observation_joinid")
-"""What a caller may set; `soma_joinid` and the statistics of the counts are computed."""
+"""Columns that a caller may set. `soma_joinid` and the statistics of the counts are computed."""
 
 SUMMARY_CATEGORIES = (
     *("assay", "cell_type", "disease", "self_reported_ethnicity", "sex", "suspension_type", "tissue"),
@@ -80,7 +80,7 @@ TERM_IDS = {
 }
 
 FULL_GENE_ASSAYS = frozenset({"EFO:0008931"})
-"""Assays of `TERM_IDS` whose normalized counts the schema divides by the gene's length."""
+"""Assays of `TERM_IDS` for which the schema divides normalized counts by the gene's length."""
 
 
 def term_id(label: str) -> str:
@@ -89,7 +89,7 @@ def term_id(label: str) -> str:
 
 
 def experiment_name(label: str) -> str:
-    """Return the key below ``census_data`` of an organism label, by the schema's rule."""
+    """Return the key of an organism label below ``census_data``, by the schema's rule."""
     return re.sub(" +", "_", label).lower()
 
 
@@ -99,14 +99,14 @@ def stable_uuid(*parts: str) -> str:
 
 
 def complete_cells(cells: pd.DataFrame, organism: str) -> pd.DataFrame:
-    """Add the obs columns that are missing, with values the schema accepts.
+    """Add the missing obs columns, with values that the schema accepts.
 
     Parameters
     ----------
     cells
-        Any subset of `OBS_COLUMNS`, one row a cell.
+        Any of `OBS_COLUMNS`, one row per cell.
     organism
-        Name of the experiment; decides the default dataset and the observation_joinids.
+        Name of the experiment, from which the default dataset and the observation_joinids follow.
 
     Returns
     -------
@@ -116,13 +116,13 @@ def complete_cells(cells: pd.DataFrame, organism: str) -> pd.DataFrame:
     Raises
     ------
     UserError
-        If a column is not of the schema, or an ontology id stands without its label.
+        If a column is not in the schema, or an ontology id has no label.
     """
     unknown = sorted(set(cells.columns) - set(OBS_COLUMNS))
     if unknown:
         raise UserError(
-            f"cells of {organism} have the columns {unknown}, which a demo Census cannot take. "
-            f"Drop them, or use the schema's: {OBS_COLUMNS}."
+            f"the cells of {organism} have the columns {unknown}; expected only the schema's: {OBS_COLUMNS}. Remove "
+            "the others."
         )
     frame = cells.reset_index(drop=True)
 
@@ -135,7 +135,9 @@ def complete_cells(cells: pd.DataFrame, organism: str) -> pd.DataFrame:
     for label, default in TERM_DEFAULTS.items():
         identifier = f"{label}_ontology_term_id"
         if identifier in frame.columns and label not in frame.columns:
-            raise UserError(f"cells of {organism} have {identifier!r} but no {label!r}. Add the labels.")
+            raise UserError(
+                f"the cells of {organism} have {identifier!r} but no {label!r}; expected both: add the labels."
+            )
         fill(label, frame["tissue"] if label == "tissue_general" else default)
         fill(identifier, frame[label].astype(str).map(term_id))
     for name, default in PLAIN_DEFAULTS.items():
@@ -151,5 +153,5 @@ def complete_cells(cells: pd.DataFrame, organism: str) -> pd.DataFrame:
 
 
 def _observation_joinids(organism: str, n: int) -> list[str]:
-    # CELLxGENE's are ten base-85 characters too.
+    # CELLxGENE's observation_joinids also have ten base-85 characters.
     return [b85encode(blake2b(f"{organism}/{i}".encode(), digest_size=8).digest()).decode() for i in range(n)]

@@ -1,4 +1,4 @@
-"""Cells for a demo Census: drawn at random, or taken from an h5ad file."""
+"""Makes the cells of a demo Census: random ones, or those of an h5ad file. Writing them belongs in `census`."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from census_tf_dagster.errors import UserError
 
 KNOWN_ASSAYS = ("10x 3' v3", "10x 3' v2", "Smart-seq2")
 UNLISTED_ASSAY = "assay of no vocabulary"
-"""One synthetic cell in twenty has it: the model's ``unknown`` assay."""
+"""Assay of one synthetic cell in twenty. The model treats it as ``unknown``."""
 
 CELL_TYPES = ("T cell", "B cell", "macrophage", "fibroblast", "endothelial cell", "neuron")
 TISSUES = ("blood", "lung", "liver", "kidney", "brain")
@@ -30,19 +30,19 @@ _CELLS_PER_DRAW = 1024
 def synthetic_organism(
     name: str, label: str, n_cells: int, n_genes: int, gene_prefix: str, seed: int, median_genes: int = 1800
 ) -> Organism:
-    """Draw an organism: sequencing reads fall on genes with Zipf-like odds that depend on the cell type.
+    """Make a random organism. Reads fall on genes with Zipf-like odds, which depend on the cell type.
 
-    The number of reads of a cell is what gives it, on average, its number of expressed genes: log-normal
-    around `median_genes`, at most nine tenths of `n_genes`.
+    The number of expressed genes of a cell is log-normal around `median_genes`, at most nine tenths of `n_genes`. The
+    cell gets the number of reads that gives this number on average.
 
     Parameters
     ----------
     name, label
-        As in `Organism`.
+        See `Organism`.
     n_cells, n_genes
         Shape of the counts.
     gene_prefix
-        Start of the gene ids, ``"ENSG"`` for human: ``ENSG00000000000`` and so on in var order.
+        Prefix of the gene ids, such as ``"ENSG"`` for human: ``ENSG00000000000`` and so on, in var order.
     seed
         Equal arguments give equal organisms.
     median_genes
@@ -53,7 +53,7 @@ def synthetic_organism(
     wanted = np.minimum(median_genes * rng.lognormal(0.0, 0.45, n_cells), 0.9 * n_genes)
     identifiers = [f"{gene_prefix}{i:011d}" for i in range(n_genes)]
     popularity = rng.permutation(1.0 / (np.arange(n_genes) + 8.0))
-    # Ids that real genes have: those of housekeeping genes are expressed as the check of gene ids expects.
+    # Some of these ids are real genes. Housekeeping genes among them are expressed as the check of gene ids expects.
     needed = np.isin(identifiers, sorted(housekeeping_genes(name)))
     popularity[needed] = np.quantile(popularity, 0.98)
     blocks, order = [], []
@@ -93,21 +93,21 @@ def synthetic_organism(
 
 
 def organism_from_h5ad(path: Path | str, name: str, label: str) -> Organism:
-    """Take an organism from an AnnData file with raw counts.
+    """Read an organism from an AnnData file with raw counts.
 
     Parameters
     ----------
     path
-        The file. Counts are ``raw.X`` where the file has it, otherwise ``X``; gene ids are
-        ``var["feature_id"]``, ``var["ensembl_id"]`` or the index of var, whichever first holds Ensembl-like
-        ids; obs columns of the Census schema are kept.
+        The file. Counts are ``raw.X`` if the file has it, otherwise ``X``. Gene ids are the first of
+        ``var["feature_id"]``, ``var["ensembl_id"]`` and the index of var that has Ensembl-like ids. Obs columns of the
+        Census schema are kept.
     name, label
-        As in `Organism`.
+        See `Organism`.
 
     Raises
     ------
     UserError
-        If no column holds gene ids, or the counts are not raw.
+        If no column has gene ids, or the counts are not raw.
     """
     adata = anndata.read_h5ad(path)
     source = adata if adata.raw is None else adata.raw
@@ -115,8 +115,8 @@ def organism_from_h5ad(path: Path | str, name: str, label: str) -> Organism:
     wrong = counts.data[(counts.data < 0) | (counts.data != np.rint(counts.data))]
     if len(wrong):
         raise UserError(
-            f"{path}: {'X' if adata.raw is None else 'raw.X'} holds {len(wrong)} values that are no counts, "
-            f"first {wrong[0]}. Give a file with raw counts (whole numbers of 0 or more) in raw.X or X."
+            f"{path}: {'X' if adata.raw is None else 'raw.X'} holds {len(wrong)} values that are not counts, such as "
+            f"{wrong[0]}. Expected whole numbers of 0 or more: give a file with raw counts in raw.X or X."
         )
     counts = counts.astype(np.float32)
     counts.sum_duplicates()
@@ -146,13 +146,13 @@ def _gene_ids(path: Path | str, var: pd.DataFrame) -> npt.NDArray[np.object_]:
             return ids
         found.append(f"{where} starts {list(ids[:3])}")
     raise UserError(
-        f"{path}: no Ensembl-like gene ids in var: {'; '.join(found)}; columns {list(var.columns)}. "
-        "Put ids such as ENSG00000141510 into var['feature_id']."
+        f"{path}: var has no Ensembl-like gene ids: {'; '.join(found)}; its columns are {list(var.columns)}. "
+        "Expected ids such as ENSG00000141510: put them into var['feature_id']."
     )
 
 
 def _reads_for(n_expressed: npt.NDArray[np.float64], odds: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    # The expected number of genes hit by n reads has no inverse in closed form: tabulate and interpolate.
+    # The expected number of genes hit by n reads has no inverse in closed form, so it is tabulated and interpolated.
     reads = np.geomspace(1.0, 1000.0 * len(odds), 64)
     hit = np.array([-np.expm1(-n * odds).sum() for n in reads])
     return np.maximum(np.interp(n_expressed, hit, reads), 1.0).astype(np.int64)
@@ -166,6 +166,6 @@ def _draw(rng: np.random.Generator, odds: npt.NDArray[np.float64], reads: npt.ND
 
 
 def _shares(rng: np.random.Generator, n: int, weights: dict[Any, int]) -> npt.NDArray[Any]:
-    # Exact shares, not odds: twenty cells already show every value.
+    # Shares are exact, so that twenty cells already have every value.
     values = np.repeat(list(weights), list(weights.values()))
     return rng.permutation(np.resize(values, n))

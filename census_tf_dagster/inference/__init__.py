@@ -1,1 +1,1 @@
-"""From counts to embeddings: tokens, checkpoint, model, engine. Imports no Dagster."""
+"""Turns counts into embeddings: tokens, checkpoint, model, engine. Imports no Dagster."""

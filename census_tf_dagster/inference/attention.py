@@ -1,8 +1,10 @@
-"""Causal attention within each cell of a row, with the log-count bias on keys and the softcap.
+"""Computes causal attention within each cell of a row, with the log-count bias on keys and the softcap.
 
-Two exact paths: on CUDA FlexAttention over the whole row, where a block mask skips all that lies outside a cell;
-on the CPU a plain loop over cells. Rules of the original: a key's score gets its bias added, then
-``softcap * tanh(score / softcap)``; a query that may see no key gets 0.
+There are two exact paths. On CUDA, FlexAttention runs over the whole row, and a block mask skips everything outside a
+cell. On the CPU, a plain loop attends cell by cell. Upstream's rules: a key's bias is added to its score, then the
+score becomes ``softcap * tanh(score / softcap)``; a query that may attend to no key gets 0.
+
+The rest of the forward pass belongs in `model`.
 """
 
 import itertools
@@ -16,24 +18,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# MKL chooses a vector function's kernel when it is first called, and gives a thread one of half the digits when several
-# make that call at once (pytorch issue 188792). For one element there is one thread.
+# MKL chooses a vector function's kernel at its first call. If several threads make that call at once, one of them may
+# get a kernel with half the digits (pytorch issue 188792). A call for one element runs in one thread.
 torch.tanh(torch.zeros(1))
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 QUERY_BLOCK = 128
-"""Queries per block on the CPU: keys after a block's last query are never multiplied."""
+"""Queries per block on the CPU. Keys after a block's last query are never multiplied."""
 MASK_BLOCK = 128
-"""Queries and keys per block of FlexAttention's mask; its default."""
+"""Queries and keys per block of FlexAttention's mask. This is FlexAttention's default."""
 FLOAT32_TILES = {"BLOCK_M": 32, "BLOCK_N": 16}
-"""Queries and keys at a time in float32. Torch's own for heads 128 wide take more shared memory than an A10G, L4
+"""Queries and keys per tile in float32. For heads 128 wide, torch's own tiles take more shared memory than an A10G, L4
 or L40S has, and spill about a kilobyte of registers on every GPU (`benchmarks/kernels.py`)."""
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy to a device without waiting for what it is doing."""
+    """Copy an array to a device without waiting for the device's earlier work."""
     host = torch.from_numpy(array)
-    # From memory that is not pinned, a copy would wait for all kernels before it.
+    # A copy from memory that is not pinned would wait for all earlier kernels.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
@@ -45,11 +47,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, bounds: tuple
     q, k, v
         ``(n_tokens, heads, head_dim)``.
     bias
-        Added to each key's scores, float32 ``(n_tokens,)``.
+        Value added to each key's scores, float32 ``(n_tokens,)``.
     bounds
-        Where each cell starts, and the end of the last.
+        Start of each cell, and the end of the last cell.
     softcap
-        Scores are capped smoothly at this; 0: not at all.
+        Smooth limit of the scores; 0: no limit.
 
     Returns
     -------
@@ -64,11 +66,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, bounds: tuple
 
 
 def cell_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
-    """Causal attention within one cell; see `plain_attention`."""
+    """Attend causally within one cell, in float32; see `plain_attention`."""
     q, k, v_heads = (part.transpose(0, 1).float() for part in (q, k, v))
     cap = softcap if softcap > 0 else 1.0
-    # The cap's division is folded into the scores' other factors; the rest works in place on blocks that fit
-    # a cache, 2.5 to 4 times faster than whole-cell expressions.
+    # The scores' other factors include the division by the cap. The rest works in place on blocks that fit a cache,
+    # which is 2.5 to 4 times faster than whole-cell expressions.
     q = q / (math.sqrt(q.shape[-1]) * cap)
     keys = k.transpose(1, 2).contiguous()
     bias = (bias / cap).expand(len(q), 1, -1)
@@ -86,23 +88,23 @@ def cell_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod, mask: BlockMask) -> Tensor:
-    """Attend within the cells of a row whose end may be padding; all ``(row_length, heads, head_dim)``."""
+    """Attend within the cells of a row whose end may be padding; all tensors are ``(row_length, heads, head_dim)``."""
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
     tiles: Any = FLOAT32_TILES if q.is_cuda and q.dtype == torch.float32 else None
     return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, kernel_options=tiles)[0].transpose(0, 1)
 
 
 def packed_terms(bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -> tuple[ScoreMod, BlockMask]:
-    """Make what `packed_attention` needs for one row.
+    """Make the score function and the mask that `packed_attention` needs for one row.
 
     Parameters
     ----------
     bias
-        Added to each key's scores, float32 ``(row_length,)``; its length is a multiple of `MASK_BLOCK`.
+        Value added to each key's scores, float32 ``(row_length,)``; its length is a multiple of `MASK_BLOCK`.
     offsets
-        Where each cell starts, int64 ``(n_cells + 1,)``; padding follows the last.
+        Start of each cell and end of the last, int64 ``(n_cells + 1,)``; the rest of the row is padding.
     softcap
-        As in `plain_attention`.
+        See `plain_attention`.
     """
     length, device = len(bias), bias.device
     cell_of_token = to_device(_cells_of_tokens(offsets, length), device)
@@ -116,13 +118,13 @@ def packed_terms(bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -
     def with_counts(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head, query
         score = score + bias[key]
-        # softcap * tanh(score / softcap); Triton's tanh branches at each score (`benchmarks/kernels.py`).
+        # This is softcap * tanh(score / softcap). Triton's tanh branches at each score (`benchmarks/kernels.py`).
         return softcap - 2 * softcap / (1 + torch.exp2(score * exponent)) if softcap > 0 else score
 
     partly, partly_index, whole, whole_index = (
         to_device(part[None, None], device) for part in mask_blocks(offsets, length)
     )
-    # Built from the offsets: `create_block_mask` would evaluate the mask at every pair of the row.
+    # The mask is built from the offsets, because `create_block_mask` would evaluate it at every pair of tokens.
     mask = BlockMask.from_kv_blocks(partly, partly_index, whole, whole_index, BLOCK_SIZE=MASK_BLOCK, mask_mod=same_cell)
     return with_counts, mask
 
@@ -137,20 +139,20 @@ def _cells_of_tokens(offsets: npt.NDArray[np.int64], length: int) -> npt.NDArray
 def mask_blocks(
     offsets: npt.NDArray[np.int64], length: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Work out which blocks of keys each block of queries needs, in part and as a whole.
+    """Compute which blocks of keys each block of queries needs, in part or as a whole.
 
     Parameters
     ----------
     offsets
-        Where each cell starts, ``(n_cells + 1,)``.
+        Start of each cell and end of the last, int64 ``(n_cells + 1,)``.
     length
         Tokens of the row, a multiple of `MASK_BLOCK`.
 
     Returns
     -------
     tuple of ndarray
-        As `BlockMask.from_kv_blocks` takes them: number ``(blocks,)`` and indices ``(blocks, blocks)`` of the blocks
-        where the mask must be asked, then of those that it admits whole.
+        Arguments of `BlockMask.from_kv_blocks`, int32: number ``(blocks,)`` and indices ``(blocks, blocks)`` of the
+        blocks in which the mask must be evaluated, then of the blocks that it admits as a whole.
     """
     blocks = length // MASK_BLOCK
     block = np.arange(blocks)
@@ -159,8 +161,8 @@ def mask_blocks(
     last_token = np.minimum(block * MASK_BLOCK + MASK_BLOCK - 1, last_used)
     first_cell, last_cell = (np.searchsorted(offsets, token, side="right") - 1 for token in (first_token, last_token))
     used = block * MASK_BLOCK <= last_used
-    # A block of queries inside one cell: its keys' blocks lie whole in the cell, but for the cell's first one (if it
-    # starts within) and the diagonal.
+    # For a block of queries inside one cell, the blocks of keys lie wholly in the cell, except the diagonal one and the
+    # first one if the cell starts within it.
     inside = used & (first_cell == last_cell) & ((block + 1) * MASK_BLOCK <= offsets[-1])
     start = offsets[first_cell]
     earliest = start // MASK_BLOCK
@@ -169,7 +171,7 @@ def mask_blocks(
     whole_number = np.where(inside, np.maximum(block - whole_from, 0), 0)
     whole_index = whole_from[:, None] + block[None, :]
     part_number = np.where(used, block - earliest + 1 - whole_number, 0)
-    # The partial ones of an inside block: the cell's first, if it is not whole, then the diagonal.
+    # The partial blocks of such a block: the cell's first one, if the cell starts within it, then the diagonal one.
     offset = block[None, :]
     part_index = earliest[:, None] + offset
     diagonal = (offset >= (whole_from - earliest)[:, None]) & inside[:, None]

@@ -1,4 +1,4 @@
-"""The error about cells that have no embedding, for callers that can do without none of them. Imports no torch."""
+"""The error for callers that need an embedding of every cell. Imports no torch, so that any process can catch it."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -7,12 +7,12 @@ class NonFiniteError(ArithmeticError):
     Attributes
     ----------
     set_aside
-        Why a cell has no embedding, by its position.
+        The reason for each cell without an embedding, by the cell's position.
     """
 
     def __init__(self, set_aside: dict[int, str]) -> None:
         super().__init__(
             f"{len(set_aside)} cells have embeddings that are not finite, positions {list(set_aside)[:10]}. "
-            f"Of the first: {next(iter(set_aside.values()))}"
+            f"The first cell: {next(iter(set_aside.values()))}"
         )
         self.set_aside = set_aside

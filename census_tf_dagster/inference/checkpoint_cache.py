@@ -1,14 +1,14 @@
-"""Where a prepared checkpoint lies: built once from upstream's folder, kept on local disk.
+"""Keeps prepared checkpoints on local disk, and builds a missing or damaged one from upstream's folder.
 
-What is prepared is what the fingerprint says, and what is loaded is what was prepared:
+Two checks guarantee that a device loads what the fingerprint identifies:
 
-- before it builds, `prepare` reads all of the checkpoint's files again and compares fingerprints. That takes 2 seconds
-  for each GiB, once for each precision and machine, and covers copies whose remembered digest is out of date
-  (`digests`, `fetch`);
-- a prepared file carries a digest of its own bytes (`seal`), which `prepare` and each device's process check before
-  they use it: a tenth of a second for each GiB. A damaged file is built again.
+- Before it builds, `prepare` reads all files of the checkpoint again and compares fingerprints. That takes 2 seconds
+  per GiB, once per precision and machine. It also finds copies whose remembered digest is out of date (`digests`,
+  `fetch`).
+- A prepared file contains a digest of its own bytes (`seal`). `prepare` and each device's process check it before they
+  use the file, which takes 0.1 seconds per GiB. A damaged file is built again.
 
-Imports torch to build only.
+This module imports torch only to build. Reading a prepared file belongs in `prepared_checkpoint`.
 """
 
 from pathlib import Path
@@ -22,26 +22,26 @@ from census_tf_dagster.inference.sealed_file import is_sealed, seal
 from census_tf_dagster.io.files import replacing
 
 FORMAT = 2
-"""Raised when what is in a prepared file changes."""
+"""Version of the content of prepared files. Increase it when that content changes."""
 
 
 def prepare(checkpoint: Checkpoint, precision: str, cache: Path) -> Path:
-    """Return the prepared file of a checkpoint; build it when it is not in `cache`, or damaged.
+    """Return the prepared file of a checkpoint; build it if it is damaged or not in `cache`.
 
     Parameters
     ----------
     checkpoint
-        What to prepare; its fingerprint is in the file's name.
+        The checkpoint to prepare; its fingerprint is in the file's name.
     precision
-        ``fp32``, ``fp16`` or ``bf16``: of weights and activations.
+        Precision of weights and activations: ``fp32``, ``fp16`` or ``bf16``.
     cache
         Local folder.
 
     Raises
     ------
     UserError
-        When the checkpoint's files are not what they were when they were read, a weight is out of the range of
-        `precision`, or `cache` cannot be written.
+        When the checkpoint's files have changed since they were read, a weight is out of the range of `precision`, or
+        `cache` cannot be written.
     """
     path = cache / "prepared" / f"{checkpoint.fingerprint}-{precision}-{FORMAT}.safetensors"
     if is_sealed(path):
@@ -55,8 +55,8 @@ def prepare(checkpoint: Checkpoint, precision: str, cache: Path) -> Path:
             seal(partial)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"the prepared checkpoint cannot be written below {cache} ({error}): free space there, or set "
-            "CENSUS_TF_CACHE to another local folder that can be written."
+            f"the prepared checkpoint cannot be written below {cache} ({error}). Expected a writable local folder with "
+            "enough space: free space there, or set CENSUS_TF_CACHE to another folder."
         ) from error
     return path
 
@@ -71,7 +71,7 @@ def _require_unchanged(checkpoint: Checkpoint, cache: Path) -> None:
                 forget(path, cache)
     if again != checkpoint.fingerprint:
         raise UserError(
-            f"{checkpoint.folder} has the fingerprint {again}, and had {checkpoint.fingerprint} when it was last read: "
-            "its files were changed or damaged since. Run this again: a copy from S3 is then fetched anew; get a local "
-            "checkpoint from its publisher again."
+            f"{checkpoint.folder} has the fingerprint {again}; expected {checkpoint.fingerprint}, as when it was last "
+            "read. Its files were changed or damaged since. Run this again: it fetches a copy from S3 anew. Get a "
+            "local checkpoint from its publisher again."
         )

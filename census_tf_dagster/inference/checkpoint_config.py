@@ -1,10 +1,10 @@
-"""What a checkpoint's ``config.json`` says, each entry checked, before anything is computed with it.
+"""Reads a checkpoint's ``config.json`` and checks each entry before anything is computed with it.
 
-Everything nests below ``model``: ``model_config`` (sizes), ``data_config`` (vocabulary and tokens) and ``loss_config``.
-Entries that do not change an embedding are not looked at (``dropout``, ``block_len``, ``mu_link_fn``). Upstream's
-command line has its own values for how a cell becomes tokens, which win over ``config.json`` (`COMMAND_LINE`); those
-are the ones that are computed here. The published checkpoints have null there. A checkpoint that says otherwise is
-refused rather than embedded in another way than it asks for.
+All entries are below ``model``: ``model_config`` (sizes), ``data_config`` (vocabulary and tokens) and ``loss_config``.
+Entries that do not change an embedding are ignored (``dropout``, ``block_len``, ``mu_link_fn``). Upstream's command
+line has its own values for how a cell becomes tokens (`COMMAND_LINE`). They override ``config.json``, and this project
+computes with them. The published checkpoints have null in these entries. A checkpoint with another value is refused,
+because it would be embedded differently from what it states.
 """
 
 import json
@@ -25,26 +25,26 @@ COMMAND_LINE: Mapping[str, object] = {
     "sort_genes": False,
     "filter_to_vocabs": True,
 }
-"""Entries of ``data_config`` that upstream's command line overrides with these values. So it does with
+"""Entries of ``data_config`` that upstream's command line overrides with these values. It also overrides
 ``randomize_genes``, ``filter_outliers`` and ``min_expressed_genes``, which choose cells and orders for training."""
 LARGEST = {"num_layers": 1000, "num_heads": 1024, "embed_dim": 2**16, "model_dim": 2**20, "seq_len": 2**20}
-"""Far above any model, and small enough to compute with."""
+"""Largest accepted sizes: far above any model, and small enough to compute with."""
 LONGEST_NAME = 200
-"""Characters of the name of a column, a token or a file."""
+"""Most characters in the name of a column, a token or a file."""
 GENE_HEAD_DIM = 2048
-"""Upstream's default."""
+"""Upstream's default hidden width of the gene-id head."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A configuration that this code can compute.
+    """A configuration that this project can compute.
 
     Attributes
     ----------
     content
-        All of ``model`` as it was read.
+        Everything below ``model``, unchanged.
     shape
-        The model's numbers.
+        The model's sizes and constants.
     aux_column
         The obs column of the auxiliary token.
     gene_files
@@ -52,7 +52,7 @@ class CheckpointConfig:
     special_tokens
         The vocabulary's first entries.
     attn_bias, fw_bias
-        Whether the projections of attention, and those of the feed-forward part, have biases.
+        Whether the projections of attention and of the feed-forward part have biases.
     gene_head_dim
         Hidden width of the gene-id head; None: there is no such head.
     """
@@ -73,7 +73,8 @@ def read_config(path: Path) -> CheckpointConfig:
     Raises
     ------
     UserError
-        Naming the first entry that is missing, makes no sense, or asks for what is not computed here.
+        When an entry is missing, invalid, or requires something that this project does not compute. The message names
+        the first such entry.
     """
     content = read_json(path)
     whole = _Section(path, "model", _object(path, "model", content.get("model")))
@@ -81,12 +82,12 @@ def read_config(path: Path) -> CheckpointConfig:
     sizes = {name: model.whole(name, 2 if name == "seq_len" else 1, most) for name, most in LARGEST.items()}
     if sizes["embed_dim"] % sizes["num_heads"]:
         raise UserError(
-            f"{path}: embed_dim {sizes['embed_dim']} is not a multiple of num_heads {sizes['num_heads']}; expected "
-            "the entries of a published checkpoint."
+            f"{path}: embed_dim {sizes['embed_dim']} is not a multiple of num_heads {sizes['num_heads']}; expected a "
+            "multiple, as in the published checkpoints. Get it from its publisher again."
         )
     shape = ModelShape(
         **sizes,
-        # Zero or less: no cap.
+        # Zero or less means no cap.
         softcap=model.number("softcap", -1e6, 1e6),
         log_counts_eps=model.number("log_counts_eps", 0, 1),
         activation=model.one_of("activation", ACTIVATIONS),
@@ -122,16 +123,19 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     UserError
-        When there is none.
+        When the file does not exist or is not a JSON object.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist; expected a checkpoint as `transcriptformer download` makes it.")
+        raise UserError(
+            f"{path} does not exist; expected a checkpoint folder as `transcriptformer download` makes it: get the "
+            "checkpoint from its publisher again."
+        )
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {str(error)[:200]}. Get it from its publisher again.") from (
-            error
-        )
+        raise UserError(
+            f"{path} cannot be read ({str(error)[:200]}); expected a JSON object. Get it from its publisher again."
+        ) from error
     return _object(path, None, content)
 
 
@@ -139,7 +143,8 @@ def _object(path: Path, name: str | None, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         where = f"{path}: {name}" if name else str(path)
         raise UserError(
-            f"{where} is {_shown(value)}; expected a JSON object, as in a checkpoint of `transcriptformer download`."
+            f"{where} is {_shown(value)}; expected a JSON object, as in a checkpoint of `transcriptformer download`. "
+            "Get it from its publisher again."
         )
     return value
 
@@ -170,7 +175,7 @@ def _special_tokens(data: "_Section") -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Section:
-    """A JSON object of the configuration, and where it is."""
+    """A JSON object of the configuration, with its file and its name for messages."""
 
     path: Path
     name: str
@@ -183,14 +188,16 @@ class _Section:
     def get(self, name: str) -> Any:
         if name not in self.content:
             raise UserError(
-                f"{self.path} is not the configuration of a TranscriptFormer model: {self.name} has no {name}. Get it "
-                "from its publisher again."
+                f"{self.path} is not the configuration of a TranscriptFormer model: {self.name} has no {name}. "
+                "Expected all entries of a published checkpoint: get it from its publisher again."
             )
         return self.content[name]
 
-    def wrong(self, name: str, expected: str) -> UserError:
+    def wrong(
+        self, name: str, expected: str, action: str = "Get the checkpoint from its publisher again."
+    ) -> UserError:
         found = _shown(self.content.get(name))
-        return UserError(f"{self.path}: {self.name}.{name} is {found}; expected {expected}.")
+        return UserError(f"{self.path}: {self.name}.{name} is {found}; expected {expected}. {action}")
 
     def whole(self, name: str, least: int, most: int, default: int | None = None) -> int:
         value = self.get(name) if default is None else self.content.get(name, default)
@@ -223,14 +230,14 @@ class _Section:
         return tuple(value)
 
     def only(self, name: str, value: object) -> None:
-        """Refuse any value but one; null and no entry mean the same as that one."""
+        """Refuse any other value. Null or a missing entry mean the same as this value."""
         found = self.content.get(name)
         if found is None or (found == value and isinstance(found, bool) == isinstance(value, bool)):
             return
         raise self.wrong(
             name,
-            f"{json.dumps(value)} or null, as in the published checkpoints; nothing else is computed here. Set it to "
-            "null to embed in the way of upstream's command",
+            f"{json.dumps(value)} or null, as in the published checkpoints, because this project computes nothing else",
+            "Set it to null to embed as upstream's command does.",
         )
 
 

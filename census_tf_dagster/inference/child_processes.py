@@ -1,17 +1,18 @@
-"""Child processes that must not outlive their parent."""
+"""Ends child processes together with their parent. It starts none: that belongs in `devices` and its likes."""
 
 
 def end_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends, whatever it is doing then. Does nothing outside Linux.
+    """Let the kernel kill this process when its parent ends. Does nothing outside Linux.
 
-    Linux means the *thread* that started this process (prctl(2), PR_SET_PDEATHSIG), so that thread has to wait for it.
+    For Linux, the parent is the *thread* that started this process (prctl(2), PR_SET_PDEATHSIG). So that thread must
+    live as long as this process is needed.
 
     Parameters
     ----------
     parent
-        Process id of the parent, which may have ended before this was called: then this process ends here.
+        Process id of the parent. If the parent has already ended, this process ends at once.
     """
-    # All here: the source of this function also runs where this package is not installed.
+    # The imports are here because the source of this function also runs where this package is not installed.
     import ctypes
     import os
     import signal

@@ -1,10 +1,11 @@
-"""A process that owns one device: takes tokens, gives embeddings. Started by `devices`, never commits anything.
+"""The process that owns one device: it receives tokens and returns embeddings. It never commits anything.
 
     python -m census_tf_dagster.inference.device_process PARENT
 
-Reads messages on standard input and answers on standard output (`wire`): first what to load, then any number of
-megabatches. Three threads: one reads ahead, one keeps the device busy, one sends. It ends as soon as its standard
-input is closed, and on Linux at once when the process PARENT (its id) ends, even if it was killed.
+`devices` starts it. It reads messages from standard input and answers on standard output (`wire`): the first message
+says what to load, the others are megabatches. One thread reads ahead, one keeps the device busy, and one sends. The
+process ends when its standard input is closed. On Linux it also ends when the process with the id PARENT ends, even if
+that was killed.
 """
 
 import sys
@@ -12,7 +13,7 @@ import sys
 from census_tf_dagster.inference.child_processes import end_with_parent
 
 if __name__ == "__main__":
-    # First of all: importing torch takes seconds.
+    # This comes before the other imports, because importing torch takes seconds.
     end_with_parent(int(sys.argv[1]))
 
 import os
@@ -38,11 +39,11 @@ Message = tuple[Header, list[AnyArray]]
 
 def main() -> None:
     """Serve until standard input is closed."""
-    # The parent decides when this ends, also after Ctrl-C, which the terminal sends to both.
+    # The parent decides when this process ends, even after Ctrl-C, which the terminal sends to both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source: BinaryIO = os.fdopen(os.dup(0), "rb", buffering=0)
     target: BinaryIO = os.fdopen(os.dup(1), "wb", buffering=0)
-    # Whatever a library prints must not run into the messages.
+    # Text that a library prints must not mix with the messages.
     os.dup2(2, 1)
     inbox: queue.Queue[Message] = queue.Queue()
     outbox: queue.Queue[Message] = queue.Queue()
@@ -66,7 +67,7 @@ def _read(source: BinaryIO, inbox: "queue.Queue[Message]", committed: threading.
             committed.release()
         else:
             inbox.put(message)
-    # Not sys.exit: the main thread may be in the middle of anything.
+    # sys.exit would end only this thread, and the main thread may be busy with anything.
     os._exit(0)
 
 
@@ -96,15 +97,15 @@ def _serve(
     while True:
         if engine.hungry:
             try:
-                # Ask for more before the device is done with the rest, but never keep that rest waiting.
+                # Ask for more before the device has finished its rows, but never delay those rows.
                 header, (tokens, bias, offsets) = inbox.get(block=engine.idle)
                 keys[engine.add(PackedCells(tokens, bias, offsets))] = header["key"], 1
-                # Until the first megabatch was read there was nothing to do.
+                # The time starts with the first megabatch: before that there is nothing to do.
                 started = started or time.monotonic()
             except queue.Empty:
                 pass
         if engine.finishing:
-            # Never two megabatches that are computed and not committed: a killed worker pays for one twice.
+            # At most one megabatch is computed but not committed, so a killed worker loses at most that one.
             while uncommitted:
                 committed.acquire()
                 uncommitted -= 1
@@ -134,5 +135,5 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        # The usual way out tidies up on a device that may hang.
+        # A normal exit would clean up on the device, which may hang.
         os._exit(1)

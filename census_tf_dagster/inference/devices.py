@@ -1,7 +1,8 @@
-"""The devices of this machine, each behind a process of its own. Imports no torch.
+"""Starts one process per device of this machine, and sends megabatches to it. Imports no torch.
 
-A process of its own leaves a device alone with its Python: reading, tokens and writing happen elsewhere. The processes
-end with this one, however it ends (`orphans`).
+A device has its own process, so that its Python does nothing else: reading, tokenizing and writing happen elsewhere.
+These processes end when this process ends, even if it is killed (`child_processes`). Their code belongs in
+`device_process`.
 """
 
 import ctypes
@@ -24,27 +25,27 @@ from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
 MOST_UNCOMMITTED = 2
-"""Megabatches with a device or on their way from it: one is computed while another is written."""
+"""Most megabatches that a device has received and nobody has committed: one is computed while another is written."""
 
 
 def require_gpu(set_name: str, release: str) -> None:
-    """Refuse a machine without a GPU before anything is read or loaded for it.
+    """Raise an error if this machine has no GPU, before anything is read or loaded for it.
 
     Raises
     ------
     UserError
-        Naming the command that takes the work to a node with one.
+        When there is none. The message names the command that sends the work to a node with a GPU.
     """
     if not count_gpus():
         raise UserError(
-            f"set {set_name!r} needs a GPU (device: cuda) and this machine has none: "
-            f"`python -m census_tf_dagster launch {set_name} {release}` takes it to the deployment's GPU nodes. "
-            "On this machine alone, `device: cpu` in the set's YAML does a small trial."
+            f"set {set_name!r} has `device: cuda`, but this machine has no GPU. Expected one: run `census-tf-dagster "
+            f"launch {set_name} {release}` to send the work to the deployment's GPU nodes. For a small trial on this "
+            "machine, set `device: cpu` in the set's YAML."
         )
 
 
 def count_gpus() -> int:
-    """Return how many GPUs the driver shows this process (CUDA_VISIBLE_DEVICES), without torch."""
+    """Return how many GPUs the driver shows to this process (CUDA_VISIBLE_DEVICES), without torch."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -61,25 +62,24 @@ class DeviceLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Embedded:
-    """The answer to a megabatch.
+    """A device's answer to a megabatch.
 
     Attributes
     ----------
     key
-        As it was sent.
+        The key of the megabatch, as it was sent.
     embeddings
-        float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside; None when none could be embedded.
+        float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside; None if no cell could be embedded.
     failure
-        Why not.
+        The reason if no cell could be embedded.
     set_aside
-        Why a cell has no embedding, by its position in the megabatch, ascending.
+        The reason for each cell without an embedding, by its position in the megabatch, ascending.
     widened
         Positions, ascending, of the cells whose values left the precision's range and were computed in float32.
     tokens
-        How many went through the model.
+        Number of tokens that went through the model.
     counters
-        What the device has done since it was loaded: `engine.Counters`, seconds since its first megabatch came, peak
-        memory.
+        Totals since the device loaded the model: `engine.Counters`, seconds since its first megabatch, peak memory.
     """
 
     key: int
@@ -93,20 +93,20 @@ class Embedded:
 
 @dataclass
 class Device:
-    """A device's process that has loaded its model; used by one sending and one receiving thread."""
+    """A device's process that has loaded its model. One thread may send to it while another receives."""
 
     process: "subprocess.Popen[bytes]"
     about: Header
     slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MOST_UNCOMMITTED))
-    """Taken before `send`, given back by `commit`."""
+    """The sender acquires a slot before `send`; `commit` releases it."""
     _sending: threading.Lock = field(default_factory=threading.Lock)
 
     def send(self, key: int, cells: PackedCells) -> None:
-        """Hand over a megabatch."""
+        """Send a megabatch to the device."""
         self._send({"key": key}, cells.tokens, cells.bias, cells.offsets)
 
     def commit(self) -> None:
-        """Tell that what was received last is committed, or given up: the device may complete the next."""
+        """Report that the last answer is committed or discarded, so the device may complete the next megabatch."""
         self._send({"committed": True})
         self.slots.release()
 
@@ -127,7 +127,7 @@ class Device:
             key=header["key"],
             embeddings=arrays[0] if arrays else None,
             failure=header.get("failure", ""),
-            # JSON's keys are strings.
+            # The keys of a JSON object are strings.
             set_aside={int(cell): reason for cell, reason in header.get("set_aside", {}).items()},
             widened=header.get("widened", []),
             tokens=header["tokens"],
@@ -135,12 +135,12 @@ class Device:
         )
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
-        """Embed some cells and wait for them.
+        """Embed cells and wait for the result, float32 ``(n_cells, embed_dim)``.
 
         Raises
         ------
         ArithmeticError
-            When some or all cannot be embedded, saying why.
+            When some or all cells cannot be embedded, with the reason.
         """
         self.send(0, cells)
         answer = self.receive()
@@ -163,13 +163,13 @@ def open_devices(
     Parameters
     ----------
     prepared, genes
-        As `Engine.load` takes them.
+        Arguments of `Engine.load`.
     device
         ``cuda``: all GPUs that are visible; ``cpu``: one process.
     batch_size
-        Cells in a row at most.
+        Most cells in a row; None: as many as fit.
     processes
-        Start so many whatever there is.
+        Number of processes; None: one per device.
 
     Raises
     ------
@@ -187,7 +187,7 @@ def open_devices(
             send(_pipe(process.stdin), order)
             return process
 
-        # Where there is no GPU, the one process says what torch finds instead.
+        # Without a GPU, a single process starts and reports why torch finds none.
         found = max(count_gpus(), 1) if device == "cuda" else 1
         started = [start(number) for number in range(processes or found)]
         yield [Device(process, _message(process)) for process in started]
@@ -196,13 +196,13 @@ def open_devices(
 @contextmanager
 def _process() -> "Iterator[subprocess.Popen[bytes]]":
     command = [sys.executable, "-m", "census_tf_dagster.inference.device_process", str(os.getpid())]
-    # Reading and writing share the cores: threads that spin while they wait for each other cost several times the time.
+    # Reading and writing share the cores. Threads that spin while they wait would make them several times slower.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)  # noqa: S603
     try:
         yield process
     finally:
-        # It holds nothing that could be lost.
+        # The process holds nothing that could be lost.
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
@@ -210,7 +210,7 @@ def _process() -> "Iterator[subprocess.Popen[bytes]]":
 
 
 def _message(process: "subprocess.Popen[bytes]") -> Header:
-    """Wait for what a process says of itself."""
+    """Wait for the first message of a process, which describes its device and model."""
     message = receive(_pipe(process.stdout))
     if message is None:
         raise _lost(process, "a device")
@@ -226,8 +226,9 @@ def _lost(process: "subprocess.Popen[bytes]", name: str) -> DeviceLostError:
         process.kill()
         code = process.wait()
     return DeviceLostError(
-        f"the process of {name} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}; its output above "
-        "says why (signal 9: usually the machine ran out of memory). What is committed stays; run the shard again."
+        f"the process of {name} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}; expected it to "
+        "run until the shard is done. Its output above says why (signal 9: usually the machine ran out of memory). Run "
+        "the shard again: committed megabatches stay."
     )
 
 

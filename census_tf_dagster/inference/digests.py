@@ -1,9 +1,9 @@
-"""SHA-256 of files, remembered: those of tf_metazoa have several GB.
+"""Computes the SHA-256 of files and remembers it, because the files of tf_metazoa have several GB.
 
-A remembered digest is found by the file's path, size, time of change and inode, and has a checksum of its own: an entry
-that is damaged or was written in part is as good as none. What changes a file and keeps all four (a disk that fails)
-is not noticed here. So `prepare` reads the files again before it computes anything from them, and calls `forget` when
-they are not what was remembered. Small files are hashed each time.
+A remembered digest is found by the file's path, size, time of change and inode. The entry has its own checksum, so a
+damaged or partly written entry is ignored. This module does not notice a change that keeps all four (a failing disk).
+So `prepare` reads the files again before it computes anything from them, and calls `forget` if they have changed. Small
+files are hashed each time.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from xxhash import xxh3_128_digest
 from census_tf_dagster.io.files import replacing
 
 REMEMBERED_FROM = 2**26
-"""Bytes of a file that is worth remembering; less is hashed in a tenth of a second."""
+"""Least bytes of a file whose digest is remembered; a smaller file is hashed in 0.1 seconds."""
 SHA256_BYTES = 32
 
 
@@ -29,9 +29,9 @@ def file_digest(path: Path, cache: Path | None, check: Callable[[], None] | None
     path
         The file.
     cache
-        Local folder that remembers digests below ``digests``; None: hash it now.
+        Local folder that remembers digests below ``digests``; None: hash the file now.
     check
-        Judges the content, and raises when it is not fit; not called for a file that passed and was remembered.
+        Raises an error if the content is invalid. It is not called for a file that passed it and was remembered.
     """
     entry = _entry(path, cache, checked=check is not None) if cache is not None else None
     if entry is not None and (digest := _remembered(entry)) is not None:
@@ -39,7 +39,7 @@ def file_digest(path: Path, cache: Path | None, check: Callable[[], None] | None
     if check is not None:
         check()
     digest = _hash_file(path)
-    # A cache that cannot be written costs time alone; a file that changed meanwhile is another one.
+    # A cache that cannot be written costs only time. A file that changed meanwhile is not remembered.
     if entry is not None and cache is not None and entry == _entry(path, cache, checked=check is not None):
         with suppress(OSError), replacing(entry) as partial:
             partial.write_bytes(digest + _own_checksum(entry, digest))
@@ -47,7 +47,7 @@ def file_digest(path: Path, cache: Path | None, check: Callable[[], None] | None
 
 
 def forget(path: Path, cache: Path) -> None:
-    """Drop what is remembered of a file as it is now."""
+    """Delete the remembered digests of a file."""
     for checked in (False, True):
         if (entry := _entry(path, cache, checked=checked)) is not None:
             with suppress(OSError):

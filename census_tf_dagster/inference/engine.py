@@ -1,7 +1,9 @@
-"""Embeds cells on one device: packs rows, keeps the device busy, finds its row length by itself.
+"""Embeds cells on one device: packs rows, keeps the device busy, and chooses its row length from free memory.
 
-On CUDA rows have a fixed length and two are under way at once: while the device computes one, the next is packed and
-copied. The length comes from free memory and is halved when memory runs out; what is done stays done.
+On CUDA, rows have a fixed length and two are in progress at once: while the device computes one, the next is packed and
+copied. When memory runs out, the engine halves the row length and keeps the rows that are done.
+
+The forward pass belongs in `model`, the choice of cells for a row in `packing`.
 """
 
 import time
@@ -20,34 +22,34 @@ from census_tf_dagster.inference.attention import MASK_BLOCK
 from census_tf_dagster.inference.cell_errors import NonFiniteError
 from census_tf_dagster.inference.gpu import choose_device, is_lost, require_compiler, too_small
 from census_tf_dagster.inference.model import Model
-from census_tf_dagster.inference.non_finite import RowResult, SecondLook
+from census_tf_dagster.inference.non_finite import NonFiniteCells, RowResult
 from census_tf_dagster.inference.packing import PackedCells, Row, assemble, choose_cells
 from census_tf_dagster.inference.prepared_checkpoint import load_model
 
 LONGEST_ROW = {"cpu": 8192, "cuda": 65536}
-"""Tokens: with more, kernels gain nothing."""
+"""Most tokens in a row. With more, kernels gain nothing."""
 MEMORY_SHARE = 0.5
-"""Of the free memory that a row may take by estimate: allocators round up."""
+"""Share of the free memory that a row may take by estimate. It is not 1, because allocators round up."""
 LEAST_HEAD_DIM = 16
-"""Narrower heads FlexAttention refuses on CUDA."""
+"""Least width of attention heads on CUDA. FlexAttention refuses narrower ones."""
 
 
 @dataclass
 class Counters:
-    """What an engine has done.
+    """Totals of an engine.
 
     Attributes
     ----------
     busy
         Seconds in which the device computed or copied.
     packing
-        Seconds spent on choosing and assembling rows, while the device computes others.
+        Seconds spent on choosing and assembling rows, while the device computed others.
     tokens, row_tokens
-        Tokens embedded, and what was computed for them: whole rows on CUDA.
+        Tokens embedded, and tokens computed for them, which on CUDA include the padding of whole rows.
     rows
-        How many rows.
+        Number of rows.
     halvings
-        How often memory ran out.
+        Number of times that memory ran out.
     """
 
     busy: float = 0.0
@@ -67,14 +69,14 @@ class PendingCells:
     packed
         Their tokens.
     embeddings
-        float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside; valid once nothing is left and nothing has
-        failed.
+        float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside. Valid when `left` is 0 and `failure` is
+        None.
     left
-        Cells that are not embedded yet.
+        Number of cells that are not embedded yet.
     failure
-        Why none of these cells could be embedded.
+        The reason if none of these cells could be embedded.
     set_aside
-        Why a cell has no embedding, by its position.
+        The reason for each cell without an embedding, by its position.
     widened
         Positions, ascending, of the cells whose values left the precision's range and were computed in float32.
     """
@@ -99,16 +101,16 @@ class _UnderWay:
 
 
 class Engine:
-    """A loaded model that embeds whatever is added, in order.
+    """A loaded model that embeds the added cells in order.
 
     Parameters
     ----------
     model, precision
-        What computes, and in which precision it does.
+        The model, and the precision in which it computes.
     batch_size
-        Cells in a row at most; None: as many as fit.
+        Most cells in a row; None: as many as fit.
     load_wider
-        Loads the model in float32, for cells that leave the precision's range; None where nothing is wider.
+        Loads the model in float32, for cells whose values leave the precision's range; None if `precision` is float32.
     """
 
     def __init__(
@@ -123,22 +125,25 @@ class Engine:
         self.counters = Counters()
         self._cuda = model.device.type == "cuda"
         if self._cuda and (width := model.shape.embed_dim // model.shape.num_heads) < LEAST_HEAD_DIM:
-            raise UserError(f"attention heads are {width} wide; on a GPU {LEAST_HEAD_DIM} or more are expected.")
+            raise UserError(
+                f"the model's attention heads are {width} wide; expected {LEAST_HEAD_DIM} or more on a GPU: set "
+                "`device: cpu` in the set's YAML, or use another checkpoint."
+            )
         longest_cell = model.shape.seq_len + 1
         self._shortest_row = -(-longest_cell // MASK_BLOCK) * MASK_BLOCK
         self.row_length = self._choose_row_length()
-        self._look_again = SecondLook(model, precision, load_wider, self._shortest_row)
+        self._recompute = NonFiniteCells(model, precision, load_wider, self._shortest_row)
         self._works: deque[PendingCells] = deque()
         self._under_way: deque[_UnderWay] = deque()
 
     @classmethod
     def load(cls, prepared: Path, genes: Sequence[str], device: str, batch_size: int | None = None) -> "Engine":
-        """Load a prepared checkpoint for one gene axis, as `load_model` does.
+        """Load a prepared checkpoint for one gene axis; see `load_model` for `prepared` and `genes`.
 
         Raises
         ------
         UserError
-            When there is no such device, it is too small, or kernels for it cannot be built here.
+            When there is no such device, its memory is too small, or this machine cannot build kernels for it.
         """
         target = choose_device(device)
         if target.type == "cuda":
@@ -158,7 +163,7 @@ class Engine:
         return engine
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
-        """Embed cells and wait for them.
+        """Embed cells and wait for the result.
 
         Returns
         -------
@@ -168,7 +173,7 @@ class Engine:
         Raises
         ------
         NonFiniteError
-            Naming the cells that were set aside.
+            When cells were set aside, with their positions.
         """
         done = self._finish(cells)
         if done.set_aside:
@@ -184,7 +189,7 @@ class Engine:
         return done
 
     def add(self, cells: PackedCells) -> PendingCells:
-        """Take some cells on; `step` embeds them."""
+        """Queue cells; `step` embeds them."""
         n = len(cells.lengths())
         work = PendingCells(cells, np.empty((n, self.model.shape.embed_dim), np.float32), n)
         began = time.monotonic()
@@ -195,22 +200,22 @@ class Engine:
 
     @property
     def hungry(self) -> bool:
-        """Whether no row waits: the device will fall idle unless cells are added."""
+        """Whether no row is queued, so that the device becomes idle unless cells are added."""
         return not any(work.waiting for work in self._works)
 
     @property
     def finishing(self) -> bool:
-        """Whether the next step may complete some cells."""
+        """Whether the next step may complete a `PendingCells`."""
         work = next((work for work in self._works if work.waiting), None)
         return work is None or len(work.waiting) == 1
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was added has been handed out."""
+        """Whether `step` has returned everything that was added."""
         return not self._works
 
     def step(self) -> PendingCells | None:
-        """Go one row further; return cells that are all embedded, or have failed.
+        """Advance by one row; return a `PendingCells` if all its cells are embedded or have failed, otherwise None.
 
         Raises
         ------
@@ -222,7 +227,7 @@ class Engine:
             self._launch(work)
         if self._under_way and (work is None or len(self._under_way) > 1 or not self._cuda):
             self._collect(self._under_way.popleft())
-        if self._works and not self._works[0].left and not any(one.work is self._works[0] for one in self._under_way):
+        if self._works and not self._works[0].left and not any(row.work is self._works[0] for row in self._under_way):
             return self._works.popleft()
         return None
 
@@ -257,23 +262,23 @@ class Engine:
             self._take(work, done.row, RowResult(embeddings))
             return
 
-        def judge() -> None:
+        def recompute() -> None:
             began = time.monotonic()
-            judged = self._look_again(done.row, embeddings, done.length)
+            result = self._recompute(done.row, embeddings, done.length)
             self.counters.busy += time.monotonic() - began
-            self._take(work, done.row, judged)
+            self._take(work, done.row, result)
 
-        self._attempt(work, done.row, judge)
+        self._attempt(work, done.row, recompute)
 
-    def _take(self, work: PendingCells, row: Row, judged: RowResult) -> None:
-        work.embeddings[row.cells] = judged.embeddings
+    def _take(self, work: PendingCells, row: Row, result: RowResult) -> None:
+        work.embeddings[row.cells] = result.embeddings
         work.left -= len(row.cells)
-        if judged.set_aside or judged.widened:
-            work.set_aside = dict(sorted({**work.set_aside, **judged.set_aside}.items()))
-            work.widened = sorted([*work.widened, *judged.widened])
+        if result.set_aside or result.widened:
+            work.set_aside = dict(sorted({**work.set_aside, **result.set_aside}.items()))
+            work.widened = sorted([*work.widened, *result.widened])
 
     def _attempt(self, work: PendingCells, row: Row, compute: Callable[[], None]) -> None:
-        """Do something for a row; shorten rows when memory runs out, and give the cells up on any other error."""
+        """Compute for a row; shorten rows if memory runs out, and fail all of `work` on any other error."""
         try:
             compute()
         except torch.OutOfMemoryError as error:
@@ -284,13 +289,13 @@ class Engine:
             self._fail(work, error)
 
     def _fail(self, work: PendingCells, error: Exception) -> None:
-        # Its traceback would keep the row's activations alive.
+        # The traceback of the error would keep the row's activations alive.
         work.failure = error.with_traceback(None)
         work.waiting.clear()
         work.left = 0
 
     def _halve(self, work: PendingCells, row: Row, error: Exception) -> None:
-        """Pack all that waits, this row first, into rows half as long."""
+        """Pack all waiting cells, this row first, into rows half as long."""
         # The traceback would keep the row's activations alive.
         error = error.with_traceback(None)
         while self._under_way:
@@ -304,31 +309,31 @@ class Engine:
         self.counters.halvings += 1
         self.row_length = max(self.row_length // 2 // MASK_BLOCK * MASK_BLOCK, self._shortest_row)
         work.waiting.appendleft(row.cells)
-        for one in self._works:
-            if one.waiting:
-                cells = np.concatenate(list(one.waiting))
-                chosen = choose_cells(one.packed.lengths()[cells], self.row_length, self.batch_size)
-                one.waiting = deque(np.sort(cells[positions]) for positions in chosen)
+        for pending in self._works:
+            if pending.waiting:
+                cells = np.concatenate(list(pending.waiting))
+                chosen = choose_cells(pending.packed.lengths()[cells], self.row_length, self.batch_size)
+                pending.waiting = deque(np.sort(cells[positions]) for positions in chosen)
 
     def peak_bytes(self) -> int:
-        """Return the most GPU memory that tensors took at once; 0 on a CPU."""
+        """Return the largest amount of GPU memory that tensors took at once, in bytes; 0 on a CPU."""
         return torch.cuda.max_memory_allocated(self.model.device) if self._cuda else 0
 
     def _warm_up(self) -> None:
-        """Compile, and find out whether the row length fits, before there is anything to lose."""
+        """Compile, and find out whether the row length fits the memory, before there are cells to embed."""
         if not self._cuda:
             return
         length = self.model.shape.seq_len + 1
         cells = self.row_length // length
         tokens = np.full(cells * length, self.model.pooled_from, np.int32)
-        # Whatever their values: no Census has such cells.
+        # No Census has such cells, so the result does not matter.
         self._finish(PackedCells(tokens, np.zeros(len(tokens), np.float32), np.arange(cells + 1) * length))
         self.counters = Counters(halvings=self.counters.halvings)
 
     def _now(self) -> "torch.cuda.Event | float":
         if not self._cuda:
             return time.monotonic()
-        # Blocking: to spin would take a core from reading and writing.
+        # The event blocks, because spinning would take a core from reading and writing.
         event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
@@ -347,7 +352,7 @@ class Engine:
 
 
 def bytes_per_token(model: Model) -> int:
-    """Estimate the memory of a row: the largest set of activations that live at once, per token."""
+    """Estimate the bytes per token of a row: the largest set of activations that live at once."""
     dim, hidden = model.shape.embed_dim, model.shape.model_dim
     activations = 2 * 4 * dim + 3 * dim + 2 * hidden
     pooling_in_float32 = 2 * (dim + hidden) * 4

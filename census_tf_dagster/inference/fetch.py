@@ -1,6 +1,7 @@
-"""A local copy of a checkpoint on S3: fetched once a node, and verified each time before it is used.
+"""Makes a local copy of a checkpoint on S3: fetches it once per node, and verifies it each time before use.
 
-Every version of the objects gets a folder of its own in the cache, so that nothing changes below a running shard.
+Every version of the objects gets its own folder in the cache, so that no file changes while a shard uses it. Reading
+the checkpoint belongs in `checkpoint`.
 """
 
 import fcntl
@@ -17,34 +18,37 @@ from census_tf_dagster.io.s3 import S3Object
 from census_tf_dagster.io.storage import Storage
 
 DIGESTS = "sha256.json"
-"""In a fetched folder: the SHA-256 of each file as it came. Written last, so a folder without it is not whole."""
+"""File with the SHA-256 of each fetched file. It is written last, so a folder without it is incomplete."""
 
 
 def fetch(uri: str, storage: Storage, cache: Path) -> Path:
-    """Return a local copy of the checkpoint folder or embedding file at `uri`; local ones are used in place.
+    """Return a local copy of the checkpoint folder or embedding file at `uri`; a local `uri` is used in place.
 
     Parameters
     ----------
     uri
         A path, or an S3 prefix or object.
     storage
-        How S3 is reached.
+        The storage that reaches S3.
     cache
-        Local folder that keeps copies from S3; several processes may share it. A copy is used again when the objects
-        are the same (size and ETag) and each file's SHA-256 is still the one that it came with; that of a large file
-        may be remembered (`digests`), and `prepare` takes it again before anything is computed.
+        Local folder that keeps copies from S3; several processes may share it. A copy is used again if the objects are
+        the same (size and ETag) and each file still has the SHA-256 that it had when it was fetched. The digest of a
+        large file may be remembered (`digests`); `prepare` computes it again before anything is computed.
 
     Raises
     ------
     UserError
         When a file is missing, or `cache` cannot be written.
     StoreError
-        When S3 cannot be reached, or what came is not what S3 says it holds.
+        When S3 cannot be reached, or the fetched bytes differ from what S3 says it holds.
     """
     if is_local(uri):
         path = Path(uri.removeprefix("file://"))
         if not path.exists():
-            raise UserError(f"{path} does not exist; expected a checkpoint as `transcriptformer download` makes it.")
+            raise UserError(
+                f"{path} does not exist; expected a checkpoint folder as `transcriptformer download` makes it: correct "
+                "the set's `checkpoint`."
+            )
         return path
     objects = _find_objects(uri, storage)
     version = json.dumps([uri, sorted((name, found.size, found.etag) for name, found in objects.items())])
@@ -55,25 +59,28 @@ def fetch(uri: str, storage: Storage, cache: Path) -> Path:
                 _download(uri, objects, storage, place, cache)
     except OSError as error:
         raise UserError(
-            f"{uri} cannot be fetched into {cache} ({error}): free space there, or set CENSUS_TF_CACHE to a folder "
-            "with some."
+            f"{uri} cannot be fetched into {cache} ({error}). Expected a writable local folder with enough space: free "
+            "space there, or set CENSUS_TF_CACHE to another folder."
         ) from error
     return place / uri.rsplit("/", 1)[-1]
 
 
 def _find_objects(uri: str, storage: Storage) -> dict[str, S3Object]:
-    """Return what to fetch, by its path in the fetched folder."""
+    """Return the objects to fetch, by their path in the fetched folder."""
     basename = uri.rsplit("/", 1)[-1]
     if found := storage.find_object(uri):
         return {basename: found}
     names = ["config.json", "model_weights.pt"]
-    # A key may hold what leaves a folder.
+    # A key with ".." could lead out of the folder.
     names += [f"vocabs/{name}" for name in storage.file_sizes(f"{uri}/vocabs") if ".." not in name.split("/")]
     objects = {}
     for name in names:
         found = storage.find_object(f"{uri}/{name}")
         if found is None:
-            raise UserError(f"{uri} has no {name}; expected a checkpoint as `transcriptformer download` makes it.")
+            raise UserError(
+                f"{uri} has no {name}; expected a checkpoint folder as `transcriptformer download` makes it: correct "
+                "the set's `checkpoint`, or upload the file."
+            )
         objects[f"{basename}/{name}"] = found
     return objects
 
@@ -98,7 +105,7 @@ def _download(uri: str, objects: Mapping[str, S3Object], storage: Storage, place
 
 @contextmanager
 def _one_at_a_time(place: Path) -> Iterator[None]:
-    """Let the other shards of a node wait for the one that fetches; a process that dies lets go."""
+    """Let the other shards of a node wait for the shard that fetches; the lock ends with its process."""
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,16 +1,18 @@
-"""TranscriptFormer's forward pass, as far as the cell embedding needs it.
+"""Computes TranscriptFormer's forward pass, as far as the cell embedding needs it.
 
-Several cells stand in one row, one after the other: everything but attention works on tokens, and attention
-stays within a cell. Neither head (counts, gene ids) is computed.
+A row holds several cells, one after the other. Everything except attention works on single tokens, and attention stays
+within a cell. The heads (counts, gene ids) are not computed.
 
-Rules of the original (`Transcriptformer.forward`, `FlexAttnTransformerLayer`, `mean_embeddings`):
+Upstream's rules (`Transcriptformer.forward`, `FlexAttnTransformerLayer`, `mean_embeddings`):
 
-- a layer replaces its input by its normalised input before the skip connection:
-  ``h = norm1(x); h = attention(h) + h; h = norm2(h); x = mlp(h) + h``; nothing is normalised at the end;
-- the embedding is the sum over START and the genes, not the assay, **divided by seq_len always**.
+- A layer replaces its input by its normalised input before the skip connection:
+  ``h = norm1(x); h = attention(h) + h; h = norm2(h); x = mlp(h) + h``. Nothing is normalised at the end.
+- The embedding is the sum over START and the genes, not the assay, **always divided by seq_len**.
 
-There are no positions, so what the first layer's norm and projections make of a token depends on the token alone: a
-table. And the last projection is linear, so tokens are pooled before it, not after. Both are exact.
+Two shortcuts are exact. The model has no positions, so the first layer's norm and projections depend on the token alone
+and are kept as a table. The last projection is linear, so tokens are pooled before it, not after.
+
+Attention belongs in `attention`, packing cells into rows in `packing`, loading weights in `prepared_checkpoint`.
 """
 
 import functools
@@ -31,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 
 
 class QkvProjection(NamedTuple):
-    """Where a layer begins: its first norm, and query, key and value projections as one matrix."""
+    """The first weights of a layer: its first norm, and the query, key and value projections as one matrix."""
 
     norm_weight: Tensor
     norm_bias: Tensor
@@ -40,7 +42,7 @@ class QkvProjection(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """The remainder of a layer."""
+    """The other weights of a layer."""
 
     out: Tensor
     out_bias: Tensor | None
@@ -53,13 +55,13 @@ class BlockWeights(NamedTuple):
 
 
 Attention = tuple[Callable[..., Tensor], tuple[Any, ...]]
-"""A function of query, key, value and further arguments, and these."""
+"""A function of query, key, value and further arguments, and those arguments."""
 Projected = tuple[Tensor, Tensor]
-"""Normalised input and projections of a layer: ``(n, embed_dim)``, ``(n, 3 * embed_dim)``."""
+"""Normalised input and projections of a layer: ``(n, embed_dim)`` and ``(n, 3 * embed_dim)``."""
 
 
 def project(x: Tensor, projection: QkvProjection) -> Projected:
-    """Begin a layer."""
+    """Compute the start of a layer: normalise, then project to query, key and value."""
     h = F.layer_norm(x, x.shape[-1:], projection.norm_weight, projection.norm_bias)
     return h, F.linear(h, projection.qkv, projection.qkv_bias)
 
@@ -67,7 +69,7 @@ def project(x: Tensor, projection: QkvProjection) -> Projected:
 def to_hidden(
     projected: Projected, weights: BlockWeights, attend: Attention, heads: int, activation: Callable[[Tensor], Tensor]
 ) -> Projected:
-    """Go on to the MLP's hidden layer; return the skip connection and it."""
+    """Compute a layer up to the MLP's hidden layer; return the skip connection and the hidden layer."""
     h, qkv = projected
     q, k, v = qkv.view(len(h), 3, heads, -1).unbind(1)
     attention, terms = attend
@@ -85,7 +87,7 @@ def block(
     heads: int,
     activation: Callable[[Tensor], Tensor],
 ) -> Projected:
-    """Finish a layer and begin the next."""
+    """Compute the rest of a layer and the start of the next."""
     h, hidden = to_hidden(projected, weights, attend, heads, activation)
     return project(F.linear(hidden, weights.linear2, weights.linear2_bias) + h, following)
 
@@ -97,18 +99,18 @@ class Model:
     Attributes
     ----------
     shape
-        The model's numbers.
+        The model's sizes and constants.
     table
         Each token's normalised input and projections at the first layer: ``(n_rows, embed_dim)`` and ``(n_rows,
         3 * embed_dim)``.
     pooled_from
-        First table row that is pooled: assays stand before it.
+        First table row that is pooled. The rows before it are assays.
     projections
-        Beginnings of all layers but the first.
+        First weights of all layers except the first.
     blocks
-        Remainders of all layers.
+        Other weights of all layers.
     last_linear2
-        The last layer's last projection again, in float32.
+        A second copy of the last layer's last projection, in float32.
     """
 
     shape: ModelShape
@@ -120,7 +122,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return self.last_linear2.device
 
     @torch.inference_mode()
@@ -132,7 +134,7 @@ class Model:
         row
             The cells.
         row_length
-            Pad to this length and attend by FlexAttention, compiled on CUDA; None: no padding, cell by cell.
+            Pad the row to this length and use FlexAttention, compiled on CUDA; None: no padding, attend cell by cell.
 
         Returns
         -------
@@ -161,7 +163,7 @@ class Model:
 
         cells = len(row.cells)
         cell_of_token = np.repeat(np.arange(cells), np.diff(row.offsets))
-        # What is not pooled (assays, padding) is summed into a cell of its own, which is dropped.
+        # Tokens that are not pooled (assays, padding) are summed into an extra cell, which is dropped.
         cell_of_token = np.where(row.tokens < self.pooled_from, cells, cell_of_token)
         target = to_device(np.pad(cell_of_token, (0, padding), constant_values=cells), self.device)
         h_sum, hidden_sum = (
@@ -182,7 +184,7 @@ def _compiled(function: Callable[..., Projected]) -> Callable[..., Projected]:
 
 
 def first_table(embeddings: Tensor, projection: QkvProjection, rows_at_once: int = 4096) -> Projected:
-    """Begin the first layer for every row of the embedding table."""
+    """Compute the start of the first layer for every row of the embedding table."""
     starts = range(0, len(embeddings), rows_at_once)
     parts = [project(embeddings[start : start + rows_at_once], projection) for start in starts]
     return torch.cat([h for h, _ in parts]), torch.cat([qkv for _, qkv in parts])

@@ -1,7 +1,7 @@
-"""A second look at a row in which values are not finite: which cells are to blame, and whether float32 helps them.
+"""Finds the cells that cause values that are not finite in a row, and computes those cells again in float32.
 
-In a packed row a cell whose values are not finite harms its neighbours: a masked key still multiplies its value, and
-0 x NaN is NaN. Computed cell by cell, each is on its own.
+In a packed row, a cell whose values are not finite harms its neighbours: a masked key still multiplies its value, and
+0 x NaN is NaN. Cells that are computed one by one do not influence each other.
 """
 
 import math
@@ -21,14 +21,14 @@ Embeddings = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class RowResult:
-    """What became of the cells of a row.
+    """The final embeddings of a row.
 
     Attributes
     ----------
     embeddings
         float32 ``(n_cells, embed_dim)``, NaN for cells that are set aside.
     set_aside
-        Why a cell has no embedding, by its position in what was packed.
+        The reason for each cell without an embedding, by its position in the packed cells.
     widened
         Positions of the cells that were computed in float32.
     """
@@ -39,17 +39,17 @@ class RowResult:
 
 
 @dataclass
-class SecondLook:
-    """Judges rows with values that are not finite.
+class NonFiniteCells:
+    """Recomputes the cells of a row that has values that are not finite.
 
     Attributes
     ----------
     model, precision
-        What computed the row.
+        The model that computed the row, and its precision.
     load_wider
-        Loads the model in float32; None where nothing is wider.
+        Loads the model in float32; None if `precision` is float32.
     most_tokens
-        Tokens that are computed at once, cell by cell; no cell has more.
+        Most tokens that are computed at once, cell by cell. No cell has more.
     """
 
     model: Model
@@ -59,21 +59,21 @@ class SecondLook:
     _wider: Model | None = None
 
     def __call__(self, row: Row, embeddings: Embeddings, row_length: int | None) -> RowResult:
-        """Judge the cells of a row.
+        """Return the final embeddings of a row, after recomputing cells whose values are not finite.
 
         Parameters
         ----------
         row
             The cells.
         embeddings
-            What the model made of them, float32 ``(n_cells, embed_dim)``.
+            The model's embeddings of the row, float32 ``(n_cells, embed_dim)``.
         row_length
-            As the model was given it: None where cells were computed one by one.
+            The row length that the model used; None if it computed cell by cell.
 
         Raises
         ------
         torch.OutOfMemoryError
-            When memory does not suffice in the row's own precision.
+            When memory does not suffice in `precision`.
         """
         found = RowResult(embeddings.copy())
         culprits = _not_finite(embeddings)
@@ -84,14 +84,14 @@ class SecondLook:
         return found
 
     def _without_neighbours(self, row: Row, embeddings: Embeddings, suspects: Positions, row_length: int) -> Positions:
-        """Give the cells that were only harmed their values; return the others."""
+        """Write the embeddings of cells that only their neighbours harmed; return the other suspects."""
         alone = self._cell_by_cell(self.model, row, suspects)
         culprits = suspects[_not_finite(alone)]
         harmed = np.setdiff1d(suspects, culprits)
-        # Rounding may keep a cell in range in one way of computing and not in the other.
+        # Rounding may keep a cell in range in one way of computing but not in the other.
         embeddings[harmed] = alone[np.isin(suspects, harmed)]
         if len(harmed) and len(culprits):
-            # In the same shape, so that values do not depend on who was in the row.
+            # The row keeps its shape, so that values do not depend on the other cells in the row.
             again = self.model.embed(_with_harmless(row, culprits, self.model.pooled_from), row_length).cpu().numpy()
             sound = np.setdiff1d(harmed, _not_finite(again))
             embeddings[sound] = again[sound]
@@ -117,7 +117,7 @@ class SecondLook:
         found.set_aside.update(dict.fromkeys(row.cells[given_up].tolist(), reason))
 
     def _cell_by_cell(self, model: Model, row: Row, cells: Positions) -> Embeddings:
-        """Embed some cells of a row, each independent of the others; float32 ``(len(cells), embed_dim)``."""
+        """Embed cells of a row independently of each other; float32 ``(len(cells), embed_dim)``."""
         packed = PackedCells(row.tokens, row.bias, row.offsets)
         embeddings = np.empty((len(cells), model.shape.embed_dim), np.float32)
         for part in choose_cells(packed.lengths()[cells], self.most_tokens):
@@ -130,7 +130,7 @@ def _not_finite(embeddings: Embeddings) -> Positions:
 
 
 def _with_harmless(row: Row, cells: Positions, start: int) -> Row:
-    """Replace the tokens of some cells by START."""
+    """Return the row with all tokens of the given cells replaced by START."""
     tokens, bias = row.tokens.copy(), row.bias.copy()
     for cell in cells.tolist():
         part = slice(row.offsets[cell], row.offsets[cell + 1])

@@ -1,7 +1,7 @@
-"""Several cells in one row of fixed length: which go together, and the row itself.
+"""Packs several cells into rows of fixed length: chooses which cells share a row, and assembles the row.
 
-A cell is never split, so a row's end is lost where no cell fits. Rows are filled with the longest cell that
-still fits, which leaves almost nothing (docs/performance.md).
+A cell is never split, so the end of a row stays empty if no cell fits. Each row is filled with the longest cell that
+still fits, which leaves almost no space unused (docs/performance.md). Making tokens belongs in `tokens`.
 """
 
 from bisect import bisect_right
@@ -14,16 +14,16 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class PackedCells:
-    """The sequences of some cells, one after the other, without padding.
+    """The token sequences of cells, one after the other, without padding.
 
     Attributes
     ----------
     tokens
         Rows of the embedding table, int32 ``(n_tokens,)``.
     bias
-        Added to the attention score of each token as a key, float32 ``(n_tokens,)``.
+        Value added to the attention score of each token as a key, float32 ``(n_tokens,)``.
     offsets
-        Where each cell starts, int64 ``(n_cells + 1,)``.
+        Start of each cell and end of the last, int64 ``(n_cells + 1,)``.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -37,16 +37,16 @@ class PackedCells:
 
 @dataclass(frozen=True)
 class Row:
-    """Some cells, one after the other.
+    """The cells that the model computes at once, one after the other.
 
     Attributes
     ----------
     cells
-        Positions of the cells in what was packed, int64 ``(n,)``.
+        Positions of the cells in their `PackedCells`, int64 ``(n,)``.
     tokens, bias
         Table rows (int32) and attention biases (float32), ``(n_tokens,)``.
     offsets
-        Where each cell starts, int64 ``(n + 1,)``.
+        Start of each cell and end of the last, int64 ``(n + 1,)``.
     """
 
     cells: npt.NDArray[np.int64]
@@ -58,21 +58,21 @@ class Row:
 def choose_cells(
     lengths: npt.NDArray[np.int64], row_length: int, most_cells: int | None = None
 ) -> list[npt.NDArray[np.int64]]:
-    """Divide cells among rows.
+    """Distribute cells over rows.
 
     Parameters
     ----------
     lengths
-        Tokens of each cell, ``(n,)``.
+        Tokens of each cell, int64 ``(n,)``.
     row_length
-        Tokens in a row at most.
+        Most tokens in a row.
     most_cells
-        Cells in a row at most; None: any number.
+        Most cells in a row; None: any number.
 
     Returns
     -------
     list of ndarray
-        Positions in `lengths` of each row's cells, ascending; each position once.
+        Positions in `lengths` of each row's cells, int64, ascending; each position occurs once.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def choose_cells(
 
 
 def assemble(packed: PackedCells, cells: npt.NDArray[np.int64]) -> Row:
-    """Gather some cells into a row."""
+    """Assemble the cells at these positions into a row."""
     parts = [slice(packed.offsets[cell], packed.offsets[cell + 1]) for cell in cells.tolist()]
     return Row(
         cells=cells,

@@ -1,4 +1,7 @@
-"""What a pickled state dict describes, without unpickling it: nothing in it is looked up, imported or run."""
+"""Reads the description of tensors in a pickled state dict without unpickling it: no code of the pickle runs.
+
+Reading the values belongs in `torch_file`.
+"""
 
 import pickletools
 import re
@@ -6,28 +9,28 @@ from dataclasses import dataclass
 from typing import Any
 
 NAMES = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
-"""All that the pickle of a state dict may name."""
+"""All names that the pickle of a state dict may contain."""
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 
 
 class ForeignNameError(ValueError):
-    """The pickle names something else than tensors."""
+    """The pickle contains a name that does not belong to tensors."""
 
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor as the pickle describes it.
+    """A tensor, as the pickle describes it.
 
     Attributes
     ----------
     shape
-        Its size.
+        Shape of the tensor.
     kind
-        PyTorch's name of its storage, which says the dtype: ``FloatStorage``.
+        PyTorch's name of its storage class, which gives the dtype, such as ``FloatStorage``.
     key
-        Name of the storage.
+        Name of the storage: the values are in the archive's entry ``data/<key>``.
     values
         Length of the storage, in values of that dtype.
     """
@@ -54,14 +57,14 @@ _MARK = object()
 
 
 def describe(content: bytes) -> Any:
-    """Follow a pickle's operations; return dictionaries, lists and values as they are, and tensors as `PickledTensor`.
+    """Return what a pickle describes: dictionaries, lists and values as they are, tensors as `PickledTensor`.
 
     Raises
     ------
     ForeignNameError
-        When it names anything but tensors.
+        When it contains a name that does not belong to tensors.
     ValueError, LookupError, TypeError, AttributeError
-        When it is no pickle, or none that `torch.save` writes for a state dict.
+        When it is not a pickle, or not one that `torch.save` writes for a state dict.
     """
     operations = list(pickletools.genops(content))
     names = {str(argument) for operation, argument, _ in operations if operation.name in ("GLOBAL", "INST")}
@@ -117,7 +120,7 @@ def describe(content: bytes) -> Any:
                 pairs = _since_mark(stack)
                 stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
             case "BUILD":
-                # The versions of modules, which a state dict carries along.
+                # A state dict also contains the versions of modules, which are not needed.
                 stack.pop()
             case name:
                 raise ValueError(f"unexpected operation {name}")

@@ -1,7 +1,7 @@
-"""Reading a prepared checkpoint: one safetensors file with just what inference reads, in the run's precision.
+"""Loads a model from a prepared checkpoint: one safetensors file with only what inference needs, in its precision.
 
-Holds the embedding MLP's output for each gene and assay in place of the ESM-2 matrix and the MLP, and neither head.
-`prepare` builds it.
+The file holds the embedding MLP's output for each gene and assay instead of the ESM-2 matrix and the MLP, and it holds
+no heads. `weights` writes it, and `checkpoint_cache` decides when.
 """
 
 import json
@@ -28,13 +28,13 @@ def load_model(
     Parameters
     ----------
     prepared
-        As `prepare` returned it.
+        The file that `prepare` returned.
     genes
-        The genes that can occur, in the order of their tokens; all known to the checkpoint.
+        The genes that can occur, in the order of their tokens; the checkpoint must know all of them.
     device
-        Where the model computes.
+        The device that computes.
     dtype
-        Of weights and activations; None: as they were prepared.
+        Dtype of weights and activations; None: the prepared one.
 
     Raises
     ------
@@ -42,7 +42,9 @@ def load_model(
         When the file is damaged.
     """
     if not is_sealed(prepared):
-        raise UserError(f"{prepared} is damaged or gone: run this again, and it is built anew from the checkpoint.")
+        raise UserError(
+            f"{prepared} is missing or damaged; expected a prepared checkpoint: run this again, which builds it anew."
+        )
     with safe_open(prepared, "pt") as file, torch.inference_mode():
         metadata = file.metadata()
         shape = ModelShape(**json.loads(metadata["shape"]))
@@ -87,10 +89,10 @@ def load_model(
 
 
 def join_names(names: Sequence[str]) -> Tensor:
-    """Store names as bytes, a line each."""
+    """Encode names as bytes, one line each, uint8."""
     return torch.frombuffer(bytearray("\n".join(names).encode()), dtype=torch.uint8)
 
 
 def split_names(names: Tensor) -> list[str]:
-    """Undo `join_names`."""
+    """Decode the names that `join_names` encoded."""
     return names.numpy().tobytes().decode().split("\n")

@@ -1,7 +1,7 @@
-"""A safetensors file that carries a digest of all its bytes, so that damage is noticed before it is computed with.
+"""Puts a digest of all bytes into a safetensors file, so that damage is noticed before the file is used.
 
-The digest is XXH3 (128 bits), which is as fast as memory: it is checked at each load. It is in the file's own metadata,
-and is taken with zeros in its place, so one rename brings both.
+The digest is XXH3 (128 bits). It is as fast as memory, so each load checks it. It is part of the file's own metadata,
+so one rename publishes both. While it is computed, zeros are in its place.
 """
 
 import mmap
@@ -10,23 +10,23 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 SEAL = "digest"
-"""The metadata's key."""
+"""Key of the digest in the metadata."""
 UNSEALED = "0" * 32
-"""In the place of the digest while it is taken."""
+"""Value in the place of the digest while it is computed."""
 MARK = f'"{SEAL}":"'.encode()
 LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its header."""
+"""Bytes of the header's length, with which a safetensors file begins."""
 
 
 def seal(path: Path) -> None:
-    """Put the digest into a file whose metadata has `UNSEALED` in its place."""
+    """Write the digest into a file whose metadata has `UNSEALED` in its place."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         at = _place(content)
         content[at : at + len(UNSEALED)] = _digest(content, at)
 
 
 def is_sealed(path: Path) -> bool:
-    """Tell whether a file is there and as `seal` left it; reads all of it."""
+    """Tell whether a file exists and is unchanged since `seal`. Reads the whole file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             at = _place(content)
@@ -36,7 +36,7 @@ def is_sealed(path: Path) -> bool:
 
 
 def _place(content: mmap.mmap) -> int:
-    """Return where the digest is in a file."""
+    """Return the position of the digest in a file."""
     header = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     at = content.find(MARK, 0, header)
     if at < 0:

@@ -1,14 +1,14 @@
-"""The numbers that make one TranscriptFormer model differ from another."""
+"""The sizes and constants in which TranscriptFormer models differ. Reading them belongs in `checkpoint_config`."""
 
 from dataclasses import dataclass
 
 ACTIVATIONS = ("gelu", "relu", "silu")
-"""Those of the feed-forward part that upstream knows."""
+"""Activations of the feed-forward part that upstream knows."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of `model.model_config` that the embedding depends on."""
+    """The entries of `model.model_config` on which the embedding depends."""
 
     embed_dim: int
     num_heads: int

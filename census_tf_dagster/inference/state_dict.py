@@ -1,7 +1,8 @@
-"""Which tensors the weights of a TranscriptFormer model are, and that a file holds exactly these.
+"""Lists the tensors of a TranscriptFormer model, and checks that a file holds exactly these.
 
-Names and shapes are those of `Transcriptformer` in upstream's ``model.py`` and ``layers.py`` (0.6.1), which loads them
-strictly: a tensor that is missing, left over or of another shape is an error.
+Names and shapes are those of `Transcriptformer` in upstream's ``model.py`` and ``layers.py`` (0.6.1). Upstream loads
+them strictly: a tensor that is missing, superfluous or of another shape is an error. Reading the file belongs in
+`torch_file`.
 """
 
 from collections.abc import Mapping
@@ -9,13 +10,14 @@ from pathlib import Path
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint_config import CheckpointConfig
-from census_tf_dagster.inference.torch_file import ITEM_BYTES, StoredTensor
+from census_tf_dagster.inference.pickled_tensors import PickledTensor
+from census_tf_dagster.inference.torch_file import ITEM_BYTES
 
 MATRIX = "gene_embeddings.embedding.weight"
 HEADS = ("mu.", "gene_id_head.")
-"""How the names of tensors begin that only the count head and the gene-id head use: no embedding needs them."""
+"""Prefixes of the tensors that only the count head and the gene-id head use. No embedding needs them."""
 PREFIXES = ("module._orig_mod.", "_orig_mod.module.", "module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and training modules put before each name."""
+"""Prefixes that DataParallel, torch.compile and training modules put before each name."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -28,9 +30,9 @@ def expected_tensors(config: CheckpointConfig, *, tokens: int, aux_values: int, 
     config
         The checkpoint's configuration.
     tokens
-        Genes and special tokens of the vocabulary.
+        Number of genes and special tokens of the vocabulary.
     aux_values
-        Values of the auxiliary column, ``unknown`` included.
+        Number of values of the auxiliary column, including ``unknown``.
     esm_dim
         Width of the gene embedding matrix.
     """
@@ -53,15 +55,15 @@ def expected_tensors(config: CheckpointConfig, *, tokens: int, aux_values: int, 
     return found
 
 
-def require_state(path: Path, stored: Mapping[str, StoredTensor], config: CheckpointConfig, **sizes: int) -> None:
-    """Refuse weights that are not exactly those of a model.
+def require_state(path: Path, stored: Mapping[str, PickledTensor], config: CheckpointConfig, **sizes: int) -> None:
+    """Raise an error if a file's tensors are not exactly those of the model.
 
     Parameters
     ----------
     path
         The file.
     stored
-        Its tensors.
+        Its tensors by name.
     config
         The checkpoint's configuration.
     sizes
@@ -70,7 +72,7 @@ def require_state(path: Path, stored: Mapping[str, StoredTensor], config: Checkp
     Raises
     ------
     UserError
-        Naming the first tensors that are missing, left over, of another shape, or no floating-point numbers.
+        When tensors are missing, superfluous, of another shape, or not floating-point. The message names the first.
     """
     matrix = stored.get(MATRIX)
     esm_dim = matrix.shape[1] if matrix is not None and len(matrix.shape) == 2 else 0
@@ -85,9 +87,9 @@ def require_state(path: Path, stored: Mapping[str, StoredTensor], config: Checkp
             )
     if matrix is not None and matrix.shape[:1] != (sizes["tokens"],):
         raise UserError(
-            f"{path}: {MATRIX} has {matrix.shape[0] if matrix.shape else 0} rows, but the special tokens and the genes "
-            f"in {path.parent / 'vocabs'} make {sizes['tokens']} tokens. Get config.json, vocabs and model_weights.pt "
-            "from the same checkpoint again."
+            f"{path}: {MATRIX} has {matrix.shape[0] if matrix.shape else 0} rows; expected {sizes['tokens']}, one for "
+            f"each special token and each gene in {path.parent / 'vocabs'}. Get config.json, vocabs and "
+            "model_weights.pt from the same checkpoint again."
         )
     left_over = [name for name in stored if name not in expected]
     faults = []

@@ -1,18 +1,19 @@
-"""Counts to tokens: which genes of a cell the model sees, in which order, with which attention bias.
+"""Turns counts into tokens: which genes of a cell the model sees, in which order, with which attention bias.
 
 The rules are upstream's (`process_batch` and `Transcriptformer.forward` of TranscriptFormer 0.6.1):
 
-1. explicit zeros are dropped, then genes outside the vocabulary;
-2. genes stand in `var` order, or by choice in the vocabulary's, as if `var` had that order; the first ``seq_len``
-   count, and the last of those is never an input;
-3. counts are clipped to 30, and need not be whole numbers; a key's attention score gets ``log1p(count + eps)``,
-   with count 1 for the assay and START tokens;
-4. an assay outside the vocabulary (or called ``unknown``) is masked as a key. As it is not pooled either, such
-   a cell simply has no assay token here.
+1. Explicit zeros are dropped, then genes outside the vocabulary.
+2. Genes are in `var` order. With `gene_order: vocabulary` they are in the vocabulary's order, as if `var` had it. The
+   first ``seq_len`` genes count, and the last of those is never an input.
+3. Counts are clipped to 30, and need not be whole numbers. ``log1p(count + eps)`` is added to a key's attention score,
+   with count 1 for the assay and START tokens.
+4. An assay outside the vocabulary (or named ``unknown``) is masked as a key. It is not pooled either, so such a cell
+   has no assay token here.
 
-Tokens are rows of the model's embedding table: assays first, START, then the known genes of this `var`, in the
-order in which they stand in a cell. So a count's column becomes a token by one look-up, and the table holds only genes
-that can occur.
+Tokens are rows of the model's embedding table: assays first, START, then the known genes of this `var`, in the order in
+which a cell has them. So one look-up turns a count's column into a token, and the table holds only possible genes.
+
+Packing the tokens of several cells into rows belongs in `packing`.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from census_tf_dagster.io.compiled import compiled
 GeneOrder = Literal["census", "vocabulary"]
 
 CLIP_COUNTS = 30
-"""Upstream's command line default, which wins over the checkpoint's configuration."""
+"""Default of upstream's command line, which overrides the checkpoint's configuration."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,19 @@ class Tokenizer:
     Attributes
     ----------
     row_of_column
-        Embedding table row of each `var` column, int32 ``(n_genes,)``; -1 outside the vocabulary.
+        Embedding table row of each `var` column, int32 ``(n_genes,)``; -1 for genes outside the vocabulary.
     known_genes
-        The ids that got rows, in row order: the order in which a cell's genes stand.
+        The gene ids that have rows, in row order, which is also the order of a cell's genes.
     assay_rows
         Table row of each known assay.
     start_row
         Table row of START.
     seq_len
-        The window.
+        Length of the model's window (rule 2).
     eps
-        Added to a count before its logarithm.
+        Value added to a count before its logarithm.
     reorders
-        Whether that order differs from the columns', so that each cell's counts are put into it.
+        Whether that order differs from the order of the columns, so that each cell's counts must be sorted.
     """
 
     row_of_column: npt.NDArray[np.int32]
@@ -66,14 +67,14 @@ class Tokenizer:
 
     @classmethod
     def build(cls, gene_ids: Sequence[str], checkpoint: Checkpoint, gene_order: GeneOrder = "census") -> "Tokenizer":
-        """Lay out the embedding table for a gene axis."""
+        """Assign the rows of the embedding table for a gene axis."""
         start_row = len(checkpoint.aux_vocab)
         known = genes_in_order(gene_ids, checkpoint, gene_order)
         row_of_gene = {gene: start_row + 1 + i for i, gene in enumerate(known)}
         return cls(
             row_of_column=np.array([row_of_gene.get(gene, -1) for gene in gene_ids], dtype=np.int32),
             known_genes=known,
-            # Upstream masks by number: an assay that shares unknown's number is masked with it.
+            # Upstream masks by number, so it also masks an assay that has the number of `unknown`.
             assay_rows={
                 assay: row for assay, row in checkpoint.aux_vocab.items() if row != checkpoint.aux_vocab[UNKNOWN]
             },
@@ -84,16 +85,22 @@ class Tokenizer:
         )
 
     def __call__(self, cells: Cells) -> PackedCells:
-        """Tokenize cells whose columns ascend."""
+        """Tokenize cells. The columns must ascend within each cell.
+
+        Raises
+        ------
+        ValueError
+            When a column is not in `var`.
+        """
         assay_rows = np.array([self.assay_rows.get(assay, -1) for assay in cells.assays], dtype=np.int32)
         if len(cells.columns) and cells.columns.max() >= len(self.row_of_column):
-            raise ValueError(f"gene joinid {cells.columns.max()} in X, but var ends at {len(self.row_of_column) - 1}")
-        # Nearly all counts are whole numbers, so there are only so many biases.
+            raise ValueError(f"X has gene joinid {cells.columns.max()}, but var ends at {len(self.row_of_column) - 1}")
+        # Nearly all counts are whole numbers, so their biases are computed once.
         counts = np.arange(CLIP_COUNTS + 1, dtype=np.float32)
         indptr, columns, values, row_of_column = cells.indptr, cells.columns, cells.values, self.row_of_column
         if self.reorders:
             indptr, columns, values = _by_row(indptr, columns, values, row_of_column)
-            # What were columns are rows now.
+            # The columns are table rows now.
             row_of_column = np.arange(self.start_row + 1 + len(self.known_genes), dtype=np.int32)
         packed = _pack(
             indptr,
@@ -117,9 +124,9 @@ def genes_in_order(gene_ids: Sequence[str], checkpoint: Checkpoint, gene_order: 
     gene_ids
         The axis, in `var` order.
     checkpoint
-        Whose vocabulary decides.
+        The checkpoint whose vocabulary decides.
     gene_order
-        ``census``: as in `var`. ``vocabulary``: as the checkpoint lists them, whatever the order of `var`.
+        ``census``: the order of `var`. ``vocabulary``: the order of the checkpoint's vocabulary.
     """
     if gene_order == "vocabulary":
         return checkpoint.in_vocabulary_order(gene_ids)
@@ -141,7 +148,7 @@ def _by_row(indptr, columns, values, row_of_column):  # type: ignore[no-untyped-
         for i in range(indptr[cell], indptr[cell + 1]):
             row = row_of_column[columns[i]]
             if values[i] != 0 and row >= 0:
-                # Row and position in one whole number: numba sorts those several times faster than it finds an order.
+                # One integer holds row and position: numba's sort is several times faster than its argsort.
                 keys[n] = (np.int64(row) << 32) | (i - indptr[cell])
                 n += 1
         keys[:n].sort()

@@ -1,4 +1,7 @@
-"""From upstream's state dict to what inference reads: checked, fused, cast, and nothing else."""
+"""Writes a prepared checkpoint from upstream's state dict: it selects, fuses, checks and casts the weights.
+
+Reading the prepared file belongs in `prepared_checkpoint`.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,16 +26,16 @@ TABLE_ROWS_AT_ONCE = 4096
 
 
 def write_prepared(checkpoint: Checkpoint, precision: str, path: Path) -> None:
-    """Write a checkpoint's prepared file, unsealed: the embedding MLP is applied in float32, then everything is cast.
+    """Write a checkpoint's prepared file, unsealed: apply the embedding MLP in float32, then cast everything.
 
     Parameters
     ----------
     checkpoint
-        As `read_checkpoint` accepted it: its tensors are all there.
+        The result of `read_checkpoint`, which guarantees that all tensors exist.
     precision
         ``fp32``, ``fp16`` or ``bf16``.
     path
-        Where to write.
+        The file to write.
 
     Raises
     ------
@@ -49,11 +52,12 @@ def write_prepared(checkpoint: Checkpoint, precision: str, path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{checkpoint.folder}: weights ({name}) leave the range of {precision}; set `compute_precision` to "
-                f"{'fp32' if precision == 'bf16' else 'bf16 or fp32'} in the set's YAML."
+                f"{checkpoint.folder}: weights ({name}) leave the range of {precision}; expected finite values: set "
+                f"`compute_precision` to {'fp32' if precision == 'bf16' else 'bf16 or fp32'} in the set's YAML."
                 if precision != "fp32"
-                else f"{checkpoint.folder}: the embeddings of genes and assays ({name}) are not finite, so no cell's "
-                "could be. Get the checkpoint from its publisher again."
+                else f"{checkpoint.folder}: the embeddings of genes and assays ({name}) are not finite; expected "
+                "finite values, because otherwise no cell's embedding is finite. Get the checkpoint from its publisher "
+                "again."
             )
     save_file(tensors, path, metadata)
 
@@ -84,18 +88,21 @@ def _prepared_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, T
 
 
 def _load_state(path: Path) -> Mapping[str, Tensor]:
-    """Open a state dict on disk. Tensors are mapped, not read, until they are asked for."""
+    """Open a state dict on disk. Tensors are mapped into memory and read when they are used."""
     try:
-        # weights_only admits tensors alone: no code of the file runs.
+        # weights_only admits only tensors, so no code of the file runs.
         state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read as a state dict of tensors: {error}") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); expected a state dict of tensors. Get the checkpoint from its publisher "
+            "again."
+        ) from error
     return state
 
 
 @torch.inference_mode()
 def _embedding_table(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
-    """Return the genes, and the embeddings of assays, START and them, float32."""
+    """Return the genes, and the embeddings of assays, START and genes, float32 ``(n_rows, embed_dim)``."""
     dim, assays = checkpoint.shape.embed_dim, len(checkpoint.aux_vocab)
     matrix = state[MATRIX]
     esm_dim = matrix.shape[1]
@@ -111,7 +118,7 @@ def _embedding_table(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> tup
         source = torch.cat([matrix[start][None].float(), _pretrained_rows(checkpoint, genes, esm_dim)])
         order = torch.arange(len(source))
     else:
-        # Other special tokens go along as if they were genes: no Census has genes of such names.
+        # Other special tokens are kept as if they were genes, because no Census has genes with such names.
         genes = [token for token in checkpoint.gene_rows if token != START]
         source = matrix
         order = torch.tensor([start, *(checkpoint.gene_rows[gene] for gene in genes)])
@@ -132,7 +139,7 @@ def _pretrained_rows(checkpoint: Checkpoint, genes: Sequence[str], esm_dim: int)
         with h5py.File(path, "r") as file:
             arrays = file["arrays"]
             for key in file["keys"][:]:
-                # A gene in several files: the first counts, as in upstream.
+                # If several files have a gene, the first counts, as in upstream.
                 row = position.pop(key.decode(), None)
                 if row is None:
                     continue

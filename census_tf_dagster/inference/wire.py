@@ -1,4 +1,7 @@
-"""Messages between a shard's process and its device processes: a JSON header, then arrays as they lie in memory."""
+"""Sends and receives messages between a shard's process and its device processes.
+
+A message is a JSON header, then the bytes of arrays. What messages mean belongs in `devices` and `device_process`.
+"""
 
 import json
 import struct
@@ -18,7 +21,7 @@ def send(stream: BinaryIO, header: Header, *arrays: AnyArray) -> None:
     Raises
     ------
     BrokenPipeError
-        When nobody reads any more.
+        When the other side has closed.
     """
     described = [[array.dtype.str, list(array.shape)] for array in arrays]
     content = json.dumps({**header, "arrays": described}).encode()
@@ -52,7 +55,7 @@ def _write(stream: BinaryIO, content: memoryview) -> None:
 
 
 def _read(stream: BinaryIO, into: memoryview) -> bool:
-    """Fill a buffer; False at the end of the stream."""
+    """Fill a buffer; return False at the end of the stream."""
     while len(into):
         n = stream.readinto(into)  # type: ignore[attr-defined]
         if not n:

@@ -1,1 +1,1 @@
-"""Files, S3 and names: what every room uses, and nothing of embeddings."""
+"""Files, S3, names and processes, which all other packages use. Nothing here knows about embeddings."""

@@ -1,4 +1,4 @@
-"""Functions that numba compiles, and where the results are kept for the next process."""
+"""Compiles functions with numba, and chooses the folder that keeps the results for later processes."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,21 +13,21 @@ _kept_nowhere: list[Any] = []
 
 class _Cache(FunctionCache):
     def save_overload(self, signature: Any, data: Any) -> None:
-        # A full disk or quota: the next process compiles again.
+        # If the disk or quota is full, the next process compiles again.
         with suppress(OSError):
             super().save_overload(signature, data)  # type: ignore[no-untyped-call]
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function at its first call; it runs without Python's lock.
+    """Compile a function at its first call; it runs without Python's interpreter lock.
 
-    The result is kept where numba keeps its own: in ``NUMBA_CACHE_DIR``, beside the source, or in the user's cache
-    folder. Where none of them can be written (a root's environment, no home), `keep_below` says where.
+    Numba chooses the folder for the result: ``NUMBA_CACHE_DIR``, the source's folder, or the user's cache folder. If
+    none of them is writable (root's environment, no home), `keep_below` sets the folder.
 
     Parameters
     ----------
     options
-        As `numba.njit` takes them.
+        Options of `numba.njit`.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -40,11 +40,11 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def keep_below(cache: Path) -> None:
-    """Let what numba finds no place for be kept in this folder: our functions, and those of packages imported later.
+    """Keep compiled functions below this folder if numba finds no writable one, also those of packages imported later.
 
-    umap, for example, cannot be imported where there is no place.
+    Without a writable folder some packages cannot be imported, such as umap.
     """
-    # umap and others are installed beside numba.
+    # umap and other packages are installed beside numba, so numba's own functions show whether they have a folder.
     if _kept_nowhere or not _has_place(numba.njit):
         numba.config.CACHE_DIR = str(cache / "numba")  # type: ignore[attr-defined]
         _kept_nowhere[:] = [dispatcher for dispatcher in _kept_nowhere if not _keep(dispatcher)]
@@ -60,6 +60,6 @@ def _has_place(function: Any) -> bool:
 
 def _keep(dispatcher: Any) -> bool:
     if found := _has_place(dispatcher.py_func):
-        # What `cache=True` does, which is an error where there is no place.
+        # This does the same as `cache=True`, which would be an error without a writable folder.
         dispatcher._cache = _Cache(dispatcher.py_func)  # type: ignore[no-untyped-call]
     return found

@@ -1,4 +1,4 @@
-"""Local files: replaced as a whole, whatever reads them meanwhile or cuts the power; and temporary ones."""
+"""Replaces local files atomically, so that a reader or a power failure never sees a part; makes temporary folders."""
 
 import os
 import tempfile
@@ -12,14 +12,14 @@ from census_tf_dagster.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; it takes that name, synced to the disk, if the block ends without error.
+    """Yield a temporary path beside `path`; if the block ends without error, sync that file and rename it to `path`.
 
-    The folder is made where there is none.
+    A missing folder is created.
 
     Raises
     ------
     OSError
-        When the folder or its disk does not take it; nothing is left behind.
+        When the file cannot be written. No temporary file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid.uuid4().hex}")
@@ -33,18 +33,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a folder that is removed with the object that is returned.
+    """Make a temporary folder. It is removed together with the returned object.
 
     Raises
     ------
     UserError
-        When none can be made.
+        When it cannot be made.
     """
     try:
         return tempfile.TemporaryDirectory(prefix="census-tf-")
     except OSError as error:
         raise UserError(
-            f"no temporary folder can be made ({error}): set TMPDIR to a folder that can be written, with free space."
+            f"no temporary folder can be made ({error}). Expected a writable folder with free space: set TMPDIR to one."
         ) from error
 
 

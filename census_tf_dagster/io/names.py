@@ -1,4 +1,4 @@
-"""Names, locations and addresses as users write them: checked, and brought to one form."""
+"""Checks and normalises names, locations and addresses that users write."""
 
 import re
 from pathlib import Path
@@ -8,35 +8,39 @@ from census_tf_dagster.errors import UserError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 LONGEST_LOCATION = 1024
-"""Characters of a location at most: S3 takes keys of this length."""
+"""Most characters of a location. It is S3's limit for a key."""
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What no name, location or title has: control characters, line breaks, and halves of a UTF-16 pair."""
+"""Characters that no name, location or title may have: control characters, line breaks, halves of a UTF-16 pair."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _S3 = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/[^/]+)*/*")
 
 
 def require_name(name: str, what: str) -> str:
-    """Return `name` when it can be a folder of the store and part of a partition key.
+    """Return `name` if it can be a folder of the store and part of a partition key.
 
     Raises
     ------
     UserError
-        Otherwise: such a name could leave the store's folder.
+        When it cannot, because it could lead out of the store's folder.
     """
     if not NAME.fullmatch(name):
-        raise UserError(f"{what} {name!r}: expected letters, digits, '_', '-' and '.', not starting with '.'.")
+        raise UserError(
+            f"{what} {name!r} is not a valid name: expected letters, digits, '_', '-' and '.', not starting with '.'. "
+            "Use another name."
+        )
     return name
 
 
 def check_location(text: str) -> None:
-    """Refuse what is neither a folder or file of this machine nor an S3 prefix or object.
+    """Raise an error if a text is neither a path of this machine nor an S3 prefix or object.
 
     Raises
     ------
     ValueError
-        Saying what is wrong and what was expected, in the words that follow a name and the value.
+        When it is neither. The message says what is wrong and what was expected; callers put the name and the value
+        before it.
     """
     if not text:
         raise ValueError("It is empty. Expected a path, or s3://BUCKET/PREFIX")
@@ -69,7 +73,7 @@ def _home_is_known(path: str) -> bool:
 
 
 def normalise(uri: str) -> str:
-    """Return `uri` without a trailing slash, a local path as an absolute path."""
+    """Return `uri` without a trailing slash; a local path becomes absolute."""
     if "://" not in uri:
         return str(Path(uri).expanduser().absolute())
     return uri.rstrip("/")
@@ -81,6 +85,6 @@ def is_local(uri: str) -> bool:
 
 
 def without_secrets(address: str) -> str:
-    """Return an address as an error may show it: without user and password, and without what follows ``?`` or ``#``."""
+    """Return an address for an error message: without user and password, and without the part after ``?`` or ``#``."""
     bare = re.sub(r"(?s)^(\w+:/*)?.*@", lambda found: f"{found[1] or ''}***@", address)
     return re.sub(r"(?s)([?#]).*", r"\1***", bare)

@@ -1,4 +1,4 @@
-"""HTTP proxies as the environment names them (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), but never to this machine itself."""
+"""Chooses the HTTP proxy for a URL from the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY); none for this machine."""
 
 from ipaddress import ip_address
 from urllib.parse import unquote, urlsplit
@@ -7,7 +7,7 @@ from requests.utils import get_environ_proxies, select_proxy
 
 
 def is_loopback(url: str) -> bool:
-    """Tell whether a URL is one of this machine itself, which no proxy can reach."""
+    """Tell whether a URL belongs to this machine itself, which no proxy can reach."""
     host = urlsplit(url).hostname or ""
     try:
         return ip_address(host).is_loopback
@@ -16,7 +16,7 @@ def is_loopback(url: str) -> bool:
 
 
 def proxy_for(url: str) -> str | None:
-    """Return the URL of the proxy through which a URL is asked, with its password; None when there is none."""
+    """Return the URL of the proxy for a URL, with its password; None if there is none."""
     if is_loopback(url):
         return None
     found = select_proxy(url, get_environ_proxies(url))
@@ -24,7 +24,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def tiledb_proxy(url: str) -> dict[str, str]:
-    """Return TileDB's configuration of the proxy for a URL: TileDB reads no variable of the environment."""
+    """Return TileDB's configuration of the proxy for a URL, because TileDB reads no environment variables."""
     parsed = urlsplit(proxy_for(url) or "")
     if parsed.scheme not in ("http", "https") or not parsed.hostname:
         return {}

@@ -1,4 +1,8 @@
-"""S3: how it is reached, how long it is tried, and whole objects in it. Arrays in it are TileDB's."""
+"""Reaches S3: settings, retries, and reads and writes of whole objects.
+
+TileDB reads and writes arrays on S3 itself, with the configuration from here. Code that works for local paths, too,
+belongs in `storage`.
+"""
 
 import hashlib
 import math
@@ -21,37 +25,37 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.proxies import proxy_for, tiledb_proxy
 
 PATIENCE = {
-    # Tries of a request that fails (500, reset, time-out, refused), with doubling pauses: 51 s of pauses in all.
-    # Where S3 asks to slow down, TileDB tries for 150 s. Then the operation fails.
+    # Number of tries of a failing request (500, reset, time-out, refused), with doubling pauses of 51 s in all.
+    # If S3 asks to slow down, TileDB tries for 150 s. Then the operation fails.
     "vfs.s3.connect_max_tries": "11",
-    # Its default of 3 s gives up on an answer that only takes long.
+    # TileDB's default of 3 s gives up on an answer that is only slow.
     "vfs.s3.request_timeout_ms": "5000",
 }
-"""How long TileDB waits for S3, as its configuration (docs/operate.md has what that amounts to)."""
+"""TileDB's configuration of how long it waits for S3 (docs/operate.md explains the consequences)."""
 OBJECT_PATIENCE: dict[str, Any] = {
     "retries": {"mode": "standard", "total_max_attempts": 10},
     "connect_timeout": 10,
     "read_timeout": 10,
 }
-"""The same for whole objects, as boto3's configuration: pauses of up to 20 s, a minute or two in all."""
+"""boto3's configuration for whole objects: pauses of up to 20 s, a minute or two in all."""
 
 
 class StoreError(Exception):
-    """The store stayed unreachable, or refused a write, for as long as it was tried."""
+    """The store stayed unreachable or refused a write, at every try."""
 
 
 @dataclass(frozen=True)
 class S3Settings:
-    """How to reach S3; credentials come from the environment or the role, never from here.
+    """How to reach S3. Credentials come from the environment or the role, never from here.
 
     Attributes
     ----------
     region
-        AWS region of the bucket; empty: as the environment says.
+        AWS region of the bucket; empty: the one of the environment.
     endpoint
         ``http(s)://host:port`` of an S3-compatible server; empty: AWS.
     anonymous
-        Send unsigned requests (the public Census).
+        Whether to send unsigned requests, as for the public Census.
     """
 
     region: str = ""
@@ -60,11 +64,11 @@ class S3Settings:
 
     @property
     def address(self) -> str:
-        """URL of the server, by which a proxy is chosen."""
+        """URL of the server, which decides about the proxy."""
         return self.endpoint or f"https://s3.{self.region or 'us-east-1'}.amazonaws.com"
 
     def proxies(self) -> dict[str, str]:
-        """Return the proxy as boto3 takes it, which would use one for this machine itself, too."""
+        """Return the proxy in boto3's form. Without this, boto3 would use a proxy even for this machine itself."""
         proxy = proxy_for(self.address)
         return {urlparse(self.address).scheme: proxy} if proxy else {}
 
@@ -76,7 +80,10 @@ class S3Settings:
         if self.endpoint:
             parsed = urlparse(self.endpoint)
             if parsed.scheme not in ("http", "https") or not parsed.netloc:
-                raise UserError(f"S3 endpoint {self.endpoint!r}: expected http://host:port or https://host:port.")
+                raise UserError(
+                    f"the S3 endpoint is {self.endpoint!r}; expected http://host:port or https://host:port: correct "
+                    "the endpoint."
+                )
             config["vfs.s3.endpoint_override"] = parsed.netloc
             config["vfs.s3.scheme"] = parsed.scheme
             config["vfs.s3.use_virtual_addressing"] = "false"
@@ -87,16 +94,16 @@ class S3Settings:
 
 @dataclass(frozen=True)
 class S3Object:
-    """What S3 says of one version of an object.
+    """One version of an object, as S3 describes it.
 
     Attributes
     ----------
     size
-        Bytes.
+        Size in bytes.
     etag
-        Differs when the content does.
+        S3's tag, which differs if the content differs.
     etag_is_md5
-        It is the MD5 of the content, or of its parts' MD5s, which an object encrypted by KMS does not tell.
+        Whether the tag is the MD5 of the content or of its parts' MD5s. It is not for an object encrypted by KMS.
     """
 
     size: int
@@ -104,22 +111,24 @@ class S3Object:
     etag_is_md5: bool
 
 
+_AGAIN = "run this again."
+
 ARCHIVE_CLASS = "GLACIER_IR"
-"""S3's class for what is read about once a quarter: a fraction of the price, still readable within milliseconds."""
+"""S3's storage class for objects that are read about once a quarter: much cheaper, and readable within milliseconds."""
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object of S3.
+    """An object in a listing of S3.
 
     Attributes
     ----------
     bucket, key
         Its name.
     size
-        Bytes.
+        Size in bytes.
     written
-        When it was written, in seconds since 1970.
+        Time of its last write, in seconds since 1970.
     archived
         Whether it is in the storage class of `ARCHIVE_CLASS`.
     """
@@ -132,10 +141,10 @@ class StoredObject:
 
 
 class S3Objects:
-    """Whole objects: asked for, read and replaced in one request each.
+    """Reads and replaces whole objects in one request each.
 
-    TileDB's file layer is not used for these: it deletes an object before it replaces it. No listing shows the empty
-    objects with a name that ends in ``/``: the S3 console makes them so that a person sees a folder.
+    TileDB's file layer is not used for them, because it deletes an object before it replaces it. Listings omit empty
+    objects whose name ends in ``/``. The S3 console makes them to show a folder.
     """
 
     def __init__(self, settings: S3Settings) -> None:
@@ -152,12 +161,12 @@ class S3Objects:
         )
 
     def exists(self, uri: str) -> bool:
-        """Tell whether an object stands at `uri`."""
+        """Tell whether there is an object at `uri`."""
         bucket, key = _split(uri)
         return self._ask(uri, lambda: self._client.head_object(Bucket=bucket, Key=key)) is not None
 
     def find(self, uri: str) -> S3Object | None:
-        """Return what S3 says of the object at `uri`; None when there is none."""
+        """Return S3's description of the object at `uri`; None if there is none."""
         bucket, key = _split(uri)
         head = self._ask(uri, lambda: self._client.head_object(Bucket=bucket, Key=key))
         if head is None:
@@ -169,49 +178,49 @@ class S3Objects:
         return S3Object(int(head["ContentLength"]), etag, is_md5)
 
     def download(self, uri: str, path: Path, expected: S3Object) -> None:
-        """Copy an object to `path`, its parts side by side, and verify what came.
+        """Copy an object to `path`, several parts at once, and verify the copy.
 
         Raises
         ------
         StoreError
-            When the object at `uri` is not the `expected` one any more, or its size or MD5 is another.
+            When the object at `uri` is no longer the `expected` one, or the copy has another size or MD5.
         """
         bucket, key = _split(uri)
         self._ask(uri, lambda: self._client.download_file(bucket, key, str(path)))
         if self.find(uri) != expected:
-            raise StoreError(f"{uri} changed while it was fetched; expected the version {expected.etag}.")
+            raise StoreError(f"{uri} changed while it was fetched; expected the version {expected.etag}: {_AGAIN}")
         size = path.stat().st_size
         if size != expected.size:
-            raise StoreError(f"{uri}: {size} bytes came, and S3 says it holds {expected.size}.")
+            raise StoreError(f"{uri}: {size} bytes came; expected {expected.size}, as S3 states: {_AGAIN}")
         if (part := self._part_size(uri, expected)) is None:
             return
         md5 = _etag_of(path, part, in_parts="-" in expected.etag)
         if md5 != expected.etag:
-            raise StoreError(f"{uri}: what came has the MD5 {md5}, and S3 says it holds {expected.etag}.")
+            raise StoreError(f"{uri}: the copy has the MD5 {md5}; expected {expected.etag}, as S3 states: {_AGAIN}")
 
-    def _part_size(self, uri: str, of: S3Object) -> int | None:
-        """Return of how many bytes an ETag is an MD5 each; None when it is none, or parts are of several sizes."""
-        if not of.etag_is_md5:
+    def _part_size(self, uri: str, found: S3Object) -> int | None:
+        """Return the bytes of each part whose MD5 is in the ETag; None if it has no MD5 or parts differ in size."""
+        if not found.etag_is_md5:
             return None
-        _, in_parts, parts = of.etag.partition("-")
+        _, in_parts, parts = found.etag.partition("-")
         if not in_parts:
-            return max(of.size, 1)
+            return max(found.size, 1)
         bucket, key = _split(uri)
         head = self._ask(uri, lambda: self._client.head_object(Bucket=bucket, Key=key, PartNumber=1))
         size = int(head["ContentLength"]) if head else 0
-        return size if size and math.ceil(of.size / size) == int(parts) else None
+        return size if size and math.ceil(found.size / size) == int(parts) else None
 
     def any_below(self, uri: str) -> bool:
-        """Tell whether there is an object below the prefix `uri`; not when there is no such bucket."""
+        """Tell whether there is an object below the prefix `uri`; False if there is no such bucket."""
         return next(self.below(uri), None) is not None
 
     def list_below(self, uri: str) -> dict[str, int]:
-        """Return the size in bytes of each object below the prefix `uri`, by its name from there on."""
+        """Return the size in bytes of each object below the prefix `uri`, by its name relative to `uri`."""
         start = len(_prefix(uri))
-        return {one.key[start:]: one.size for one in self.below(uri)}
+        return {stored.key[start:]: stored.size for stored in self.below(uri)}
 
     def entries(self, uri: str) -> set[str]:
-        """Return the names directly below the prefix `uri`: of objects, and of prefixes of further ones."""
+        """Return the names of objects and prefixes directly below the prefix `uri`."""
         start = len(_prefix(uri))
         names = set()
         for page in self._pages(uri, Delimiter="/"):
@@ -230,7 +239,7 @@ class S3Objects:
                     yield StoredObject(bucket, one["Key"], int(one["Size"]), written, archived)
 
     def _pages(self, uri: str, **more: str) -> Iterator[Any]:
-        """Yield the pages of the listing below the prefix `uri`; none when there is no such bucket."""
+        """Yield the pages of the listing below the prefix `uri`; none if there is no such bucket."""
         bucket, _ = _split(uri)
         request = {"Bucket": bucket, "Prefix": _prefix(uri), **more}
         while (page := self._ask(uri, lambda: self._client.list_objects_v2(**request))) is not None:
@@ -240,33 +249,35 @@ class S3Objects:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, uri: str) -> bytes | None:
-        """Return an object's content; None when there is none."""
+        """Return an object's content; None if there is no such object."""
         bucket, key = _split(uri)
         content = self._ask(uri, lambda: self._client.get_object(Bucket=bucket, Key=key)["Body"].read())
         return None if content is None else bytes(content)
 
     def write(self, uri: str, content: bytes) -> None:
-        """Replace an object: a reader sees the old or the new one.
+        """Replace an object. A reader sees the old or the new one.
 
         Raises
         ------
         UserError
-            When it may not be written, or there is no such bucket.
+            When writing is not allowed, or there is no such bucket.
         """
         bucket, key = _split(uri)
         if self._ask(uri, lambda: self._client.put_object(Bucket=bucket, Key=key, Body=content)) is None:
-            raise UserError(f"there is no bucket {bucket!r} for {uri}.")
+            raise UserError(
+                f"there is no bucket {bucket!r} for {uri}; expected it to exist: create it, or correct the address."
+            )
 
-    def archive(self, one: StoredObject) -> None:
-        """Copy an object onto itself in the storage class of `ARCHIVE_CLASS`; a reader sees it all the time."""
-        source = {"Bucket": one.bucket, "Key": one.key}
-        # Not a plain copy_object: that ends at 5 GB.
+    def archive(self, stored: StoredObject) -> None:
+        """Copy an object onto itself in the storage class of `ARCHIVE_CLASS`. Readers see it all the time."""
+        source = {"Bucket": stored.bucket, "Key": stored.key}
+        # A plain copy_object is limited to 5 GB.
         extra = {"StorageClass": ARCHIVE_CLASS, "MetadataDirective": "COPY"}
-        uri = f"s3://{one.bucket}/{one.key}"
-        self._ask(uri, lambda: self._client.copy(source, one.bucket, one.key, ExtraArgs=extra))
+        uri = f"s3://{stored.bucket}/{stored.key}"
+        self._ask(uri, lambda: self._client.copy(source, stored.bucket, stored.key, ExtraArgs=extra))
 
     def upload(self, uri: str, path: Path) -> None:
-        """Replace an object by a file's content, in parts: a reader sees the old or the new one.
+        """Replace an object by a file's content, in parts. A reader sees the old or the new one.
 
         Raises
         ------
@@ -277,26 +288,29 @@ class S3Objects:
         self._ask(uri, lambda: self._client.upload_file(str(path), bucket, key))
 
     def make_bucket(self, uri: str) -> None:
-        """Make the bucket of `uri` when there is none.
+        """Create the bucket of `uri` if it does not exist.
 
         Raises
         ------
         UserError
-            When it cannot be made.
+            When it cannot be created.
         """
         bucket, _ = _split(uri)
         if self._ask(uri, lambda: self._client.head_bucket(Bucket=bucket)) is not None:
             return
         region = self._client.meta.region_name
-        # S3 names its first region by leaving it out.
+        # For its first region, S3 expects no location.
         where = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
         try:
             self._client.create_bucket(Bucket=bucket, **where)
         except (ClientError, BotoCoreError) as error:
-            raise UserError(f"there is no bucket {bucket!r} for {uri}, and it cannot be made: {error}") from error
+            raise UserError(
+                f"there is no bucket {bucket!r} for {uri}, and it cannot be created ({error}). Expected a bucket: "
+                "create it, or correct the address."
+            ) from error
 
     def _ask(self, uri: str, request: Callable[[], Any]) -> Any:
-        """Return the answer to a request; None when what it asks for does not exist."""
+        """Return the answer to a request; None if the requested object or bucket does not exist."""
         try:
             return request()
         except ClientError as error:
@@ -304,11 +318,16 @@ class S3Objects:
             if status == HTTPStatus.NOT_FOUND:
                 return None
             if status == HTTPStatus.FORBIDDEN:
-                who = "without credentials" if self._settings.anonymous else "with the credentials found here"
-                raise UserError(f"access to {uri} is denied {who}: {error}") from error
+                who = "without credentials" if self._settings.anonymous else "with the credentials of this environment"
+                raise UserError(
+                    f"access to {uri} is denied {who} ({error}). Expected access: give this environment's role or AWS "
+                    "keys the permission."
+                ) from error
             raise StoreError(f"{uri} cannot be reached: {error}") from error
         except (NoCredentialsError, PartialCredentialsError) as error:
-            raise UserError(f"there are no credentials for {uri}: give this environment a role or AWS keys.") from error
+            raise UserError(
+                f"there are no credentials for {uri}; expected a role or AWS keys: give this environment one of them."
+            ) from error
         except (BotoCoreError, Boto3Error) as error:
             raise StoreError(f"{uri} cannot be reached: {error}") from error
 
@@ -319,7 +338,7 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 def _prefix(uri: str) -> str:
-    """Return how the keys of all objects below `uri` begin."""
+    """Return the prefix of the keys of all objects below `uri`."""
     _, key = _split(uri)
     return f"{key.rstrip('/')}/" if key else ""
 
@@ -330,7 +349,7 @@ def _is_marker(listed: Mapping[str, Any]) -> bool:
 
 
 def _etag_of(path: Path, part_size: int, *, in_parts: bool) -> str:
-    """Work out the ETag that S3 gives to a file, uploaded whole or in parts."""
+    """Compute the ETag that S3 gives to a file that was uploaded at once or in parts."""
     digests = []
     with path.open("rb") as file:
         for _ in range(0, max(path.stat().st_size, 1), part_size):

@@ -1,7 +1,7 @@
-"""Files and arrays at one kind of place: a local folder or an S3 prefix.
+"""Reads and writes files below a local folder or an S3 prefix, and configures TileDB for both.
 
-Holds what the Census side and the store side share: TileDB's contexts, and small whole-file reads and writes.
-Knows nothing of arrays' contents.
+The Census side and the store side share it: TileDB's contexts, and reads and writes of small whole files. The content
+of arrays belongs in `census` and `store`.
 """
 
 import io
@@ -21,35 +21,36 @@ from census_tf_dagster.io.names import is_local
 from census_tf_dagster.io.s3 import S3Object, S3Objects, S3Settings
 
 READ_BUFFER_BYTES = 128 * 2**20
-"""Per-column read buffer. The library's default of 1 GiB a column lets memory grow to several GB."""
+"""Read buffer per column. The library's default of 1 GiB per column lets memory grow to several GB."""
 
 NO_PARALLEL_MERGE = {"sm.query.sparse_global_order.preprocess_tile_merge": "0"}
-"""TileDB 2.30 may free a tile merge's memory while a thread still works on it, which kills the process under load
-(TileDB pull request 5723). Without this way of merging it cannot; to be dropped with a core that has the mending."""
+"""Switches off TileDB's parallel tile merge. TileDB 2.30 may free a merge's memory while a thread still uses it, which
+kills the process under load (TileDB pull request 5723). Drop this setting with a TileDB that has the fix."""
 
 MANY_AT_ONCE = {"sm.compute_concurrency_level": "32"}
-"""TileDB asks for each fragment's metadata on its compute threads, one a core by default, which mostly wait for S3."""
+"""Number of TileDB's compute threads. They request each fragment's metadata and mostly wait for S3, so the default of
+one per core is too small."""
 
 UNCHECKED_WRITES = dict.fromkeys(("sm.check_coord_dups", "sm.check_coord_oob", "sm.check_global_order"), "false")
-"""TileDB's own checks of each coordinate cost a third of a write; `EmbeddingsArray.write` checks beforehand."""
+"""Switches off TileDB's checks of each coordinate, which take a third of a write. `EmbeddingsArray` checks before."""
 
 
 WRITABLE = "make the store writable, and free space where its disk is full"
 SIGNS_OF_LACK = ("std::bad_alloc", "Error initializing thread pool")
-"""What TileDB says when the system gives it no memory, or no memory for threads."""
+"""Texts in TileDB's errors when the system gives it no memory, or no memory for threads."""
 
 
 FAR_FUTURE = 2**62
-"""TileDB timestamp (milliseconds) after any that a clock gives."""
+"""TileDB timestamp (milliseconds) that is later than any clock's."""
 
 
 class Storage:
-    """Access to one place with one set of S3 settings.
+    """Access to files with one set of S3 settings.
 
     Parameters
     ----------
     s3
-        How S3 is reached; has no effect on local paths.
+        Settings to reach S3. They have no effect on local paths.
     """
 
     def __init__(self, s3: S3Settings | None = None) -> None:
@@ -57,8 +58,8 @@ class Storage:
         config = {**self.s3.tiledb_config(), **NO_PARALLEL_MERGE, **MANY_AT_ONCE}
         with naming_lack_of_memory():
             self.tiledb_ctx = tiledb.Ctx(config)
-        # One for all openings (each has thread pools of its own); without a timestamp of its own, every opening
-        # sees what was committed before it.
+        # All openings share one context, because each context has its own thread pools. It has no timestamp, so every
+        # opening sees everything that was committed before it.
         self._soma_config: dict[str, str | float] = {
             **config,
             "soma.init_buffer_bytes": str(READ_BUFFER_BYTES),
@@ -70,17 +71,17 @@ class Storage:
 
     @cached_property
     def soma_context_of_the_future(self) -> tiledbsoma.SOMATileDBContext:
-        """A context that shows what was ever written, also where this machine's clock is behind the writer's."""
-        # Not by `replace`: in tiledbsoma 2.3.0 that loses the configuration.
+        """A context that shows everything that was written, even if this machine's clock is behind the writer's."""
+        # In tiledbsoma 2.3.0, `replace` would lose the configuration.
         return tiledbsoma.SOMATileDBContext(tiledb_config=self._soma_config, timestamp=FAR_FUTURE)
 
     def make_place(self, uri: str) -> None:
-        """Make the bucket of an S3 `uri` when there is none; folders come with the files in them.
+        """Create the bucket of an S3 `uri` if it does not exist. Folders are created with the files in them.
 
         Raises
         ------
         UserError
-            When there is none and it cannot be made.
+            When the bucket cannot be created.
         """
         if not is_local(uri):
             self._objects.make_bucket(uri)
@@ -90,7 +91,7 @@ class Storage:
         return int(tiledb.ArraySchema.load(uri, ctx=self.tiledb_ctx).version)
 
     def exists(self, uri: str) -> bool:
-        """Tell whether a file stands at `uri`."""
+        """Tell whether there is a file at `uri`."""
         return _path(uri).is_file() if is_local(uri) else self._objects.exists(uri)
 
     def is_folder(self, uri: str) -> bool:
@@ -98,13 +99,13 @@ class Storage:
         return _path(uri).is_dir() if is_local(uri) else self._objects.any_below(uri)
 
     def holds_files(self, uri: str) -> bool:
-        """Tell whether a file stands at any depth below `uri`; on S3 there are no folders without one."""
+        """Tell whether there is a file at any depth below `uri`. On S3, every folder has one."""
         if not is_local(uri):
             return self._objects.any_below(uri)
         return any(files for _, _, files in os.walk(_path(uri)))
 
     def list(self, uri: str) -> list[str]:
-        """Return the URIs of the entries directly below the folder `uri`, sorted; none when there is no such folder."""
+        """Return the URIs of the entries directly below the folder `uri`, sorted; none if there is no such folder."""
         if not is_local(uri):
             names = self._objects.entries(uri)
         else:
@@ -112,7 +113,7 @@ class Storage:
         return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
 
     def file_sizes(self, uri: str) -> dict[str, int]:
-        """Return the bytes of each file at any depth below the folder `uri`, by its path from there on, with ``/``."""
+        """Return the size in bytes of each file at any depth below the folder `uri`, by relative path with ``/``."""
         if not is_local(uri):
             return self._objects.list_below(uri)
         root = _path(uri)
@@ -125,50 +126,52 @@ class Storage:
         return sizes
 
     def size(self, uri: str) -> int:
-        """Return the bytes of all files below the folder `uri`."""
+        """Return the size in bytes of all files below the folder `uri`."""
         return int(self._vfs.dir_size(uri))
 
     def last_written(self, uri: str) -> float:
-        """Return when a file below the folder `uri` was written last, in seconds since 1970; 0 for an empty folder."""
+        """Return the time of the last write below the folder `uri`, in seconds since 1970; 0 for an empty folder."""
         if not is_local(uri):
-            return max((one.written for one in self._objects.below(uri)), default=0.0)
+            return max((stored.written for stored in self._objects.below(uri)), default=0.0)
         files = (Path(folder) / name for folder, _, names in os.walk(_path(uri)) for name in names)
         return max((file.stat().st_mtime for file in files), default=0.0)
 
     def is_archived(self, uri: str) -> bool:
-        """Tell whether every object below the prefix `uri` was archived."""
-        return not is_local(uri) and all(one.archived for one in self._objects.below(uri))
+        """Tell whether every object below the prefix `uri` is archived."""
+        return not is_local(uri) and all(stored.archived for stored in self._objects.below(uri))
 
     def archive_folder(self, uri: str) -> None:
-        """Move every object below the prefix `uri` to the storage class for what is rarely read; names stay."""
-        for one in self._objects.below(uri):
-            if not one.archived:
-                self._objects.archive(one)
+        """Move every object below the prefix `uri` to the storage class of `s3.ARCHIVE_CLASS`; names stay."""
+        for stored in self._objects.below(uri):
+            if not stored.archived:
+                self._objects.archive(stored)
 
     def remove_folder(self, uri: str) -> None:
-        """Delete the folder `uri` and all below it.
+        """Delete the folder `uri` and everything below it.
 
         Raises
         ------
         UserError
-            When it may not be deleted.
+            When deleting is not allowed.
         """
         try:
             self._vfs.remove_dir(uri)
         except tiledb.TileDBError as error:
-            raise UserError(f"{uri} cannot be removed ({error}): make it writable, and run this again.") from error
+            raise UserError(
+                f"{uri} cannot be removed ({error}). Expected a writable folder: make it writable, and run this again."
+            ) from error
 
     def remove_file(self, uri: str) -> None:
         """Delete the file `uri`."""
         self._vfs.remove_file(uri)
 
     def remove_empty_folders(self, uri: str) -> None:
-        """Delete the local folder `uri` and all below it, each only while nothing is in it.
+        """Delete the local folder `uri` and all folders below it, if they are empty.
 
         Raises
         ------
         OSError
-            When something is in one of them.
+            When one of them has a file.
         """
         if is_local(uri):
             for folder, _, _ in os.walk(_path(uri), topdown=False):
@@ -180,7 +183,7 @@ class Storage:
         Raises
         ------
         UserError
-            When there is none, or it cannot be read.
+            When there is no such file, or it cannot be read.
         """
         content = None
         if not is_local(uri):
@@ -189,7 +192,7 @@ class Storage:
             with _naming(uri, "read", "make it readable"):
                 content = _path(uri).read_bytes()
         if content is None:
-            raise UserError(f"no file at {uri}.")
+            raise UserError(f"there is no file at {uri}; expected one: correct the address, or make the file again.")
         return content
 
     def open(self, uri: str) -> io.BufferedReader:
@@ -198,23 +201,23 @@ class Storage:
         Raises
         ------
         FileNotFoundError, tiledb.TileDBError
-            When there is none: a local one, one on S3.
+            When there is no such file: the first for a local path, the second on S3.
         UserError
             When it cannot be read.
         """
         if not is_local(uri):
             return io.BufferedReader(self._vfs.open(uri, "rb"), buffer_size=2**20)
-        # Not by TileDB, which syncs what it closes: that fails on a disk that is read-only.
+        # TileDB would sync a local file when it closes it, which fails on a read-only disk.
         with _naming(uri, "read", "make it readable"):
             return io.BufferedReader(io.FileIO(_path(uri)), buffer_size=2**20)
 
     def write(self, uri: str, content: bytes) -> None:
-        """Replace the file at `uri` as a whole: a reader sees the old or the new one, never a part.
+        """Replace the file at `uri` atomically: a reader sees the old or the new content, never a part.
 
         Raises
         ------
         UserError
-            When the place may not be written, or is full.
+            When writing is not allowed, or the disk is full.
         StoreError
             When S3 stays unreachable.
         """
@@ -225,17 +228,17 @@ class Storage:
             partial.write_bytes(content)
 
     def find_object(self, uri: str) -> S3Object | None:
-        """Return what S3 says of the object at `uri`; None when there is none."""
+        """Return S3's description of the object at `uri`; None if there is none."""
         return self._objects.find(uri)
 
     @contextmanager
     def writing(self, uri: str) -> Iterator[IO[bytes]]:
-        """Replace the file at `uri` piece by piece; it is there as a whole once this ends without an error.
+        """Yield a file to write piece by piece; it replaces the one at `uri` when the block ends without error.
 
         Raises
         ------
         UserError
-            When the place may not be written, or is full; for S3, the folder of temporary files.
+            When writing is not allowed, or the disk is full. For S3, this concerns the folder of temporary files.
         StoreError
             When S3 stays unreachable.
         """
@@ -258,7 +261,7 @@ class Storage:
         Raises
         ------
         StoreError
-            When it is not the `expected` one any more, or what came is not what S3 says it holds.
+            When the object is no longer the `expected` one, or the copy differs from what S3 states.
         """
         with replacing(path) as partial:
             self._objects.download(uri, partial, expected)
@@ -266,12 +269,12 @@ class Storage:
 
 @contextmanager
 def naming_lack_of_memory() -> Iterator[None]:
-    """Say what is wrong when TileDB or Python gets no memory.
+    """Replace the error of TileDB or Python that gets no memory by a clear message.
 
     Raises
     ------
     UserError
-        Then; all other errors go on as they are.
+        When memory was missing. All other errors pass unchanged.
     """
     try:
         yield
@@ -279,8 +282,9 @@ def naming_lack_of_memory() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS_OF_LACK):
             raise
         raise UserError(
-            f"this process got no more memory ({str(error)[:200] or 'MemoryError'}): give it more, or raise its limit "
-            "(`ulimit -v`, `ulimit -u`, the container's memory); a smaller `megabatch_size` of the set needs less."
+            f"this process got no more memory ({str(error)[:200] or 'MemoryError'}). Expected enough for a megabatch: "
+            "give the machine more, raise its limit (`ulimit -v`, `ulimit -u`, the container's memory), or set a "
+            "smaller `megabatch_size` in the set's YAML."
         ) from error
 
 

@@ -1,6 +1,7 @@
-"""The process that does a run's work: how the run names it, and whether it is still there.
+"""Identifies the process that does a run's work in the run's tags, and tells whether it is still alive.
 
-Knows nothing of Dagster. `lost_runs` acts on the answer; `status` only shows it.
+This module knows nothing about Dagster. Acting on a dead process belongs in the sensor `lost_runs`, showing it in
+`status`.
 """
 
 import json
@@ -19,20 +20,20 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """A process, named so that no other one is mistaken for it, after a reboot neither.
+    """A process, identified so that it cannot be confused with another one, even after a reboot.
 
     Attributes
     ----------
     run
-        Id of the run; empty when it was not known before the run began.
+        Id of the run; empty if it was not known when the run started.
     host, machine
-        Name of the host, and its `/etc/machine-id`: machines made from one image may share either.
+        Name of the host, and its `/etc/machine-id`. Machines made from one image may share either.
     boot, namespace
-        Which boot of the host, and which container's process ids; empty where there is no Linux.
+        Ids of the host's boot and of the container's process namespace; empty outside Linux.
     pid
         Process id in that namespace.
     started
-        When the process started, in ticks since that boot: a process id may be used again.
+        Start time of the process, in ticks since that boot. It is needed because process ids are used again.
     """
 
     run: str
@@ -45,7 +46,7 @@ class WorkerProcess:
 
     @classmethod
     def this(cls, run: str) -> Self:
-        """Return this process, as the one that works for a run."""
+        """Return this process as the worker of a run."""
         pid = os.getpid()
         return cls(
             run=run,
@@ -59,7 +60,7 @@ class WorkerProcess:
 
     @classmethod
     def of(cls, run: str, tags: Mapping[str, str]) -> Self | None:
-        """Return the process that a run's tags name; None when they name none, or that of the run it retries."""
+        """Return the process in a run's tags; None if they have none, or only that of the run that it retries."""
         try:
             found = cls(**json.loads(tags[WORKER_TAG]))
         except (KeyError, ValueError, TypeError):
@@ -67,11 +68,11 @@ class WorkerProcess:
         return found if found.run in ("", run) else None
 
     def tags(self) -> dict[str, str]:
-        """Return the tag that names this process on its run."""
+        """Return the tag that identifies this process on its run."""
         return {WORKER_TAG: json.dumps(asdict(self))}
 
     def alive(self) -> bool | None:
-        """Tell whether the process is still there; None when that cannot be known from here."""
+        """Tell whether the process is still alive; None if this process cannot know it."""
         here = self.this(self.run)
         if not self.boot or (self.host, self.machine) != (here.host, here.machine):
             return None
@@ -87,7 +88,7 @@ class WorkerProcess:
         except ProcessLookupError:
             return False
         except OSError:
-            # Another user's process, which this one may not look at.
+            # The process belongs to another user, so this one may not inspect it.
             return None
         return None
 
@@ -110,7 +111,7 @@ def _namespace() -> str:
 
 
 def _state(pid: int) -> tuple[str, str] | None:
-    """Return a process's state letter and its start time in ticks; None when it cannot be seen."""
-    # The second field is the program's name, in parentheses, with any character in it.
+    """Return the state letter and the start time in ticks of a process; None if it is not visible."""
+    # The second field is the program's name in parentheses, which may contain any character.
     fields = _text(PROC / str(pid) / "stat").rpartition(")")[2].split()
     return (fields[0], fields[19]) if len(fields) > 19 else None

@@ -12,7 +12,7 @@ from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import materializations
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.cost_estimate import estimate
-from census_tf_dagster.pipeline.plan_release import PlanSummary, survey
+from census_tf_dagster.pipeline.plan_release import PlanSummary, draft_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.write_notes import read_notes
@@ -73,7 +73,7 @@ def dry_run(
     UserError
         As in planning, or when a shard does not exist.
     """
-    found = survey(context)
+    found = draft_plan(context)
     plan = Plan(found.summary.totals, found.megabatches, context.folder.plan)
     chosen = tuple(range(plan.totals.shards)) if shards is None else shards
     batches = [batch for shard in chosen for batch in plan.shard(shard)]

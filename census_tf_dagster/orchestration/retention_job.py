@@ -21,7 +21,7 @@ def build_retention(retention: Retention) -> dg.Definitions:
 
         uri, storage = store.uri(), store.storage()
         busy = frozenset(_busy(context.instance))
-        chosen = [one for one in candidates(uri, storage, retention) if one.of not in busy]
+        chosen = [one for one in candidates(uri, storage, retention) if one.set_and_release not in busy]
         due = announce(uri, storage, chosen)
         for candidate in chosen:
             context.log.info(f"{'now' if candidate in due else 'in a week'}: {retention.policy} {candidate}")

@@ -1,4 +1,5 @@
-"""The three steps of a release in plain Python: plan, embed a shard, finish the array.
+"""The work on a release, in plain Python: plan, copy or embed a shard, finish the array, assess its quality.
 
-Each takes plain values and returns a summary; the Dagster assets only call them and show the summary.
+Each function takes plain values and returns a summary. The Dagster assets call them and show the summary; nothing here
+imports Dagster.
 """

@@ -1,4 +1,7 @@
-"""What a verified array is worth: measures, pictures and coverage, made of a sample and one pass over obs."""
+"""Assesses a verified array: computes measures, pictures and coverage from a sample and one pass over obs.
+
+How a measure is computed and decided belongs in `quality`.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +31,7 @@ from census_tf_dagster.store.verification import all_set_aside, release_state, v
 COLUMNS = ("cell_type", "tissue_general", "dataset_id", "assay")
 TITLES = {"cell_type": "cell type", "tissue_general": "tissue", "dataset_id": "dataset", "assay": "assay"}
 SAME_MODEL = ("organism", "checkpoint_fingerprint", "gene_order", "embedding_dim")
-"""What of two identities must be equal for their embeddings to be comparable."""
+"""Fields of two identities that must be equal for their embeddings to be comparable."""
 
 
 @dataclass
@@ -47,24 +50,24 @@ class _Clock:
 def assess(context: ReleaseContext, say: Callable[[str], None] = lambda _: None) -> Report:
     """Measure and draw a verified array, and store the report beside it.
 
-    Time and memory hardly grow with the release: a fixed sample of the cells, and one pass over obs.
+    Time and memory hardly grow with the release, because it uses a fixed sample of the cells and one pass over obs.
 
     Parameters
     ----------
     context
         The opened set and release.
     say
-        Called after each part.
+        Called with a message after each part.
 
     Raises
     ------
     UserError
-        When the array is not verified.
+        When the array is not verified, or no sampled cell has counts.
     """
     plan = read_plan(context.store, context.folder.plan)
     array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
     if (state := release_state(array, plan)) != "verified":
-        raise UserError(f"the array is {state}: materialize embeddings_array first.")
+        raise UserError(f"the array is {state}; expected verified: materialize embeddings_array first.")
     clock = _Clock(say)
     with clock.part("the plan's cells"):
         sample, planned, embedded = _listed(context, plan, array)
@@ -74,17 +77,20 @@ def assess(context: ReleaseContext, say: Callable[[str], None] = lambda _: None)
         labels = {name: obs.labels.get(name, np.full(len(sample), "(none)")) for name in COLUMNS}
     with clock.part("counts outside the vocabulary"):
         known = np.array([context.checkpoint.knows(gene) for gene in context.genes.ids])
-        # Where obs does not say which cells have counts, all of the sample are counted.
+        # If obs does not state which cells have counts, the counts of the whole sample are read.
         most = len(sample) if obs.sampled_genes is None else COUNTED_CELLS
         outside = count_outside(context.release, sample, known, context.checkpoint.aux_column, most)
     sampled_genes = outside.genes if obs.sampled_genes is None else obs.sampled_genes
     genes = (
         np.bincount(np.minimum(outside.genes, MOST_GENES), minlength=MOST_GENES + 1) if obs.genes is None else obs.genes
     )
-    # Embeddings of cells without counts are nearly equal: they tell of nothing but the assay.
+    # Embeddings of cells without counts are nearly equal: they depend on nothing but the assay.
     counted = sampled_genes > 0
     if not counted.any():
-        raise UserError(f"none of the {len(sample):,} sampled cells has counts: there is nothing to measure.")
+        raise UserError(
+            f"none of the {len(sample):,} sampled cells has counts; expected some, because there is nothing else to "
+            "measure: check the set's `value_filter` and the Census."
+        )
     with clock.part("the sample's embeddings"):
         embeddings = read_embeddings(array, sample[counted])
         shown = {name: values[counted] for name, values in labels.items()}
@@ -143,7 +149,7 @@ def assess(context: ReleaseContext, say: Callable[[str], None] = lambda _: None)
 def _listed(
     context: ReleaseContext, plan: Plan, array: EmbeddingsArray
 ) -> tuple[npt.NDArray[np.int64], JoinidSet, JoinidSet]:
-    """Return the sample, all planned cells, and those that a verification shows to be in the array."""
+    """Return the sample, all planned cells, and the cells that a verification found in the array."""
     verified = verified_shards(array, plan, context.folder)
     without = np.array(sorted(all_set_aside(array, plan, context.folder)), np.int64)
     positions = sampled_positions(np.array([batch.cells for batch in plan.megabatches], np.int64))
@@ -167,7 +173,7 @@ def _drift(context: ReleaseContext, distribution: Distribution) -> verdicts.Verd
 
 
 def _previous(context: ReleaseContext) -> tuple[str, Distribution] | None:
-    """Find the latest earlier release of this set whose report is of the same model."""
+    """Find the latest earlier release of this set with a report on the same model."""
     mine = vars(context.identity)
     # {store}/{set}/{release}/{identity}
     of_set = context.folder.root.rsplit("/", 2)[0]
@@ -214,7 +220,7 @@ def _genes_per_cell(genes: npt.NDArray[np.int64], window: int) -> dict[str, floa
 def _named(context: ReleaseContext, labels: Mapping[str, npt.NDArray[np.str_]]) -> dict[str, npt.NDArray[np.str_]]:
     """Return labels with the titles of datasets instead of their ids."""
     titles = context.release.dataset_titles()
-    return {**labels, "dataset_id": np.array([titles.get(one, one) for one in labels["dataset_id"]], np.str_)}
+    return {**labels, "dataset_id": np.array([titles.get(name, name) for name in labels["dataset_id"]], np.str_)}
 
 
 def _head(context: ReleaseContext) -> str:
@@ -227,9 +233,9 @@ def _draw(
     labels: Mapping[str, npt.NDArray[np.str_]],
     genes: npt.NDArray[np.int64],
 ) -> dict[str, bytes]:
-    """Draw the sample's cells that have counts, coloured by what they are."""
+    """Draw the sample's cells that have counts, coloured by cell type, tissue, dataset and assay."""
     about = (
-        f"UMAP of {len(points):,} of {int(genes.sum()):,} cells, always the same ones. "
+        f"UMAP of {len(points):,} of {int(genes.sum()):,} cells, the same ones at each run. "
         "Distances between groups mean little."
     )
     named = _named(context, labels)
@@ -248,7 +254,7 @@ def _draw_counts(
     outside: Outside,
     window: int,
 ) -> dict[str, bytes]:
-    """Draw how much of a cell the model sees, with the labels of all of the sample."""
+    """Draw how much of a cell the model sees, with the labels of the whole sample."""
     named = _named(context, labels)
     which = (
         "All {:,} planned cells, by nnz of obs"
@@ -260,13 +266,13 @@ def _draw_counts(
             genes,
             window,
             f"{_head(context)} · genes per cell and the model's window",
-            which.format(int(genes.sum())) + ": genes outside the vocabulary, which take no room, count here.",
+            which.format(int(genes.sum())) + ". Genes outside the vocabulary count here, but not in the window.",
         ),
         "outside_vocabulary": pictures.share_bars(
             [(f"by {TITLES[name]}", outside.shares_by(named[name])) for name in ("assay", "dataset_id")],
             outside.share,
             f"{_head(context)} · counts of genes that the model does not know",
-            f"Share of all counts (cells counted), over {len(outside.rows):,} cells of the sample. Red: all of them, "
-            f"{outside.share:.1%}.",
+            f"Share of all counts (number of cells), over {len(outside.rows):,} cells of the sample. Red: share over "
+            f"all these cells, {outside.share:.1%}.",
         ),
     }

@@ -1,4 +1,7 @@
-"""A canary: a few hundred cells through the very path of a set, compared and timed, before money is spent."""
+"""Runs a canary: embeds a few hundred cells as the set would, compares and times them, before money is spent.
+
+Storing and reading the measured rate belongs in `cost_estimate`.
+"""
 
 import time
 from collections.abc import Callable
@@ -20,36 +23,36 @@ from census_tf_dagster.inference.devices import Device, open_devices, require_gp
 from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.cost_estimate import write_canary
-from census_tf_dagster.pipeline.plan_release import survey
+from census_tf_dagster.pipeline.plan_release import draft_plan
 from census_tf_dagster.pipeline.upstream import require_upstream, upstream_running
 
 CANDIDATES = 20_000
 SEED = 0
 PATIENCE_SECONDS, TIMES_OURS = 1800.0, 100.0
-"""How long upstream may take: to load the largest vocabulary and model, and as often our own time for the cells. It
-was 11 times slower where both were measured (benchmarks/results/engine-cpu.txt)."""
+"""How long upstream may take: seconds to load the largest vocabulary and model, plus this multiple of our own time for
+the cells. Upstream was 11 times slower where both were measured (benchmarks/results/engine-cpu.txt)."""
 
 
 @dataclass(frozen=True)
 class CanaryResult:
-    """What a canary found.
+    """The result of a canary.
 
     Attributes
     ----------
     cells, assays
-        How many cells were embedded, and of how many assays.
+        Number of embedded cells, and of their assays.
     reference
-        What the values were compared with.
+        The source of the values for comparison.
     relative_rms
         ||ours - reference|| / ||reference|| over all values.
     worst_cell
-        The same per cell, its maximum.
+        The largest such ratio of a single cell.
     centred_cosine
-        Mean cosine after subtracting the reference's mean cell: cells share a large mean, which flatters.
+        Mean cosine after subtracting the reference's mean cell. Cells share a large mean, which would hide differences.
     cells_per_second, tokens_per_second
-        Of reading, tokenizing and the model together, warm, on this machine.
+        Rate of reading, tokenizing and the model together, on this machine, without warming up.
     release_cells, release_hours
-        Cells of the release, and how long one machine like this one would take, by tokens; reused cells take none.
+        Cells of the release, and the hours that one machine like this needs for its tokens; reused cells need none.
     """
 
     cells: int
@@ -70,26 +73,26 @@ def run_canary(
     upstream: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> CanaryResult:
-    """Embed some cells, spread over assays and lengths, and compare; keep nothing of it but how fast it was.
+    """Embed cells of all assays and lengths, and compare them with a reference; store only the measured rate.
 
     Parameters
     ----------
     context
         The opened set and release.
     cells
-        How many.
+        Number of cells.
     upstream
-        Upstream's ``transcriptformer`` command; without it, ours in fp32 is the reference.
+        Upstream's ``transcriptformer`` command; None: the reference is this project's model in fp32.
     report
-        Called with what begins, before each long step.
+        Called with a message before each long step.
 
     Raises
     ------
     UserError
-        As planning does, or when the reference cannot run.
+        When planning would raise it, or the reference cannot run.
     """
     precision = context.settings.compute_precision
-    # Before minutes of reading.
+    # These checks come before minutes of reading.
     if context.settings.device == "cuda":
         require_gpu(context.settings.name, context.release_name)
     if upstream is not None:
@@ -98,13 +101,16 @@ def run_canary(
         except UserError as error:
             raise UserError(f"--upstream {error}") from error
     if upstream is None and precision == "fp32":
-        raise UserError("an fp32 set has no other reference than upstream's own command: name it with --upstream.")
-    report(f"reading obs of {context.release.uri}; minutes for a whole Census")
-    found = survey(context)
-    joinids = _spread(context, found.joinids, cells)
+        raise UserError(
+            "this set computes in fp32 and --upstream is missing; expected it, because an fp32 set has no other "
+            "reference than upstream's own command: pass its path with --upstream."
+        )
+    report(f"reading obs of {context.release.uri}; this takes minutes for a whole Census")
+    draft = draft_plan(context)
+    joinids = _spread(context, draft.joinids, cells)
     tokenizer = Tokenizer.build(context.genes.ids, context.checkpoint, context.settings.gene_order)
-    report(f"embedding {len(joinids)} cells in {precision}; the first time on a machine the checkpoint is prepared")
-    # Warm: compilation and first touches are no part of the rate.
+    report(f"embedding {len(joinids)} cells in {precision}; the first run on a machine also prepares the checkpoint")
+    # These cells warm the device up: compilation and first accesses are no part of the rate.
     warm = tokenizer(read_cells(context.release, joinids[:8], context.checkpoint.aux_column))
     with _devices(context, tokenizer, precision) as (device, *_):
         device.embed(warm)
@@ -115,14 +121,14 @@ def run_canary(
         seconds = time.monotonic() - started
         speed = Throughput(tokens=len(packed.tokens), seconds=seconds, devices=1, device=str(device.about["name"]))
     patience = PATIENCE_SECONDS + TIMES_OURS * seconds
-    limit = f", for {duration(patience)} at most" if upstream is not None else ""
-    report(f"embedding them again, by {upstream or 'this project in fp32'}, to compare{limit}")
+    limit = f"; it may take up to {duration(patience)}" if upstream is not None else ""
+    report(f"embedding the same cells by {upstream or 'this project in fp32'} to compare{limit}")
     if upstream is not None:
         source = "upstream's own command in float32"
         with upstream_running(context, read, upstream) as answer:
             reference = answer(patience)
     else:
-        source = "this project's model in fp32 (name upstream's command with --upstream for an independent reference)"
+        source = "this project's model in fp32 (pass upstream's command with --upstream for an independent reference)"
         with _devices(context, tokenizer, "fp32") as (device, *_):
             reference = device.embed(packed)
     write_canary(context, speed)
@@ -139,8 +145,8 @@ def run_canary(
         centred_cosine=float(cosine.mean()),
         cells_per_second=len(joinids) / seconds,
         tokens_per_second=len(packed.tokens) / seconds,
-        release_cells=len(found.joinids),
-        release_hours=found.summary.tokens_to_compute / (len(packed.tokens) / seconds) / 3600,
+        release_cells=len(draft.joinids),
+        release_hours=draft.summary.tokens_to_compute / (len(packed.tokens) / seconds) / 3600,
     )
 
 
@@ -152,11 +158,11 @@ def _devices(context: ReleaseContext, tokenizer: Tokenizer, precision: str) -> A
 
 
 def _spread(context: ReleaseContext, planned: npt.NDArray[np.int64], cells: int) -> npt.NDArray[np.int64]:
-    """Choose cells evenly over assays, and over lengths within an assay; the same ones every time."""
+    """Choose cells evenly over assays, and over lengths within an assay; the choice is always the same."""
     rng = np.random.default_rng(SEED)
     candidates = np.sort(rng.choice(planned, min(CANDIDATES, len(planned)), replace=False))
     column = context.checkpoint.aux_column
-    # Where the release does not say how long cells are, their order decides.
+    # If the release does not state how many genes cells express, the order of joinids decides.
     length = NNZ if context.release.has_nnz else "soma_joinid"
     names = sorted({"soma_joinid", length, column})
     frame = context.release.obs.read(coords=(pa.array(candidates),), column_names=names).concat().to_pandas()

@@ -1,4 +1,7 @@
-"""A few cells of a shard by upstream's own code, on the shard's device, while the shard is read back."""
+"""Compares a few cells of a shard with upstream's own code, on the shard's device, while the shard is read back.
+
+Starting upstream belongs in `upstream`, the comparison itself in `quality.upstream_comparison`.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,31 +24,32 @@ from census_tf_dagster.store.write_notes import read_notes
 
 CELLS = 8
 PATIENCE_SECONDS = 1800.0
-"""A process that hangs must not keep a GPU node."""
-NOT_INSTALLED = "transcriptformer is not installed on the worker; docs/quality.md says how."
+"""How long upstream may take. A process that hangs must not occupy a GPU node."""
+NOT_INSTALLED = "transcriptformer is not installed on the worker; docs/quality.md explains how to install it."
 
 
 @contextmanager
 def checking_upstream(
     context: ReleaseContext, plan: Plan, array: EmbeddingsArray, shard: int, command: Path | None, *, anew: bool
 ) -> Iterator[Callable[[], UpstreamComparison | None]]:
-    """Start upstream on a few cells of a shard that is committed.
+    """Start upstream on a few cells of a committed shard.
 
-    Whatever keeps it from being done is told, and never raised: the shard's own work is done and verified without it.
+    An error of upstream is reported in the result and never raised, because the shard is complete and verified without
+    this comparison.
 
     Parameters
     ----------
     context, plan, array, shard
-        Of which cells.
+        The shard whose cells are compared.
     command
-        Upstream's ``transcriptformer``; None: there is none.
+        Upstream's ``transcriptformer``; None: it is not installed.
     anew
-        Values have changed: what was found before no longer holds.
+        Whether values have changed, so that an earlier comparison no longer holds.
 
     Yields
     ------
     Callable
-        Waits for upstream, compares and stores; returns what was found, None for a shard that computes none.
+        Waits for upstream, compares, stores and returns the comparison; None for a shard that computes no cells.
     """
     uri = context.folder.comparison(plan.totals.plan, shard)
     stored = None if anew else UpstreamComparison.read(context.store, uri)
@@ -84,7 +88,7 @@ def _start(
     began = time.monotonic()
     joinids = _choose(context, plan, shard)
     cells = read_cells(context.release, joinids, context.checkpoint.aux_column)
-    # The heads that upstream computes for each cell take a GB of memory at the true size.
+    # The heads that upstream computes for each cell take a GB of memory in the published models.
     answer = stack.enter_context(upstream_running(context, cells, command, batch_size=1))
 
     def compare() -> UpstreamComparison:
@@ -101,12 +105,12 @@ def _not_done(shard: int, bound: float, error: Exception) -> Callable[[], Upstre
 
 
 def _choose(context: ReleaseContext, plan: Plan, shard: int) -> npt.NDArray[np.int64]:
-    """Choose some cells out of megabatches that are spread over the shard, the same ones every time."""
+    """Choose cells of megabatches that are spread over the shard; the choice is always the same."""
     batches = to_compute(plan.shard(shard))
     spread = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, CELLS).astype(int))]
     ids = np.concatenate(plan.read_ids(context.store, spread))
     noted = read_notes(context.store, context.folder, plan, [shard])
-    without = [joinid for some in noted.values() for one in some for joinid in one.set_aside]
+    without = [joinid for notes in noted.values() for note in notes for joinid in note.set_aside]
     ids = np.setdiff1d(ids, np.array(without, np.int64))
     rng = np.random.default_rng([SEED, shard])
     return np.sort(rng.choice(ids, min(CELLS, len(ids)), replace=False))

@@ -1,4 +1,7 @@
-"""What all three steps start from: a set's settings, the places, and the identity that follows."""
+"""Opens a set and a release: settings, Census, checkpoint, store, and the identity that follows from them.
+
+All other modules of this package start from the `ReleaseContext` that `open_context` yields.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from census_tf_dagster.store.layout import ReleaseFolder
 
 @dataclass(frozen=True)
 class ReleaseContext:
-    """One set and release, opened: everything that the steps need, and nothing written yet."""
+    """One set and release, opened: everything that the functions of this package need. Nothing is written yet."""
 
     settings: SetSettings
     release_name: str
@@ -44,25 +47,25 @@ def open_context(
     store: Storage,
     cache: Path,
 ) -> Iterator[ReleaseContext]:
-    """Open Census and checkpoint, check them, and work out the identity.
+    """Open Census and checkpoint, check them, and compute the identity.
 
     Parameters
     ----------
     settings
-        The set.
+        The settings of the set.
     release
         Name of the release.
     census_uri, census
-        Where its Census is and how it is read.
+        Address of its Census, and the storage that reads it.
     store_uri, store
-        The store and how it is written; checkpoints on S3 are read with it too.
+        Address of the store, and the storage that writes it. That storage also reads checkpoints on S3.
     cache
-        Local folder for checkpoints from S3, what was prepared of any, and compiled functions if need be.
+        Local folder for checkpoints from S3, prepared checkpoints, and compiled functions if necessary.
 
     Raises
     ------
     UserError
-        When anything is missing or does not fit; nothing has been written.
+        When something is missing or does not match; then nothing has been written.
     """
     keep_below(cache)
     with naming_lack_of_memory(), open_release(census_uri, settings.organism, census) as opened:
@@ -75,14 +78,15 @@ def open_context(
         if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
             raise UserError(
                 f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
-                f"{settings.name} expects {settings.checkpoint_fingerprint} (checkpoint_fingerprint). Get the "
-                "checkpoint from its publisher again, or change what the set expects."
+                f"{settings.name} expects {settings.checkpoint_fingerprint}. Get the checkpoint from its publisher "
+                "again, or change `checkpoint_fingerprint` in the set's YAML."
             )
         _require_unique(opened, genes, checkpoint)
         if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
             raise UserError(
-                f"obs of {settings.organism} in {census_uri} lacks the column {checkpoint.aux_column!r} that the "
-                f"checkpoint {settings.checkpoint} conditions on."
+                f"obs of {settings.organism} in {census_uri} lacks the column {checkpoint.aux_column!r}; expected it, "
+                f"because the checkpoint {settings.checkpoint} conditions on it: use a Census that has it, or another "
+                "checkpoint."
             )
         identity = Identity(
             census_uri=census_uri,
@@ -103,17 +107,17 @@ def open_context(
 
 
 def _require_unique(release: OrganismRelease, genes: Genes, checkpoint: Checkpoint) -> None:
-    """Refuse a gene that would make two tokens; genes that the checkpoint does not know make none."""
+    """Raise an error if a gene would make two tokens. Genes that the checkpoint does not know make none."""
     twice = [gene for gene in genes.repeated() if checkpoint.knows(gene)]
     if twice:
         raise UserError(
             f"{release.uri} {release.organism}: {len(twice)} gene ids that the checkpoint knows occur more than once "
-            f"after removing version suffixes, e.g. {twice[:3]}; each must be unique. Use a Census without duplicates."
+            f"after removing version suffixes, e.g. {twice[:3]}; expected each once: use a Census without duplicates."
         )
 
 
 def _gene_fingerprint(settings: SetSettings, genes: Genes, checkpoint: Checkpoint) -> str:
-    """Return what identifies the order of genes: of all of `var`, or just of what decides where it is of no account."""
+    """Fingerprint the gene order; with `gene_order: vocabulary`, only of the genes that the model knows."""
     if settings.gene_order == "census":
         return genes.fingerprint
     seen = genes_in_order(genes.ids, checkpoint, settings.gene_order)

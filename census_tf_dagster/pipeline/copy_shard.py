@@ -1,4 +1,7 @@
-"""Copying the cells of a shard that an earlier release's array has already. Needs no model and no Census."""
+"""Copies the cells of a shard that the array of an earlier release already has. It needs no model and no Census.
+
+Finding the earlier array belongs in `reuse_source`, computing the other cells in `embed_shard`.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,24 +18,25 @@ from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.mending import mend_shard
 from census_tf_dagster.store.verification import require_shard
-from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
+from census_tf_dagster.store.write_notes import NoteWriter, Written, read_notes
 
 CELLS_AT_ONCE = 4096
-"""Cells read at once; a megabatch is gathered of several such reads, and committed as one."""
+"""Cells read at once. Several such reads make a megabatch, which one write commits."""
 
 
 @dataclass
 class CopySummary:
-    """What one run of a shard's copying has done so far.
+    """The progress of a run that copies a shard's cells.
 
     Attributes
     ----------
     plan, source
-        Hash of the plan it works on, and the array it copies from; None when nothing is reused.
+        Hash of the plan, and the array that cells are copied from; None if nothing is reused.
     cells, cells_copied, cells_before
-        Cells of the shard that are reused, those that this run copied, and those that were there before it.
+        Reused cells of the shard, cells that this run copied, and cells that were committed before it.
     verified
-        Whether the shard was read back: it is by whoever completes it, this or `embed_shard`.
+        Whether the shard was read back. The function that completes the shard reads it back, this one or
+        `embed_shard`.
     """
 
     plan: str
@@ -47,7 +51,7 @@ class CopySummary:
     verified: bool = False
 
     def cells_per_second(self) -> float:
-        """Return the rate of this run; 0 before anything was copied."""
+        """Return the rate of this run; 0 before the first commit."""
         return self.cells_copied / self.seconds if self.seconds else 0.0
 
 
@@ -58,25 +62,25 @@ def copy_shard(
     recompute: bool = False,
     report: Callable[[CopySummary], None] = lambda _: None,
 ) -> CopySummary:
-    """Copy what a shard of the current plan reuses; run again, it does what is missing or was damaged since.
+    """Copy the reused cells of a shard of the current plan. A later run copies only what is missing or damaged.
 
     Parameters
     ----------
     context
         The opened set and release.
     shard
-        Which shard.
+        Number of the shard.
     recompute
-        Copy all of it again, whatever is there.
+        Copy all reused cells again, even those that are committed.
     report
         Called after each committed megabatch.
 
     Raises
     ------
     UserError
-        When the earlier array is not the verified one any more that the plan names.
+        When the earlier array is no longer the verified one that the plan names.
     VerificationError
-        When what was read back is not what was planned.
+        When the values that were read back are not those of the plan.
     """
     plan = read_plan(context.store, context.folder.plan)
     batches = [batch for batch in plan.shard(shard) if batch.reused]
@@ -87,7 +91,7 @@ def copy_shard(
     summary = CopySummary(
         plan.totals.plan, plan.totals.source, cells, cells - sum(batch.cells for batch in todo), len(batches)
     )
-    notebook = NoteBook(context.store, context.folder, plan, shard)
+    notes_of_run = NoteWriter(context.store, context.folder, plan, shard)
 
     def copy(some: Sequence[Megabatch]) -> None:
         source = plan.totals.source
@@ -99,7 +103,7 @@ def copy_shard(
             for batch in some:
                 ids, sources = plan.read_copies(context.store, batch)
                 values = _gather(values_of, array.n_features, source, sources)
-                notebook.note(Written.of(batch, ids, values))
+                notes_of_run.note(Written.of(batch, ids, values))
                 write(ids, values)
                 summary.seconds = time.monotonic() - began
                 summary.megabatches_copied += 1
@@ -125,12 +129,12 @@ def _gather(
 ) -> npt.NDArray[np.float32]:
     """Read cells of the earlier array, in the order of `joinids`; float32 ``(n, n_features)``."""
     values = np.full((len(joinids), n_features), np.nan, np.float32)
-    # Datasets stay together in each release, so that ascending ids are near each other.
+    # Datasets stay together in each release, so ascending ids are near each other.
     order = np.argsort(joinids)
     ascending = joinids[order]
     for start in range(0, len(joinids), CELLS_AT_ONCE):
         wanted = ascending[start : start + CELLS_AT_ONCE]
-        # Without a gap they are read several times faster.
+        # Ids without a gap are read several times faster as a slice.
         whole = len(wanted) == wanted[-1] - wanted[0] + 1
         for table in values_of(slice(int(wanted[0]), int(wanted[-1])) if whole else pa.array(wanted)):
             rows = order[start + np.searchsorted(wanted, table["soma_dim_0"].to_numpy())]

@@ -1,4 +1,7 @@
-"""What is left to compute of a release, and what the set's canary says of its speed."""
+"""Counts the tokens that a release still needs, and estimates their cost from measured rates.
+
+The arithmetic of prices belongs in `config.cost`.
+"""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +17,7 @@ from census_tf_dagster.store.write_notes import read_notes
 
 
 def tokens_left(context: ReleaseContext, plan: Plan) -> int:
-    """Return the tokens that a release still needs: those of megabatches that are not committed. Reads metadata."""
+    """Return the number of tokens in megabatches that are not committed. Reads only metadata."""
     batches = to_compute(plan.megabatches)
     if context.store.holds_files(context.folder.array):
         array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
@@ -24,29 +27,29 @@ def tokens_left(context: ReleaseContext, plan: Plan) -> int:
 
 
 def estimate(context: ReleaseContext, tokens: int, shards: Iterable[Throughput]) -> Cost:
-    """Work out what some tokens take.
+    """Estimate time and cost of a number of tokens.
 
     Parameters
     ----------
     context
         The set, with its prices and its canary.
     tokens
-        How many.
+        Number of tokens.
     shards
-        What the last shards of this set have done.
+        Throughputs of the set's latest shards.
     """
     spending = context.settings.spending
     return cost_of(tokens, choose_rate(shards, read_canary(context), spending.gpu_type), spending)
 
 
 def write_canary(context: ReleaseContext, throughput: Throughput) -> None:
-    """Keep what a canary found of the set's speed, for the plans that come."""
+    """Store the rate that a canary measured, for later plans of the set."""
     context.store.make_place(context.folder.store)
     context.store.write(context.folder.canary, json.dumps(asdict(throughput)).encode())
 
 
 def read_canary(context: ReleaseContext) -> Throughput | None:
-    """Return what the set's last canary found; None when there was none.
+    """Return the rate that the set's last canary measured; None if there was no canary.
 
     Raises
     ------
@@ -61,5 +64,8 @@ def read_canary(context: ReleaseContext) -> Throughput | None:
         if not (found.tokens > 0 and found.seconds > 0 and found.devices > 0):
             raise ValueError(f"expected numbers above 0, found {found}")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{uri} is damaged ({error}): run the canary of {context.settings.name} again.") from error
+        raise UserError(
+            f"{uri} is damaged ({error}). Expected the rate that a canary measured: run the canary of "
+            f"{context.settings.name} again."
+        ) from error
     return found

@@ -1,4 +1,7 @@
-"""Step 2: embed one shard. Does what is missing, commits each megabatch, reads everything back."""
+"""Embeds one shard: computes the missing megabatches, commits each one, and reads the shard back.
+
+The threads that read, tokenize and compute belong in `stages`; copying reused cells belongs in `copy_shard`.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,45 +17,45 @@ from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.mending import mend_shard
 from census_tf_dagster.store.verification import is_verified, require_shard, set_aside_of
-from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
+from census_tf_dagster.store.write_notes import NoteWriter, Written, read_notes
 
 MOST_FAILED = 8
-"""Megabatches. With more, the fault is hardly in them: stop spending."""
+"""Failed megabatches at which a shard stops. With so many, the cause is probably not in the cells."""
 MOST_SET_ASIDE = 100
-"""Cells of a shard of up to 10,000."""
+"""Most cells set aside in a shard of up to 10,000 cells."""
 NAMED = 10
-"""Cells that an error names."""
+"""Most cells that an error names."""
 
 
 @dataclass
 class ShardSummary:
-    """What one run of a shard has done so far.
+    """The progress of a run that embeds a shard.
 
     Attributes
     ----------
     plan
-        Hash of the plan it works on.
+        Hash of the plan.
     cells, cells_computed, cells_before
-        Cells of the shard that are computed (reused ones are `copy_shard`'s), those that this run computed, and those
-        that were there before it.
+        Cells of the shard that the model computes (`copy_shard` copies the others), cells that this run computed, and
+        cells that were committed before it.
     tokens_computed
         Tokens that went through the model.
     seconds
-        From when all devices had loaded the model to the last commit.
+        Time from when all devices had loaded the model to the last commit.
     times
-        What each stage has done.
+        Times of each stage.
     verification_seconds
-        Time of reading back, and of waiting for upstream's own code beside it.
+        Time of reading back, and of waiting for upstream's own code.
     verified
-        Whether the shard was read back; while cells that it reuses are not copied, it is left to whoever copies them.
+        Whether the shard was read back. While its reused cells are not copied, it is not; `copy_shard` then does it.
     set_aside
-        Why cells of the shard have no embedding, by joinid; known once it is verified.
+        The reason for each cell of the shard without an embedding, by joinid; known when the shard is verified.
     cells_widened, cells_fractional
-        Cells that this run computed in a wider precision, and those with counts that are no whole numbers.
+        Cells that this run computed in a wider precision, and cells with counts that are not whole numbers.
     megabatches_mended
-        Those that were damaged when they were read back, and were computed again.
+        Megabatches that were damaged when they were read back, and were computed again.
     comparison
-        What that made of a few cells; None for a shard without cells.
+        Comparison of a few cells with upstream's own code; None for a shard that computes no cells.
     """
 
     plan: str
@@ -73,26 +76,26 @@ class ShardSummary:
     megabatches_mended: int = 0
 
     def cells_per_second(self) -> float:
-        """Return the rate of this run, loading excluded; 0 before anything was computed."""
+        """Return the rate of this run without loading the model; 0 before the first commit."""
         return self.cells_computed / self.seconds if self.seconds else 0.0
 
     def tokens_per_second(self) -> float:
-        """Return the rate in tokens: what compares shards of long and of short cells."""
+        """Return the rate in tokens, which compares shards of long and of short cells."""
         return self.tokens_computed / self.seconds if self.seconds else 0.0
 
     def seconds_left(self) -> float:
-        """Return how long the rest will take at this rate; 0 before anything was computed."""
+        """Return how long the remaining cells will take at this rate; 0 before the first commit."""
         rate = self.cells_per_second()
         return (self.cells - self.cells_before - self.cells_computed) / rate if rate else 0.0
 
 
 class SetAsideError(Exception):
-    """Megabatches could not be embedded at all, or too many cells of a shard; what is committed stays.
+    """Some megabatches failed, or too many cells of a shard were set aside. Committed megabatches stay.
 
     Attributes
     ----------
     details
-        What failed and why, a sentence each.
+        A message for each failure, with its reason.
     """
 
     def __init__(self, message: str, details: Sequence[str]) -> None:
@@ -108,35 +111,35 @@ def embed_shard(
     upstream: Path | None = None,
     report: Callable[[ShardSummary], None] = lambda _: None,
 ) -> ShardSummary:
-    """Embed one shard of the current plan, read it back, and mend what is wrong with it.
+    """Embed one shard of the current plan, read it back, and compute damaged megabatches again.
 
     A cell that cannot be embedded (impossible counts, values out of every range) is set aside, and the rest of its
-    megabatch is committed. A megabatch that fails as a whole (memory) is tried again, then left, and the shard goes on.
-    What concerns the environment (Census or store unreachable, GPU lost) raises at once, as does whatever interrupts
-    the process; what is committed stays. Run again, it does what is missing and reads everything back: megabatches
-    that are damaged are computed again.
+    megabatch is committed. A megabatch that fails as a whole (memory) is tried again, then skipped, and the shard goes
+    on. An error of the environment (Census or store unreachable, GPU lost) or an interruption of the process is raised
+    at once. Committed megabatches stay. A later run computes what is missing, reads everything back, and computes
+    damaged megabatches again.
 
     Parameters
     ----------
     context
         The opened set and release.
     shard
-        Which shard.
+        Number of the shard.
     recompute
-        Compute and write all of it again, whatever is there.
+        Compute and write all megabatches again, even those that are committed.
     upstream
-        Upstream's ``transcriptformer``, which judges a few cells; None: it is not here.
+        Upstream's ``transcriptformer``, with which a few cells are compared; None: it is not installed.
     report
         Called after each committed megabatch.
 
     Raises
     ------
     UserError
-        Before the model is loaded, when something is missing or does not fit.
+        Before the model is loaded, when something is missing or does not match.
     SetAsideError
-        At the end, when megabatches failed; at once, when more cells were set aside than can be an accident.
+        At the end, when megabatches failed; at once, when too many cells were set aside.
     VerificationError
-        When what was read back is not what was planned, and could not be mended.
+        When the values that were read back are not those of the plan, and could not be mended.
     """
     plan = read_plan(context.store, context.folder.plan)
     batches = to_compute(plan.shard(shard))
@@ -151,7 +154,7 @@ def embed_shard(
         write(todo)
         array.gather_metadata()
     started = time.monotonic()
-    # The devices are free now, and reading back does not need them.
+    # Upstream can use the devices now, because reading back does not need them.
     anew = bool(todo) or not verified_before
     with checking_upstream(context, plan, array, shard, upstream, anew=anew) as compare:
         found = require_shard(array, plan, context.folder, shard)
@@ -167,7 +170,7 @@ def embed_shard(
 
 
 class _Writing:
-    """Computes megabatches of a shard and commits them, each noted before."""
+    """Computes megabatches of a shard and commits them; writes a note about each one before."""
 
     def __init__(
         self,
@@ -181,20 +184,20 @@ class _Writing:
         recompute: bool,
     ) -> None:
         self._context, self._plan, self._array = context, plan, array
-        # Values that were there before a recomputation still stand: without the flag nothing is missing.
+        # After a failed recomputation the earlier values exist, so a run without the flag would find nothing missing.
         self._recompute = recompute
         self._summary, self._report = summary, report
-        self._notes = NoteBook(context.store, context.folder, plan, shard)
-        # An accident of a few cells, or 1 %; with more, the fault is hardly in the cells.
+        self._notes = NoteWriter(context.store, context.folder, plan, shard)
+        # A few cells, or 1 %, may be bad. With more, the cause is probably not in the cells.
         self._most_set_aside = max(MOST_SET_ASIDE, summary.cells // 100)
 
     def __call__(self, todo: Sequence[Megabatch]) -> None:
         summary = self._summary
         ids = self._plan.read_ids(self._context.store, todo)
         failed: list[Outcome] = []
-        with self._array.writing() as write, outcomes(self._context, todo, ids, summary.times) as leaving:
+        with self._array.writing() as write, outcomes(self._context, todo, ids, summary.times) as results:
             began = time.monotonic() - summary.seconds
-            for outcome in leaving:
+            for outcome in results:
                 if outcome.failure:
                     failed.append(outcome)
                     if len(failed) == MOST_FAILED:
@@ -220,22 +223,25 @@ class _Writing:
             raise self._failure(failed, untried=0)
 
     def _failure(self, failed: list[Outcome], untried: int) -> SetAsideError:
-        more = f", and {untried} were not tried any more" if untried else "; all others are committed"
+        more = f", and {untried} were not tried" if untried else ", and all others are committed"
+        again = " with `recompute: true`" if self._recompute else ": it tries only these"
         return SetAsideError(
-            f"{len(failed)} megabatches failed on {TRIES} tries each{more}. When the cause is gone, run the shard "
-            f"again{' with `recompute: true`' if self._recompute else ': it tries just these'}.",
+            f"{len(failed)} megabatches failed on {TRIES} tries each{more}. Expected all to succeed: remove the cause "
+            f"below, then run the shard again{again}.",
             [
                 f"megabatch {batch.index} (joinids {batch.first} to {batch.last}, {batch.cells} cells): {failure}"
-                for batch, failure in sorted(((one.batch, one.failure) for one in failed), key=lambda one: one[0].index)
+                for batch, failure in sorted(
+                    ((outcome.batch, outcome.failure) for outcome in failed), key=lambda pair: pair[0].index
+                )
             ],
         )
 
     def _require_few_set_aside(self, more: Mapping[int, str]) -> None:
-        reasons = {joinid: why for one in self._notes.noted for joinid, why in one.set_aside.items()} | dict(more)
+        reasons = {joinid: why for note in self._notes.noted for joinid, why in note.set_aside.items()} | dict(more)
         if len(reasons) > self._most_set_aside:
             raise SetAsideError(
-                f"{len(reasons)} cells of this shard cannot be embedded; at most {self._most_set_aside} of its "
-                f"{self._summary.cells} are expected. When the cause is gone, run the shard again with `recompute: "
-                "true`. The first:",
+                f"{len(reasons)} cells of this shard cannot be embedded; expected at most {self._most_set_aside} of "
+                f"its {self._summary.cells}. Remove the cause, then run the shard again with `recompute: true`. The "
+                "first cells:",
                 [f"joinid {joinid}: {why}" for joinid, why in list(reasons.items())[:NAMED]],
             )

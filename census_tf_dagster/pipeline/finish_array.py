@@ -1,4 +1,7 @@
-"""Step 3: verify that the array is exactly the plan and keeps every rule, then publish and record it."""
+"""Finishes an array: verifies that it matches the plan and keeps every rule, then publishes and records it.
+
+The rules themselves belong in `store.rules`, reading values back in `store.verification`.
+"""
 
 import json
 import platform
@@ -35,7 +38,7 @@ from census_tf_dagster.store.verification import (
 )
 
 REASONS = 10
-"""Different reasons for setting cells aside that the array's metadata tells."""
+"""Most reasons for setting cells aside that the array's metadata lists."""
 RECORDED_PACKAGES = ("census-tf-dagster", "tiledbsoma", "tiledb", "cellxgene-census", "dagster")
 
 
@@ -45,14 +48,14 @@ class RuleError(VerificationError):
     Attributes
     ----------
     findings
-        All rules, kept and broken.
+        The findings of all rules, kept and broken.
     """
 
     def __init__(self, findings: list[Finding]) -> None:
         broken = [str(finding) for finding in findings if finding.wrong]
         super().__init__(
-            f"the array breaks {len(broken)} rules:\n" + "\n".join(f"  {one}" for one in broken) + "\n"
-            "Cells that are wrong are mended by running their shard with `recompute: true`."
+            f"the array breaks {len(broken)} rules; expected none:\n" + "\n".join(f"  {rule}" for rule in broken) + "\n"
+            "If values or cells are wrong, run their shard again with `recompute: true`."
         )
         self.findings = findings
 
@@ -64,20 +67,23 @@ class ArraySummary:
     Attributes
     ----------
     totals
-        The plan that it equals, less the cells that were set aside.
+        Totals of its plan. The array holds the plan's cells except those that were set aside.
     cells, set_aside
-        How many cells have an embedding, and why each of the others has none, by joinid.
+        Number of cells with an embedding, and the reason for each other cell, by joinid.
     shape
         Rows (obs domain) and features.
     fragments, excess_fragments
-        Committed writes, and how many more there are than megabatches planned: recomputed shards, or two workers
-        on one shard. Harmless (the later value of a cell counts), but paid twice.
+        Number of committed writes, and their excess over the planned megabatches. An excess comes from recomputed
+        shards or from two workers on one shard. It is harmless, because a cell's last value counts, but paid twice.
     read_again
-        Shards that were read again: their fragments had changed since their verification, or everything was asked for.
+        Shards that were read again, because their fragments had changed since their verification, or because the
+        caller asked for all.
     published
-        What `CxG_embedding_info` says; None for a set without publication.
+        Content of `CxG_embedding_info`; None for a set without publication.
     uri
-        Where readers find it.
+        Address of the array.
+    identity
+        Digest of the identity.
     """
 
     totals: PlanTotals
@@ -92,7 +98,7 @@ class ArraySummary:
     identity: str
 
     def reasons(self) -> list[tuple[str, int]]:
-        """Return the commonest reasons for setting cells aside, with the number of cells."""
+        """Return the most frequent reasons for setting cells aside, with the number of cells."""
         return _reasons(self.set_aside)
 
 
@@ -101,7 +107,7 @@ def _reasons(set_aside: dict[int, str]) -> list[tuple[str, int]]:
 
 
 def finish_array(
-    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
+    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> ArraySummary:
     """Verify the array of the current plan, publish it, and record how it was made.
 
@@ -110,20 +116,20 @@ def finish_array(
     context
         The opened set and release.
     full
-        Read every value again, not only what came after the shards' verifications.
+        Read every value again, not only those written after the shards' verifications.
     report
-        Called with how many shards were read again, of how many.
+        Called with the number of shards that were read again, and the number that must be.
 
     Raises
     ------
     UserError
         When shards have not finished.
     RuleError
-        When the array breaks a rule. Nothing has been published or recorded then.
+        When the array breaks a rule. Then nothing has been published or recorded.
     """
     plan = read_plan(context.store, context.folder.plan)
-    verification, findings = _look(context, plan, full=full, report=report)
-    # What the Census's readers expect of the storage matters to a set that publishes, and only warns the others.
+    verification, findings = _check_rules(context, plan, full=full, report=report)
+    # The storage version is an error only for a set that publishes, because the Census's readers expect it.
     if any(
         finding.wrong and (context.settings.publication or finding.rule != "storage_version") for finding in findings
     ):
@@ -164,11 +170,11 @@ def finish_array(
 
 
 def verify_array(
-    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _of: None
+    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> list[Finding]:
-    """Check every rule of a finished array; write nothing but verifications.
+    """Check every rule of a finished array; write only verifications.
 
-    Parameters are those of `finish_array`.
+    The parameters are those of `finish_array`.
 
     Raises
     ------
@@ -176,14 +182,14 @@ def verify_array(
         When shards have not finished.
     """
     plan = read_plan(context.store, context.folder.plan)
-    verification, findings = _look(context, plan, full=full, report=report)
+    verification, findings = _check_rules(context, plan, full=full, report=report)
     array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
     stored = array.read_info()
-    # The day on which it was finished is the one thing that need not be the same.
+    # Only the day on which it was finished may differ.
     submitted = _submission_date(stored) or datetime.now(UTC).date()
     info = _embedding_info(context, verification, array, submitted)
     if info is None:
-        faults = [] if stored is None else ["CxG_embedding_info is there, but the set's YAML has no `publication`"]
+        faults = [] if stored is None else ["it has CxG_embedding_info, but the set's YAML has no `publication`"]
     else:
         faults = publication_faults(stored, info)
     listed = obs_ids_faults(context.store, context.folder, array.read_record().get("obs_ids"))
@@ -191,19 +197,19 @@ def verify_array(
 
 
 def array_state(context: ReleaseContext) -> str:
-    """Tell whether the array is ``unverified``, ``stale`` (plan or commits have changed) or ``verified``."""
+    """Return whether the array is ``unverified``, ``stale`` (plan or commits have changed) or ``verified``."""
     plan = read_plan(context.store, context.folder.plan)
     return release_state(EmbeddingsArray.open(context.folder.array, context.store, context.identity), plan)
 
 
-def _look(
+def _check_rules(
     context: ReleaseContext, plan: Plan, *, full: bool, report: Callable[[int, int], None]
 ) -> tuple[ReleaseVerification, list[Finding]]:
-    """Check all rules but that of publication."""
+    """Check all rules except those of publication and of the list of obs ids."""
     uri = context.folder.array
     require_openable(uri, context.store, plan, context.folder)
     if wrong := column_faults(uri, context.store):
-        # Of such an array nothing else can be read as an embedding.
+        # Nothing else of such an array can be read as an embedding.
         raise RuleError([Finding("schema", tuple(wrong))])
     array = EmbeddingsArray.open(uri, context.store, context.identity)
     faults: dict[Rule, list[str]] = {"schema": duplicates_faults(uri, context.store)}
@@ -215,7 +221,7 @@ def _look(
     rules: tuple[Rule, ...] = ("cells", "features", "values")
     faults |= {rule: verification.problems.of_rule(rule) for rule in rules}
     if not verification.cells:
-        faults["cells"].append("there is no cell with an embedding")
+        faults["cells"].append("no cell has an embedding")
     faults["cells"] += [f"fragment {name}: {reason}" for name, reason in array.damaged().items()]
     return verification, [Finding(rule, tuple(faults[rule])) for rule in get_args(Rule) if rule in faults]
 
@@ -244,7 +250,7 @@ def _submission_date(stored: str | None) -> date | None:
 
 
 def _as_yaml(info: dict[str, Any]) -> bytes:
-    # The Census's tool reads a date here, and text in the array.
+    # The Census's tool expects a date here, and text in the array's metadata.
     content = {**info, "submission_date": date.fromisoformat(info["submission_date"])}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return text.encode()

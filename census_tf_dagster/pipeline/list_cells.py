@@ -1,4 +1,7 @@
-"""The cells of a release that a set takes, and what its value filter does not take although it seems to."""
+"""Lists the cells of a release that a set selects, and warns of labels that its value filter misses.
+
+Parsing labels in a filter belongs in `census.labels`, dividing the cells in `census.division`.
+"""
 
 from dataclasses import dataclass
 
@@ -24,13 +27,13 @@ class ListedCells:
     joinids
         int64 ``(n,)``.
     tokens
-        Tokens of each at most, ``(n,)``; None where obs does not say how many genes cells express.
+        Largest possible number of tokens of each, ``(n,)``; None if obs does not state how many genes cells express.
     zero_counts
-        Which of them express no gene, bool ``(n,)``; None as above.
+        Which cells express no gene, bool ``(n,)``; None if obs does not state it.
     keys
-        By which a later release finds them; None for sets without `reuse`.
+        Keys with which a later release finds these cells, uint64 ``(n, 2)``; None for sets without `reuse`.
     primary
-        How many are primary data.
+        Number of cells that are primary data.
     """
 
     joinids: npt.NDArray[np.int64]
@@ -54,7 +57,7 @@ def list_cells(context: ReleaseContext) -> ListedCells:
         make_keys = _key_maker(context)
         columns = [*KEY_COLUMNS, context.checkpoint.aux_column] if make_keys else []
         columns += [name for name in OPTIONAL_COLUMNS if make_keys and name in context.release.obs.keys()]  # noqa: SIM118
-    # As many as there can be: the system gives memory to what is filled alone.
+    # The arrays have room for all cells. The system allocates memory only for the part that is filled.
     most = context.release.cells()
     joinids = np.empty(most, np.int64)
     tokens = np.empty(most, np.min_scalar_type(window + 2)) if context.release.has_nnz else None
@@ -68,7 +71,7 @@ def list_cells(context: ReleaseContext) -> ListedCells:
         part = slice(n, n + len(ids))
         joinids[part] = ids
         if tokens is not None:
-            # Assay and START, and the window's genes: an upper bound, as genes outside the vocabulary make no token.
+            # Assay, START and the window's genes are an upper bound, because unknown genes make no token.
             tokens[part] = np.minimum(table[NNZ].to_numpy(), window) + 2
         primary += pc.sum(table["is_primary_data"]).as_py() or 0
         if keys is not None and make_keys is not None:
@@ -85,7 +88,7 @@ def list_cells(context: ReleaseContext) -> ListedCells:
 
 
 def _key_maker(context: ReleaseContext) -> KeyMaker | None:
-    """Return what makes keys; None when obs lacks what they are made of: then every cell is computed."""
+    """Return the maker of keys; None if obs lacks a column that keys need. Then every cell is computed."""
     if not set(KEY_COLUMNS) <= set(context.release.obs.keys()):
         return None
     seen = genes_in_order(context.genes.ids, context.checkpoint, context.settings.gene_order)
@@ -96,33 +99,33 @@ def _nothing_matches(context: ReleaseContext) -> str:
     settings, release = context.settings, context.release
     asked = shortened(settings.value_filter) if settings.value_filter else "None"
     comparisons = find_comparisons(settings.value_filter) if settings.value_filter else []
-    unknown = unknown_labels(comparisons, read_labels(release, {one.column for one in comparisons}))
+    unknown = unknown_labels(comparisons, read_labels(release, {comparison.column for comparison in comparisons}))
     why = f" In it, {'; '.join(unknown[:2])}." if unknown else ""
     return (
         f"no cell of {settings.organism} in {release.uri} matches value_filter {asked} with mod {settings.mod}."
-        f"{why} The organism has {release.cells():,} cells."
+        f"{why} Expected some of the organism's {release.cells():,} cells: correct the set's `value_filter` or `mod`."
     )
 
 
 def filter_warnings(context: ReleaseContext, cells: int) -> list[str]:
-    """Say which labels of the set's filter obs does not have, and which cells with joined labels escape the filter.
+    """Return warnings about labels of the set's filter that obs does not have, and about joined labels that it misses.
 
     Parameters
     ----------
     context
         The opened set and release.
     cells
-        How many cells the filter takes, with the set's `mod`.
+        Number of cells that the filter selects, with the set's `mod`.
     """
     settings = context.settings
     if not settings.value_filter:
         return []
     comparisons = find_comparisons(settings.value_filter)
-    labels = read_labels(context.release, {one.column for one in comparisons})
+    labels = read_labels(context.release, {comparison.column for comparison in comparisons})
 
     def count(value_filter: str) -> int:
         tables = context.release.obs.read(value_filter=value_filter, column_names=["soma_joinid"])
         return sum(int((table["soma_joinid"].to_numpy() % settings.mod == 0).sum()) for table in tables)
 
-    unknown = [f"value_filter: {one}" for one in unknown_labels(comparisons, labels)]
+    unknown = [f"value_filter: {message}" for message in unknown_labels(comparisons, labels)]
     return [*unknown, *joined_labels(comparisons, labels, cells, count)]

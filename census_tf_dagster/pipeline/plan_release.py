@@ -1,4 +1,7 @@
-"""Step 1: list the cells, split them, write the plan, create the array."""
+"""Plans a release: lists the cells, checks a sample, divides the cells, writes the plan and creates the array.
+
+The format of a plan belongs in `census.plan`, finding an earlier array to copy from in `reuse_source`.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -18,40 +21,43 @@ from census_tf_dagster.pipeline.list_cells import filter_warnings, list_cells
 from census_tf_dagster.pipeline.reuse_source import NO_SOURCE, FoundSource, find_source
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import write_planned
-from census_tf_dagster.store.removal import require_not_begun
+from census_tf_dagster.store.removal import require_no_removal
 
 BYTES_PER_VALUE = {"bfloat16": 1.6, "float32": 3.8}
-"""Stored bytes of a value with its coordinates, compressed: measured on 2,048 features (docs/performance.md)."""
+"""Stored bytes of a value with its coordinates, compressed; measured with 2,048 features (docs/performance.md)."""
 
 LEAST_KNOWN_SHARE = 0.25
-"""Below this the embedding says little: human genes in a human model are near 0.9, other species' near 0."""
+"""Least share of expressed genes that the checkpoint must know. With less, an embedding says little: the share of human
+genes in a human model is near 0.9, that of other species near 0."""
 SAMPLED_CELLS = 64
-"""Cells whose counts are looked at before anything is written."""
+"""Number of cells whose counts are checked before anything is written."""
 
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a person wants to know before the shards run.
+    """Facts about a plan that a person needs before the shards run.
 
     Attributes
     ----------
     totals
         Cells, tokens, shards.
     estimated_bytes
-        What the array will take, from measured bytes a value.
+        Estimated size of the array, from measured bytes per value.
     expressed_genes, known_genes
         Genes that any cell expresses, and how many of those the checkpoint knows.
     known_share
         Share of all expressed (cell, gene) pairs whose gene the checkpoint knows, over the whole organism.
     storage_versions
-        TileDB's, of the array and of the Census. Where they differ, the Census's tool refuses the embedding.
+        TileDB storage versions of the array and of the Census. If they differ, the Census's tool refuses the embedding.
+    root, identity
+        Folder of the array in the store, and digest of the identity.
     passed_over
-        Earlier arrays that cells could not be copied from, and why.
+        Earlier arrays from which cells could not be copied, each with the reason.
     warnings
-        What a person should look at before the shards run: labels that the value filter misses, gene ids that hardly
-        belong to the counts, what the release does not say.
+        Messages that a person should read before the shards run: labels that the value filter misses, gene ids that
+        do not seem to belong to the counts, facts that the release does not state.
     gene_check
-        What speaks for the gene ids.
+        Evidence for the gene ids.
     """
 
     totals: PlanTotals
@@ -67,7 +73,7 @@ class PlanSummary:
     gene_check: str = ""
 
     def reuse(self) -> str:
-        """Say how much is reused and how much computed, and from which array."""
+        """Return a sentence about how much is reused, from which array, and how much is computed."""
         totals = self.totals
         rest = f"computes {totals.cells_to_compute:,} cells ({totals.tokens_to_compute:,} tokens)"
         if totals.source is None:
@@ -80,31 +86,31 @@ class PlanSummary:
 
     @property
     def cells_reused(self) -> int:
-        """Cells that are copied from `totals.source`."""
+        """Number of cells that are copied from `totals.source`."""
         return self.totals.cells_reused
 
     @property
     def tokens_to_compute(self) -> int:
-        """Tokens of the cells that go through the model, at most."""
+        """Largest number of tokens that go through the model."""
         return self.totals.tokens_to_compute
 
 
 @dataclass(frozen=True)
-class Survey:
-    """The cells that a plan would hold, before anything is written.
+class DraftPlan:
+    """A plan before it is written.
 
     Attributes
     ----------
     joinids, zero_counts
-        Ascending soma_joinids, int64, and which of these cells have no counts; None where obs does not say.
+        Ascending soma_joinids, int64 ``(n,)``, and which of these cells have no counts; None if obs does not state it.
     megabatches, order
-        How they are divided, and their positions in that order; None: as they are.
+        The megabatches, and the positions of the cells in their order; None: the order did not change.
     summary
-        What it amounts to.
+        Facts about the plan.
     keys
-        By which a later release finds these cells; None for sets without `reuse`.
+        Keys with which a later release finds these cells; None for sets without `reuse`.
     sources
-        Where each cell stands in the earlier array, -1 where it is computed; None when nothing is reused.
+        Joinid of each cell in the earlier array, -1 for cells that are computed; None if nothing is reused.
     """
 
     joinids: npt.NDArray[np.int64]
@@ -116,13 +122,13 @@ class Survey:
     sources: npt.NDArray[np.int64] | None
 
 
-def survey(context: ReleaseContext) -> Survey:
-    """List and divide the cells; write nothing.
+def draft_plan(context: ReleaseContext) -> DraftPlan:
+    """List, check and divide the cells; write nothing.
 
     Raises
     ------
     UserError
-        When no cell matches, the checkpoint hardly knows the organism, or counts are none.
+        When no cell matches, the checkpoint knows too few of the organism's genes, or the counts are not raw counts.
     """
     settings, release = context.settings, context.release
     require_organism(context.genes.ids, settings.organism)
@@ -132,7 +138,7 @@ def survey(context: ReleaseContext) -> Survey:
         _require_known(context, known, expressing)
     cells = list_cells(context)
     joinids = cells.joinids
-    # A Census of normalised values should not cost a shard's start on a GPU node first.
+    # Checking a sample here saves the start of a shard on a GPU node if the Census holds normalised values.
     sample = _look_at_counts(context, joinids[:: -(-len(joinids) // SAMPLED_CELLS)])
     sampled = expressing_cells(sample, len(known))
     tokens = cells.tokens
@@ -147,8 +153,9 @@ def survey(context: ReleaseContext) -> Survey:
     warnings = [*filter_warnings(context, len(joinids)), *genes.doubts]
     if not release.has_nnz:
         warnings.append(
-            f"obs of this release does not say how many genes cells express (schema 1.0): tokens are those of "
-            f"{len(sample.joinids)} cells, shards have equal numbers of cells, and cells without counts are not named."
+            f"obs of this release does not state how many genes cells express (schema 1.0). So tokens are estimated "
+            f"from {len(sample.joinids)} cells, shards have equal numbers of cells, and no list names cells without "
+            "counts."
         )
     if sample.fractional:
         warnings.append(
@@ -179,18 +186,19 @@ def survey(context: ReleaseContext) -> Survey:
         warnings=tuple(warnings),
         gene_check=str(genes),
     )
-    return Survey(joinids, cells.zero_counts, megabatches, division.order, summary, cells.keys, sources)
+    return DraftPlan(joinids, cells.zero_counts, megabatches, division.order, summary, cells.keys, sources)
 
 
 def _look_at_counts(context: ReleaseContext, sample: npt.NDArray[np.int64]) -> Cells:
-    """Read some cells; refuse a Census that would have most of them set aside."""
+    """Read the sampled cells; raise an error if most of them would be set aside."""
     whole = context.settings.fractional_counts == "set_aside"
     cells = read_cells(context.release, sample, context.checkpoint.aux_column, whole_counts=whole)
     if len(cells.set_aside) > len(sample) / 2:
         joinid, reason = next(iter(cells.set_aside.items()))
         raise UserError(
-            f"{len(cells.set_aside)} of {len(sample)} sampled cells of {context.release.organism} in {context.release.uri} "
-            f"cannot be embedded, e.g. joinid {joinid}: {reason}. Expected raw counts: use a Census that has them."
+            f"{len(cells.set_aside)} of {len(sample)} sampled cells of {context.release.organism} in "
+            f"{context.release.uri} cannot be embedded, e.g. joinid {joinid}: {reason}. Expected raw counts: use a "
+            "Census that has them."
         )
     return cells
 
@@ -209,19 +217,19 @@ def _share(expressing: npt.NDArray[np.int64], known: npt.NDArray[np.bool_]) -> f
 
 
 def _require_known(context: ReleaseContext, known: npt.NDArray[np.bool_], expressing: npt.NDArray[np.int64]) -> None:
-    """Refuse a checkpoint that hardly knows the organism's genes."""
+    """Raise an error if the checkpoint knows too few of the organism's genes."""
     settings, share = context.settings, _share(expressing, known)
     if share < LEAST_KNOWN_SHARE:
         raise UserError(
-            f"{settings.checkpoint} knows {share:.1%} of what cells of {settings.organism} express "
-            f"({np.count_nonzero(known)} of {len(known)} genes; the Census has {', '.join(context.genes.ids[:3])}, ...); "
-            f"at least {LEAST_KNOWN_SHARE:.0%} is expected. For a species outside its vocabulary set "
+            f"{settings.checkpoint} knows {share:.1%} of the genes that cells of {settings.organism} express "
+            f"({np.count_nonzero(known)} of {len(known)} genes; the Census has {', '.join(context.genes.ids[:3])}, "
+            f"...); expected at least {LEAST_KNOWN_SHARE:.0%}. For a species outside its vocabulary, set "
             "`pretrained_embeddings`, or choose another checkpoint."
         )
 
 
 def _find_copies(context: ReleaseContext, keys: Keys | None) -> tuple[FoundSource, npt.NDArray[np.int64] | None]:
-    """Find the earlier array to copy from, and where each cell stands in it; -1: it is computed, None: all are."""
+    """Find the earlier array, and each cell's joinid in it; -1 for a computed cell, None if all are computed."""
     if keys is None:
         return NO_SOURCE, None
     found = find_source(context)
@@ -233,40 +241,40 @@ def _find_copies(context: ReleaseContext, keys: Keys | None) -> tuple[FoundSourc
         return FoundSource(None, "", (*found.passed_over, str(error))), None
     sources[np.isin(sources, np.array(found.set_aside, np.int64))] = -1
     if not (sources >= 0).any():
-        reason = f"{found.source.root}: no cell is the same, with the same genes in the same order"
+        reason = f"{found.source.root}: it has no cell with the same counts and the same genes in the same order"
         return FoundSource(None, "", (*found.passed_over, reason)), None
     return found, sources
 
 
 def _storage_version(context: ReleaseContext) -> int:
-    """Return the storage version of the array that is there, else the one that TileDB here would create."""
+    """Return the storage version of the existing array, or else the one that this TileDB would create."""
     if context.store.holds_files(context.folder.array):
         found, _ = EmbeddingsArray.look(context.folder.array, context.store)
         return context.store.storage_version(found.uri)
-    # A schema that was not stored has the version of the library; tiledbsoma carries the same core.
+    # A schema that is not stored has the version of the library. tiledbsoma contains the same core.
     domain = tiledb.Domain(tiledb.Dim("soma_dim_0", domain=(0, 1), dtype="int64"))
     return int(tiledb.ArraySchema(domain, [tiledb.Attr("soma_data", dtype="float32")], sparse=True).version)
 
 
 def make_plan(context: ReleaseContext) -> PlanSummary:
-    """Plan a release. Equal inputs give an equal plan; nothing of an earlier one changes.
+    """Plan a release. Equal inputs give an equal plan, and earlier plans do not change.
 
     Raises
     ------
     UserError
-        As `survey` does, or when an array of another identity, an unfinished removal or something else is in the
-        way.
+        When `draft_plan` raises it, or when an array of another identity, an unfinished removal or other files are in
+        the folder.
     """
-    require_not_begun(context.store, context.folder)
-    found = survey(context)
-    # First, so that nothing is written when an array of another identity is there.
+    require_no_removal(context.store, context.folder)
+    draft = draft_plan(context)
+    # This comes first, so that nothing is written if an array of another identity exists.
     context.store.make_place(context.folder.root)
     EmbeddingsArray.create(context.folder.array, context.store, context.identity, context.release.obs_rows())
-    listed = write_planned(context.store, context.folder, found.joinids, found.zero_counts)
-    totals = replace(found.summary.totals, obs_ids=listed)
-    if found.keys is not None:
-        write_keys(context.store, Plan(totals, (), context.folder.plan).keys, found.joinids, found.keys)
-    joinids, sources = _in_order(found.order, found.joinids, found.sources)
-    # Last: a current plan is a complete one.
-    write_plan(context.store, context.folder.plan, joinids, found.megabatches, totals, sources)
-    return replace(found.summary, totals=totals)
+    listed = write_planned(context.store, context.folder, draft.joinids, draft.zero_counts)
+    totals = replace(draft.summary.totals, obs_ids=listed)
+    if draft.keys is not None:
+        write_keys(context.store, Plan(totals, (), context.folder.plan).keys, draft.joinids, draft.keys)
+    joinids, sources = _in_order(draft.order, draft.joinids, draft.sources)
+    # This comes last, so that a current plan is complete.
+    write_plan(context.store, context.folder.plan, joinids, draft.megabatches, totals, sources)
+    return replace(draft.summary, totals=totals)

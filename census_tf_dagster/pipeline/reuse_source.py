@@ -1,4 +1,7 @@
-"""Which earlier array cells can be copied from: the newest earlier release of the set whose array is verified."""
+"""Finds the earlier array that cells can be copied from: the set's newest earlier release with a verified array.
+
+Copying belongs in `copy_shard`, the keys of cells in `census.cell_keys`.
+"""
 
 import json
 from dataclasses import dataclass
@@ -14,14 +17,14 @@ from census_tf_dagster.store.verification import all_set_aside, release_state
 
 @dataclass(frozen=True)
 class FoundSource:
-    """An earlier array to copy from, or none.
+    """The result of `find_source`.
 
     Attributes
     ----------
     source, keys
-        The array, and the file with the keys of its cells.
+        The array to copy from (None if there is none), and the file with the keys of its cells.
     passed_over
-        Newer ones, or all, and why each cannot be used.
+        The newer arrays that cannot be used, each with the reason; all arrays if none can be used.
     set_aside
         Joinids of the earlier release whose cells have no embedding in the array.
     """
@@ -36,7 +39,7 @@ NO_SOURCE = FoundSource(None, "", ())
 
 
 def find_source(context: ReleaseContext) -> FoundSource:
-    """Look through the arrays of the set's earlier releases, newest first; reads metadata only."""
+    """Search the arrays of the set's earlier releases, newest first. Reads only metadata."""
     set_folder = context.folder.root.rsplit("/", 2)[0]
     candidates: list[tuple[str, str, Identity]] = []
     passed_over: list[str] = []
@@ -51,7 +54,7 @@ def find_source(context: ReleaseContext) -> FoundSource:
                 continue
             if identity is not None and identity.census_build_date < context.identity.census_build_date:
                 candidates.append((identity.census_build_date, root, identity))
-    for _, root, identity in sorted(candidates, key=lambda one: one[:2], reverse=True):
+    for _, root, identity in sorted(candidates, key=lambda candidate: candidate[:2], reverse=True):
         name = "/".join(root.rsplit("/", 2)[1:])
         folder = ReleaseFolder(root)
         try:
@@ -67,7 +70,9 @@ def find_source(context: ReleaseContext) -> FoundSource:
         if state != "verified":
             passed_over.append(f"{name}: its array is {state}")
         elif not context.store.exists(plan.keys):
-            passed_over.append(f"{name}: planned without `reuse`, so without keys; materialize its obs_id_plan again")
+            passed_over.append(
+                f"{name}: its plan was made without `reuse`, so it has no keys; materialize its obs_id_plan again"
+            )
         else:
             source = Source(release=root.rsplit("/", 2)[1], root=root, identity=identity.digest)
             return FoundSource(source, plan.keys, tuple(passed_over), tuple(all_set_aside(array, plan, folder)))
@@ -80,35 +85,36 @@ def open_source(context: ReleaseContext, source: Source) -> EmbeddingsArray:
     Raises
     ------
     UserError
-        When it is gone, of another identity, or no longer verified.
+        When the array is missing, has another identity, or is no longer verified.
     """
     folder = ReleaseFolder(source.root)
     try:
         identity = _stored_identity(context, source.root)
         if identity is None:
-            raise UserError("it is gone")
+            raise UserError("the array is missing")
         if identity.digest != source.identity:
-            raise UserError(f"its identity is {identity.digest[:12]}, the plan names {source.identity[:12]}")
+            raise UserError(f"its identity is {identity.digest[:12]}, but the plan names {source.identity[:12]}")
         if differing := context.identity.values_differ(identity):
             raise UserError(f"it has other {', '.join(differing)}")
         array = EmbeddingsArray.open(folder.array, context.store, identity)
         if (state := release_state(array, read_plan(context.store, folder.plan))) != "verified":
-            raise UserError(f"it is {state}, expected verified")
+            raise UserError(f"the array is {state}, not verified")
     except UserError as error:
         raise source_error(source, str(error)) from error
     return array
 
 
 def source_error(source: Source, problem: str) -> UserError:
-    """Make the error of an array that cannot be copied from any more."""
+    """Make the error for an array from which cells can no longer be copied."""
     return UserError(
-        f"cells cannot be copied from {source.root}, as the plan says: {problem}. Materialize obs_id_plan of this "
-        "release again: its plan then computes these cells, or finds another array. What was copied stays."
+        f"cells cannot be copied from {source.root}: {problem}. Expected the verified array that the plan names: "
+        "materialize obs_id_plan of this release again. Its new plan computes these cells, or finds another array; "
+        "copied cells stay."
     )
 
 
 def _stored_identity(context: ReleaseContext, root: str) -> Identity | None:
-    """Read the identity of the array below a folder; None when no array of ours is there."""
+    """Read the identity of the array below a folder; None if the folder has no array of this project."""
     array = ReleaseFolder(root).array
     if not context.store.holds_files(array):
         return None

@@ -1,8 +1,10 @@
-"""All stages of a shard at once: read, tokens, devices; what they give is written by whoever asks for it.
+"""Runs the stages of a shard concurrently: read, tokenize, compute. The caller consumes and commits the results.
 
-Each stage is a thread (a device: one that sends and one that receives) between bounded queues, so that the slowest
-stage sets the pace and the others wait for it. The first failure stops all of them. The time each stage is busy
-and the time it waits are counted: a user sees which one limits.
+Each stage is a thread between bounded queues (a device has two: one sends, one receives). So the slowest stage sets the
+pace and the others wait for it. The first failure stops all stages. The module counts the time that each stage works
+and waits, so that a user sees which stage is the bottleneck.
+
+Committing megabatches belongs in `embed_shard`.
 """
 
 import queue
@@ -28,7 +30,7 @@ from census_tf_dagster.pipeline.context import ReleaseContext
 TRIES = 2
 POLL_SECONDS = 0.1
 JOIN_SECONDS = 120.0
-"""A read of a megabatch that was under way when the shard stopped may take this long to end."""
+"""How long the read of a megabatch may take to end after the shard stopped."""
 
 Ids = npt.NDArray[np.int64]
 NO_IDS: Ids = np.empty(0, np.int64)
@@ -36,7 +38,7 @@ NO_IDS: Ids = np.empty(0, np.int64)
 
 @dataclass
 class StageTime:
-    """Seconds that a stage worked, and that it waited for others."""
+    """Seconds that a stage worked, and seconds that it waited for others."""
 
     busy: float = 0.0
     waiting: float = 0.0
@@ -44,18 +46,18 @@ class StageTime:
 
 @dataclass
 class Times:
-    """What is known of a running pipeline.
+    """Measurements of a running pipeline.
 
     Attributes
     ----------
     load
         Seconds until all devices had loaded the model.
     stages
-        By name: read, tokens, packing and compute (means of the devices), write.
+        Times by stage: read, tokens, packing and compute (means over the devices), write.
     devices
-        What each device's process says of itself.
+        The first message of each device's process, which describes it.
     counters
-        What each has done, by device.
+        Counters of each device (`engine.Counters` and others), by its number.
     """
 
     load: float = 0.0
@@ -67,48 +69,48 @@ class Times:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, device: int, counters: dict[str, float]) -> None:
-        """Take over a device's counters."""
+        """Store the latest counters of a device."""
         # Several devices may answer at once.
         with self._lock:
             self.counters[device] = counters
             self._sum_up()
 
     def _sum_up(self) -> None:
-        elapsed = sum(one["elapsed"] for one in self.counters.values()) / len(self.counters)
+        elapsed = sum(counters["elapsed"] for counters in self.counters.values()) / len(self.counters)
         for name, counter in (("packing", "packing"), ("compute", "busy")):
-            busy = sum(one[counter] for one in self.counters.values()) / len(self.counters)
+            busy = sum(counters[counter] for counters in self.counters.values()) / len(self.counters)
             self.stages[name] = StageTime(busy, max(elapsed - busy, 0.0))
 
     def fill(self) -> float:
-        """Return the share of the rows that held tokens."""
-        room = sum(one["row_tokens"] for one in self.counters.values())
-        return sum(one["tokens"] for one in self.counters.values()) / room if room else 0.0
+        """Return the share of the computed row tokens that were not padding."""
+        room = sum(counters["row_tokens"] for counters in self.counters.values())
+        return sum(counters["tokens"] for counters in self.counters.values()) / room if room else 0.0
 
     def limit(self) -> str:
-        """Name the stage that waited least for its share of the time."""
+        """Return the name of the stage that was busy longest, which limits the others."""
         return max(self.stages, key=lambda name: self.stages[name].busy)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A megabatch that left the pipeline.
+    """The result of a megabatch.
 
     Attributes
     ----------
     batch
-        What it was.
+        The megabatch.
     joinids, embeddings
-        Its cells that have an embedding, int64 ``(n,)`` and float32 ``(n, embed_dim)``, all finite.
+        Its cells with an embedding, int64 ``(n,)`` and float32 ``(n, embed_dim)``; all values are finite.
     set_aside
-        Why each of its other cells has none, by joinid.
+        The reason for each of its other cells, by joinid.
     widened
         Joinids of the cells that were computed in a wider precision.
     fractional
-        How many of its cells have counts that are no whole numbers.
+        Number of its cells that have counts that are not whole numbers.
     tokens
-        How many went through the model.
+        Number of tokens that went through the model.
     failure
-        Why the megabatch as a whole could not be embedded; then nothing else is known.
+        The reason if the megabatch as a whole could not be embedded. Then the other fields are empty.
     """
 
     batch: Megabatch
@@ -122,7 +124,7 @@ class Outcome:
 
 
 class _Stopped(Exception):  # noqa: N818
-    """Another stage has failed, or nobody wants the results any more."""
+    """Another stage has failed, or the caller no longer needs results."""
 
 
 class _Line:
@@ -154,7 +156,7 @@ class _Line:
             thread.join(JOIN_SECONDS)
 
     def wait(self, attempt: Callable[[], Any], time_of: StageTime | None = None) -> Any:
-        """Repeat what raises Full or Empty until it does not."""
+        """Repeat `attempt` until it does not raise Full or Empty; add the time to `time_of`."""
         began = time.monotonic()
         while True:
             if self.stopped.is_set():
@@ -174,25 +176,27 @@ class _Line:
 def outcomes(
     context: ReleaseContext, todo: Sequence[Megabatch], ids: Sequence[Ids], times: Times, processes: int | None = None
 ) -> Iterator[Iterator[Outcome]]:
-    """Run all stages for some megabatches; give what leaves them, in any order, each megabatch once.
+    """Run all stages for these megabatches; yield an iterator of results, in any order, one per megabatch.
+
+    The iterator treats a result as committed when the caller asks for the next one.
 
     Parameters
     ----------
     context
         The opened set and release.
     todo, ids
-        Megabatches, and the joinids of each.
+        The megabatches, and the joinids of each.
     times
-        Filled while it runs.
+        Measurements; filled while the stages run.
     processes
-        How many device processes; None: one for each device.
+        Number of device processes; None: one per device.
 
     Raises
     ------
     UserError
         When there is no such device.
     DeviceLostError, Exception
-        At once, when a stage fails on other grounds than the cells.
+        At once, when a stage fails for a reason that is not in the cells.
     """
     line = _Line()
     read: queue.Queue[tuple[int, Cells]] = queue.Queue(maxsize=1)
@@ -213,7 +217,7 @@ def outcomes(
             for attempt in range(1, TRIES + 1):
                 began = time.monotonic()
                 try:
-                    # Anything but a UserError here comes from the storage, not from these cells.
+                    # An error that is not a UserError comes from the storage, not from these cells.
                     cells = read_cells(
                         context.release,
                         joinids,
@@ -243,7 +247,7 @@ def outcomes(
                 fail(key, f"{type(error).__name__}: {error}")
                 continue
             times.stages["tokens"].busy += time.monotonic() - began
-            # Counts are not needed any more.
+            # From here on, counts are not needed.
             sent[key] = _Sent(cells.joinids, cells.set_aside, cells.fractional)
             put(tokenized, (key, packed), times.stages["tokens"])
 
@@ -258,17 +262,17 @@ def outcomes(
             times.count(number, answer.counters)
             put(results, (_outcome(todo[answer.key], sent.pop(answer.key), answer, _no_embeddings(context)), device))
 
-    def leave() -> Iterator[Outcome]:
+    def iter_results() -> Iterator[Outcome]:
         for _ in todo:
             outcome, device = line.wait(lambda: results.get(timeout=POLL_SECONDS), times.stages["write"])
             yield outcome
-            # Whoever asks for the next has committed this one.
+            # A caller that asks for the next result has committed this one.
             if device is not None:
                 device.commit()
 
     settings = context.settings
     with ExitStack() as stack:
-        # Threads end last: those that talk to a device do when its process is gone.
+        # Threads are joined last, because threads that talk to a device end only after its process.
         stack.callback(line.stop)
         line.start(read_all)
         line.start(tokenize_all)
@@ -283,12 +287,12 @@ def outcomes(
         for number, device in enumerate(devices):
             line.start(feed, device)
             line.start(collect, number, device)
-        yield leave()
+        yield iter_results()
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """What is known of a megabatch while a device works on it."""
+    """Facts about a megabatch that are kept while a device works on it."""
 
     joinids: Ids
     set_aside: dict[int, str]

@@ -1,4 +1,7 @@
-"""Upstream's own inference on some cells, in float32, in a process and an environment of its own."""
+"""Runs upstream's own inference on a few cells, in float32, in a separate process and environment.
+
+Comparing its values with ours belongs in `check_upstream` and `canary`.
+"""
 
 import inspect
 import os
@@ -28,66 +31,71 @@ Embeddings = npt.NDArray[np.float32]
 
 RUN = """
 import os, threading
-# Where the kernel does not do it, this thread ends the command when its parent has ended.
+# If the kernel does not end this command with its parent, this thread does.
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 import torch
 from transcriptformer.cli import main
-# Importing upstream allows TF32, which is no float32.
+# Importing upstream allows TF32, which is less precise than float32.
 torch.set_float32_matmul_precision("highest")
 main()
 """
-"""Upstream's command line; it answers a SIGTERM only after minutes."""
+"""Python code that runs upstream's command line. Upstream reacts to SIGTERM only after minutes."""
 
 
 NAME = "transcriptformer"
 VERSION = f"from importlib.metadata import version; print('{NAME}', version('{NAME}'))"
 CHECK_SECONDS = 60.0
-"""Python starts within a second; from a file system that sleeps, within some."""
+"""How long upstream may take to report its version. Python starts within a second, but a cold file system is slower."""
+
+
+EXPECTED = (
+    f"expected upstream's `{NAME}` command, in the `bin` folder of an environment where it is installed: pass the path "
+    "of that command."
+)
 
 
 def run_upstream() -> str:
-    """Return Python code that runs upstream's command, as a child of this process that ends with it."""
+    """Return Python code that runs upstream's command as a child process that ends with this process."""
     return f"{inspect.getsource(end_with_parent)}\nend_with_parent({os.getpid()})\n{RUN}"
 
 
 def find_upstream() -> Path | None:
-    """Return upstream's ``transcriptformer`` command: beside this Python, else on the PATH; None: it is not here."""
+    """Return upstream's ``transcriptformer`` command, beside this Python or else on the PATH; None if there is none."""
     beside = str(Path(sys.executable).parent)
     found = shutil.which(NAME, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
     return Path(found) if found else None
 
 
 def require_upstream(command: Path, seconds: float = CHECK_SECONDS) -> None:
-    """Refuse, within seconds, a program that is not upstream's command.
+    """Check, within seconds, that a program is upstream's command.
 
     Parameters
     ----------
     command
-        What should be upstream's ``transcriptformer``.
+        Path of upstream's ``transcriptformer``.
     seconds
-        How long it may take to say its version.
+        How long it may take to report its version.
 
     Raises
     ------
     UserError
-        With what it is instead.
+        When it is something else.
     """
-    expected = f"expected upstream's `{NAME}` command, in the `bin` folder of an environment where it is installed."
     if not command.is_file():
-        raise UserError(f"{command}: there is no such file; {expected}")
+        raise UserError(f"{command}: there is no such file; {EXPECTED}")
     line = [str(_python(command)), "-c", VERSION]
     try:
         done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)  # noqa: S603
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"{command}: the Python beside it did not say within {seconds:.0f} s which version of "
-            f"{NAME} it has; {expected}"
+            f"{command}: the Python beside it did not report within {seconds:.0f} s which version of "
+            f"{NAME} it has; {EXPECTED}"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{command}: no Python beside it can be run ({error}); {expected}") from error
+        raise UserError(f"{command}: no Python beside it can be run ({error}); {EXPECTED}") from error
     if done.returncode or not done.stdout.startswith(f"{NAME} ") or command.name != NAME:
         said = (done.stdout if not done.returncode else done.stderr).strip().rpartition("\n")[2][:200]
-        raise UserError(f"{command} is another program (the Python beside it says {said!r}); {expected}")
+        raise UserError(f"{command} is another program (the Python beside it says {said!r}); {EXPECTED}")
 
 
 def _python(command: Path) -> Path:
@@ -98,33 +106,38 @@ def _python(command: Path) -> Path:
 def upstream_running(
     context: ReleaseContext, cells: Cells, command: Path, batch_size: int | None = None
 ) -> Iterator[Callable[[float], Embeddings]]:
-    """Let upstream embed some cells, on the set's device, while something else is done.
+    """Let upstream embed cells on the set's device while the caller does something else.
+
+    Upstream's process ends with the context.
 
     Parameters
     ----------
     context
         The opened set and release.
     cells
-        As read from the Census.
+        Cells that `read_cells` returned.
     command
         Upstream's ``transcriptformer``; the Python beside it runs.
     batch_size
-        Upstream's; None: its default.
+        Upstream's batch size; None: its default.
 
     Yields
     ------
     Callable
-        Waits so many seconds at most; returns float32 ``(n, embed_dim)`` in the order of `cells`, or raises
-        `UserError` when upstream cannot be run, has failed or takes longer. When the context ends, upstream does.
+        Waits up to the given number of seconds; returns float32 ``(n, embed_dim)`` in the order of `cells`. It raises
+        `UserError` if upstream cannot run, has failed or takes longer.
 
     Raises
     ------
     UserError
-        When `command` is another program, or upstream cannot be run on such a set.
+        When `command` is another program, or upstream cannot compute this set.
     """
     require_upstream(command)
     if len(context.checkpoint.pretrained) > 1:
-        raise UserError("upstream's command takes one pretrained embedding file; this set has more.")
+        raise UserError(
+            f"this set has {len(context.checkpoint.pretrained)} pretrained embedding files; upstream's command takes "
+            "at most one, so this set cannot be compared with it."
+        )
     genes = list(context.genes.ids)
     counts = scipy.sparse.csr_matrix(
         (cells.values, cells.columns, cells.indptr), shape=(len(cells.joinids), len(genes))
@@ -133,9 +146,9 @@ def upstream_running(
     var = pd.DataFrame({"ensembl_id": genes}, index=genes)
     adata = anndata.AnnData(X=counts, obs=obs, var=var)
     if context.settings.gene_order == "vocabulary":
-        # Upstream knows no other order than that of `var`.
+        # Upstream uses the order of `var`, so `var` gets the vocabulary's order.
         adata = adata[:, list(genes_in_order(context.genes.ids, context.checkpoint, "vocabulary"))].copy()
-    # It writes a folder of logs where it runs.
+    # Upstream writes a folder of logs into its working directory.
     with temporary_folder() as place, tempfile.TemporaryFile() as said:
         folder = Path(place)
         adata.write_h5ad(folder / "cells.h5ad")
@@ -143,15 +156,15 @@ def upstream_running(
         try:
             process = subprocess.Popen(line, cwd=folder, stdin=subprocess.PIPE, stdout=said, stderr=said)  # noqa: S603
         except OSError as error:
-            raise UserError(f"upstream's {command} cannot be run: {error}") from error
+            raise UserError(f"upstream's {command} cannot be run ({error}); {EXPECTED}") from error
 
         def answer(seconds: float) -> Embeddings:
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired as error:
                 raise UserError(
-                    f"upstream's {command} took more than {duration(seconds)} for {len(cells.joinids)} cells, and was "
-                    "ended. Give it fewer cells, or a faster machine."
+                    f"upstream's {command} took more than {duration(seconds)} for {len(cells.joinids)} cells and was "
+                    "ended; expected it to finish in that time: give it fewer cells, or a faster machine."
                 ) from error
             if code:
                 said.seek(0)

@@ -1,1 +1,1 @@
-"""What finished embeddings are worth: a sample measured and pictured, and which cells of a release they cover."""
+"""Measures the quality of finished embeddings: figures and pictures of a sample, and the covered cells of a release."""

@@ -1,4 +1,7 @@
-"""Which cells of a release are embedded, and how long they are: one pass over all of obs, in bounded memory."""
+"""Counts which cells of a release are embedded, and how many genes they express, in one pass over obs.
+
+The pass needs a bounded amount of memory. Counts outside the vocabulary belong in `vocabulary`.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,51 +16,51 @@ from census_tf_dagster.census.release import NNZ, OrganismRelease
 Ids = npt.NDArray[np.int64]
 
 _BLOCK = 2**23
-"""Joinids whose bits are kept together, in a megabyte."""
+"""Number of joinids in a block; their bits take a megabyte."""
 
 MOST_GENES = 100_000
-"""Genes of a cell are counted exactly up to here: above any gene axis of a Census."""
+"""Largest exact number of genes of a cell. It is larger than any gene axis of a Census."""
 
 
 class JoinidSet:
-    """A set of joinids, at a bit each where they are dense: 20 MB for the 162 million human cells of 2025-11-08."""
+    """A set of joinids. Dense joinids take a bit each: 20 MB for the 162 million human cells of 2025-11-08."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, npt.NDArray[np.uint8]] = {}
 
     def add(self, joinids: Ids) -> None:
-        """Add some."""
-        of = joinids // _BLOCK
-        for block in np.unique(of).tolist():
-            inside = joinids[of == block] - block * _BLOCK
+        """Add joinids, int64 ``(n,)``."""
+        blocks = joinids // _BLOCK
+        for block in np.unique(blocks).tolist():
+            inside = joinids[blocks == block] - block * _BLOCK
             bits = self._blocks.setdefault(block, np.zeros(_BLOCK // 8, np.uint8))
             np.bitwise_or.at(bits, inside >> 3, (1 << (inside & 7)).astype(np.uint8))
 
     def holds(self, joinids: Ids) -> npt.NDArray[np.bool_]:
-        """Tell of each whether it is in the set."""
+        """Return for each joinid whether it is in the set, bool ``(n,)``."""
         found = np.zeros(len(joinids), np.bool_)
-        of = joinids // _BLOCK
-        for block in np.unique(of).tolist():
+        blocks = joinids // _BLOCK
+        for block in np.unique(blocks).tolist():
             if (bits := self._blocks.get(block)) is not None:
-                inside = joinids[of == block] - block * _BLOCK
-                found[of == block] = (bits[inside >> 3] >> (inside & 7).astype(np.uint8) & 1) == 1
+                inside = joinids[blocks == block] - block * _BLOCK
+                found[blocks == block] = (bits[inside >> 3] >> (inside & 7).astype(np.uint8) & 1) == 1
         return found
 
 
 @dataclass(frozen=True)
 class Covered:
-    """How many cells of one dataset, tissue, assay or cell type there are.
+    """Numbers of cells of one dataset, tissue, assay or cell type.
 
     Attributes
     ----------
     name
-        Which.
+        Name of the dataset, tissue, assay or cell type.
     cells
-        In the release.
+        Its cells in the release.
     planned
-        Of those, how many match the set.
+        Number of these cells that the plan has.
     embedded
-        Of those, how many a verification shows to be in the array.
+        Number of planned cells that a verification found in the array.
     """
 
     name: str
@@ -68,18 +71,18 @@ class Covered:
 
 @dataclass
 class ObsSummary:
-    """What one pass over obs has shown.
+    """The result of `read_obs`.
 
     Attributes
     ----------
     counts
-        By column and value: cells of the release, planned, embedded.
+        Numbers of cells (in the release, planned, embedded) by column and value.
     genes
-        How many planned cells have so many expressed genes, int64 ``(MOST_GENES + 1,)``; None where obs does not say.
-    sampled_genes
-        Expressed genes of the sampled cells, int64, in ascending order of joinid; None where obs does not say.
+        Number of planned cells by number of expressed genes, int64 ``(MOST_GENES + 1,)``; None if obs does not state
+    it. sampled_genes
+        Number of expressed genes of each sampled cell, int64, by ascending joinid; None if obs does not state it.
     labels
-        The columns of the sampled cells, in the same order.
+        Columns of the sampled cells, in the same order.
     """
 
     counts: dict[str, dict[str, Counter[str]]]
@@ -88,7 +91,7 @@ class ObsSummary:
     labels: dict[str, npt.NDArray[np.str_]] = field(default_factory=dict)
 
     def table(self, column: str) -> list[Covered]:
-        """Return one column's values, those with most planned cells first."""
+        """Return the values of one column, those with most planned cells first."""
         cells, planned, embedded = (self.counts[column][what] for what in ("cells", "planned", "embedded"))
         rows = [Covered(name, count, planned[name], embedded[name]) for name, count in cells.items()]
         return sorted(rows, key=lambda row: (-row.planned, -row.cells, row.name))
@@ -97,18 +100,18 @@ class ObsSummary:
 def read_obs(
     release: OrganismRelease, columns: Sequence[str], planned: JoinidSet, embedded: JoinidSet, sample: Ids
 ) -> ObsSummary:
-    """Read obs once.
+    """Count the cells of all obs rows by label, and read the labels of the sample, in one pass.
 
     Parameters
     ----------
     release
-        Where.
+        The release to read from.
     columns
-        The columns of labels that are counted.
+        The columns with labels.
     planned, embedded
-        The cells of the plan, and those of them that are verified to be in the array.
+        The cells of the plan, and those that a verification found in the array.
     sample
-        Ascending joinids whose labels are wanted.
+        Ascending joinids of the cells whose labels are returned.
     """
     whats = ("cells", "planned", "embedded")
     found = ObsSummary(
@@ -140,7 +143,7 @@ def read_obs(
 
 
 def _encoded(column: pa.ChunkedArray) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Return the values of a column and the position of each cell's among them."""
+    """Return the values of a column, and for each cell the position of its value among them, int64."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     column = column.unify_dictionaries().combine_chunks()

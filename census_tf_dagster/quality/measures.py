@@ -1,7 +1,7 @@
-"""Figures of a sample of embeddings: neighbours, dimensions, and how a distribution differs from an earlier one.
+"""Measures a sample of embeddings: neighbours, dimensions, and the drift from an earlier distribution.
 
-Embeddings are float32 ``(n_cells, n_features)`` throughout. Cells share a large mean, so neighbours are those of the
-largest cosine after that mean was taken away.
+Embeddings are float32 ``(n_cells, n_features)`` throughout. Cells share a large mean, so a cell's neighbours are the
+cells with the largest cosine after that mean is subtracted. Deciding whether a figure is good belongs in `verdicts`.
 """
 
 import io
@@ -20,10 +20,10 @@ SHUFFLES = 20
 SEED = 0
 ROWS_AT_ONCE = 512
 UNLABELLED = ("", "(none)", "unknown", "na", "nan")
-"""What obs says of a cell whose type nobody has told."""
+"""Labels in obs of cells without a known label."""
 
 COLLAPSED_SHARE = 1e-3
-"""A dimension whose standard deviation is below this share of the median one tells nothing."""
+"""A dimension whose standard deviation is below this share of the median one carries no information."""
 
 LEAST_CELLS_OF_A_TYPE = 50
 MOST_TYPES = 40
@@ -36,7 +36,7 @@ class Neighbours:
     Attributes
     ----------
     indices
-        int32 ``(n, k)``: rows of the sample; a cell is not among its own.
+        int32 ``(n, k)``: rows of the sample; a cell is not its own neighbour.
     distances
         float32 ``(n, k)``: 1 - centred cosine, 0 to 2.
     """
@@ -46,7 +46,7 @@ class Neighbours:
 
 
 def find_neighbours(embeddings: Embeddings, k: int = NEIGHBOURS) -> Neighbours:
-    """Find the `k` nearest of each cell, exactly, a few rows at a time; fewer when there are fewer cells."""
+    """Find the `k` nearest neighbours of each cell, exactly, a few rows at a time; fewer if there are fewer cells."""
     n = len(embeddings)
     k = min(k, n - 1)
     unit = embeddings - embeddings.mean(axis=0)
@@ -71,16 +71,16 @@ class Agreement:
     Attributes
     ----------
     cells, labels
-        Cells that have a label, and how many labels there are.
+        Number of cells with a label, and number of different labels.
     share
-        Of the neighbours of a cell, the share with its label.
+        Share of pairs of neighbours that have the same label.
     baseline
-        The same after labels were shuffled among the cells of each dataset, mean of `SHUFFLES` times: what a dataset
-        that stands apart from others brings by itself.
+        The same share after shuffling labels within each dataset, mean of `SHUFFLES` shuffles. It includes the effect
+        of datasets that are separate from others.
     excess
-        (share - baseline) / (1 - baseline): 0 is chance, 1 is perfect. None where labels cannot differ.
+        (share - baseline) / (1 - baseline): 0 is chance, 1 is perfect. None if labels cannot differ.
     deviations
-        (share - baseline) in standard deviations of the shuffles.
+        (share - baseline) in standard deviations of the shuffles; None if labels cannot differ.
     """
 
     cells: int
@@ -92,17 +92,17 @@ class Agreement:
 
 
 def label_agreement(neighbours: Neighbours, labels: Labels, datasets: Labels) -> Agreement:
-    """Compare the labels of neighbours, and with shuffled labels; unlabelled cells are left out."""
+    """Measure how often neighbours share a label, and compare with shuffled labels. Unlabelled cells are left out."""
     codes = np.unique(labels, return_inverse=True)[1]
     labelled = ~np.isin(labels, UNLABELLED)
     pairs = labelled[:, None] & labelled[neighbours.indices]
     count = max(int(pairs.sum()), 1)
 
-    def share(of: npt.NDArray[np.int64]) -> float:
-        return float(((of[:, None] == of[neighbours.indices]) & pairs).sum() / count)
+    def share(values: npt.NDArray[np.int64]) -> float:
+        return float(((values[:, None] == values[neighbours.indices]) & pairs).sum() / count)
 
     rng = np.random.default_rng(SEED)
-    # Sorted by dataset, then by a random number: a shuffle within each dataset, of labelled cells only.
+    # Sorting labelled cells by dataset and then by a random number shuffles them within each dataset.
     rows = np.flatnonzero(labelled)
     groups = np.unique(datasets, return_inverse=True)[1][rows]
     home = rows[np.argsort(groups, kind="stable")]
@@ -125,18 +125,18 @@ def label_agreement(neighbours: Neighbours, labels: Labels, datasets: Labels) ->
 
 @dataclass(frozen=True)
 class Dimensions:
-    """How much each dimension tells.
+    """How much the dimensions vary.
 
     Attributes
     ----------
     dimensions
-        How many there are.
+        Number of dimensions.
     constant
-        Positions of those with one and the same value in every cell.
+        Positions of the dimensions with the same value in every cell.
     collapsed
-        Positions of those, constant or not, whose deviation is below `COLLAPSED_SHARE` of the median.
+        Positions of the dimensions, constant or not, whose standard deviation is below `COLLAPSED_SHARE` of the median.
     effective_rank
-        exp of the entropy of the covariance's spectrum: among how many dimensions the variance is spread evenly.
+        exp of the entropy of the covariance's spectrum: the number of equal dimensions with the same entropy.
     """
 
     dimensions: int
@@ -168,9 +168,9 @@ class Distribution:
     Attributes
     ----------
     types
-        Names, those with most cells first, at most `MOST_TYPES`.
+        Names of at most `MOST_TYPES` cell types, those with most cells first.
     cells
-        How many of each, int64 ``(n_types,)``.
+        Number of cells of each, int64 ``(n_types,)``.
     means, deviations
         float32 ``(n_types, n_features)``.
     """
@@ -189,7 +189,7 @@ class Distribution:
             for name, count in zip(names, counts, strict=True)
             if count >= LEAST_CELLS_OF_A_TYPE and name not in UNLABELLED
         ]
-        chosen = sorted(enough, key=lambda one: (-one[0], one[1]))[:MOST_TYPES]
+        chosen = sorted(enough, key=lambda pair: (-pair[0], pair[1]))[:MOST_TYPES]
         parts = [embeddings[labels == name] for _, name in chosen]
         shape = (len(chosen), embeddings.shape[1])
         return cls(
@@ -200,7 +200,7 @@ class Distribution:
         )
 
     def to_bytes(self) -> bytes:
-        """Serialise as numpy's npz; nothing in it is pickled."""
+        """Serialise as numpy's npz, without pickles."""
         sink = io.BytesIO()
         names = np.array(self.types, np.str_)
         np.savez_compressed(sink, types=names, cells=self.cells, means=self.means, deviations=self.deviations)
@@ -208,33 +208,39 @@ class Distribution:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Distribution":
-        """Read what `to_bytes` gave; anything else is a ValueError."""
+        """Read the result of `to_bytes`.
+
+        Raises
+        ------
+        ValueError
+            When the content is something else.
+        """
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as found:
                 types = tuple(str(name) for name in found["types"])
                 read = cls(types, found["cells"], found["means"], found["deviations"])
         except (KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"no distribution: {error}") from error
+            raise ValueError(f"not a distribution: {error}") from error
         if read.means.shape != read.deviations.shape or not len(read.types) == len(read.cells) == len(read.means):
-            raise ValueError("the arrays of a distribution do not fit each other")
+            raise ValueError("the arrays of a distribution have different lengths")
         return read
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How a distribution differs from an earlier one, over the cell types of both.
+    """The difference of a distribution from an earlier one, over the cell types of both.
 
     Attributes
     ----------
     types
-        How many cell types were compared.
+        Number of compared cell types.
     shift
-        Difference of the means in standard deviations, root mean square over dimensions, less what so few cells differ
-        by chance; median over cell types.
+        Difference of the means in standard deviations, root mean square over dimensions, minus the difference expected
+        by chance for so few cells; median over cell types.
     spread
         Mean of |log2| of the ratio of standard deviations over dimensions; median over cell types.
     worst_type, worst_shift
-        The cell type that has moved most, and how far.
+        The cell type that moved most, and its shift.
     """
 
     types: int
@@ -245,7 +251,7 @@ class Drift:
 
 
 def drift(now: Distribution, before: Distribution) -> Drift | None:
-    """Compare two distributions; None where they share no cell type."""
+    """Compare two distributions; None if they share no cell type."""
     shared = [name for name in now.types if name in before.types]
     if not shared:
         return None
@@ -255,7 +261,7 @@ def drift(now: Distribution, before: Distribution) -> Drift | None:
         first, second = now.deviations[a].astype(np.float64), before.deviations[b].astype(np.float64)
         pooled = (first**2 + second**2) / 2
         moved = (now.means[a].astype(np.float64) - before.means[b]) ** 2
-        # A dimension that tells nothing must not divide by nothing.
+        # Dimensions that hardly vary are left out, because they would divide by almost zero.
         usable = pooled > (COLLAPSED_SHARE**2) * np.median(pooled)
         chance = 1 / now.cells[a] + 1 / before.cells[b]
         if not usable.any():

@@ -1,4 +1,7 @@
-"""Pictures of a release as PNG files of at most `MOST_BYTES`: they also stand in Dagster's event log."""
+"""Draws the pictures of a release as PNG files of at most `MOST_BYTES`, because Dagster's event log stores them, too.
+
+Computing what they show belongs in `measures`, `coverage`, `projection` and `vocabulary`.
+"""
 
 import io
 from collections.abc import Sequence
@@ -27,22 +30,22 @@ PALETTE = (
     *("#2f6db5", "#e8743b", "#2a9d57", "#c93b4a", "#8c5fb5", "#b58a1b", "#19a7b8", "#e377ae", "#6b7a1f", "#5a4636"),
     *("#7fb3e6", "#f4b183", "#8fd19e", "#f0918f", "#c3a6e0", "#e6cf6f", "#86d9e0", "#4c4f8f"),
 )
-"""Strong ones first: the largest groups take them."""
+"""Colours of groups, strong ones first. The largest group gets the first."""
 
 
 def scatter(points: npt.NDArray[np.float32], labels: npt.NDArray[np.str_], by: str, title: str, note: str) -> bytes:
-    """Draw cells in the plane, coloured by what they are.
+    """Draw cells in the plane, coloured by their labels.
 
     Parameters
     ----------
     points
         float32 ``(n, 2)``.
     labels
-        Of each cell.
+        Label of each cell.
     by
-        What the labels are, for a person: "cell type".
+        Name of the kind of labels for a person, such as "cell type".
     title, note
-        Above the picture; what the reader should know, below.
+        Text above the picture, and a note for the reader below it.
     """
     names, counts = np.unique(labels, return_counts=True)
     known = [i for i in np.lexsort((names, -counts)) if names[i] not in UNLABELLED]
@@ -50,7 +53,7 @@ def scatter(points: npt.NDArray[np.float32], labels: npt.NDArray[np.str_], by: s
     size = {str(name): int(count) for name, count in zip(names, counts, strict=True)}
     colour = dict(zip(shown, PALETTE, strict=False))
     figure, axes = _figure(9.6, 6.6, title, note, right=0.60)
-    # In one call and in random order: whichever group were drawn last would hide the others.
+    # All groups are drawn in one call and in random order, because the last group drawn would hide the others.
     order = np.random.default_rng(SEED).permutation(len(labels))
     order = np.concatenate([order[~np.isin(labels[order], shown)], order[np.isin(labels[order], shown)]])
     colours = [colour.get(str(label), OTHER) for label in labels[order]]
@@ -85,22 +88,22 @@ def scatter(points: npt.NDArray[np.float32], labels: npt.NDArray[np.str_], by: s
 
 
 def genes_histogram(genes: npt.NDArray[np.int64], window: int, title: str, note: str) -> bytes:
-    """Draw how many genes cells express, against the model's window.
+    """Draw how many genes cells express, together with the model's window.
 
     Parameters
     ----------
     genes
-        How many cells have so many genes, by number of genes.
+        Number of cells by number of expressed genes, int64.
     window
-        Genes that the model reads of a cell at most.
+        Most genes of a cell that the model reads.
     title, note
-        As `scatter` takes them.
+        See `scatter`.
     """
     total = max(int(genes.sum()), 1)
     running = np.cumsum(genes) / total
     last = max(int(np.searchsorted(running, 0.999)), int(window * 1.25))
     width = max(last // 120, 1)
-    # No bar stands on both sides of the window; the first one may be narrower.
+    # No bar crosses the window's edge, so the first bar may be narrower.
     edges = np.union1d([0], np.arange((window + 1) % width, last + 1, width))
     heights = np.add.reduceat(genes[: last + 1], edges) / total
     figure, axes = _figure(9.6, 4.8, title, note)
@@ -128,16 +131,16 @@ def genes_histogram(genes: npt.NDArray[np.int64], window: int, title: str, note:
 def share_bars(
     groups: Sequence[tuple[str, Sequence[tuple[str, float, int]]]], overall: float, title: str, note: str
 ) -> bytes:
-    """Draw a share for each of some groups, side by side.
+    """Draw panels of bars side by side, one bar for each group's share.
 
     Parameters
     ----------
     groups
-        For each panel its heading, and name, share and number of cells of each bar.
+        For each panel: its heading, and name, share and number of cells of each bar.
     overall
-        The share of all cells together.
+        The share over all cells.
     title, note
-        As `scatter` takes them.
+        See `scatter`.
     """
     panels = [(heading, list(bars[:MOST_BARS])) for heading, bars in groups]
     longest = max(len(bars) for _, bars in panels)
@@ -190,14 +193,14 @@ def _short(name: str, longest: int = LONGEST_NAME) -> str:
 
 
 def _png(figure: Figure) -> bytes:
-    """Encode with few colours, and coarser until it is small enough."""
+    """Encode with few colours, at decreasing resolution until the file is small enough."""
     content = b""
     for dpi in DPIS:
         drawn, sink = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=dpi)
         with Image.open(drawn) as image:
             few = image.convert("RGB").quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-            # Paper stays white.
+            # The background stays white.
             few.putpalette([255 if value > 252 else value for value in few.getpalette() or ()])
             few.save(sink, format="png", optimize=True)
         content = sink.getvalue()

@@ -1,4 +1,4 @@
-"""A sample in the plane, for the eye: UMAP, the same every time on one machine."""
+"""Projects a sample onto the plane with UMAP, for pictures. The result is reproducible on one machine."""
 
 import warnings
 
@@ -8,18 +8,18 @@ import numpy.typing as npt
 from census_tf_dagster.quality.measures import SEED, Embeddings, Neighbours
 
 LEAST_CELLS = 10
-"""With fewer there is nothing to lay out."""
+"""Least number of cells for UMAP."""
 
 
 def project(embeddings: Embeddings, neighbours: Neighbours) -> npt.NDArray[np.float32]:
-    """Lay a sample out in the plane by its neighbours.
+    """Project a sample onto the plane by its neighbours.
 
     Parameters
     ----------
     embeddings
         float32 ``(n, n_features)``.
     neighbours
-        Of these cells.
+        Neighbours of these cells.
 
     Returns
     -------
@@ -36,10 +36,11 @@ def project(embeddings: Embeddings, neighbours: Neighbours) -> npt.NDArray[np.fl
         np.hstack([np.zeros((n, 1), np.float32), neighbours.distances]),
     )
     with warnings.catch_warnings():
-        # Of a part that is not used. And these neighbours come without an index: nothing is added later.
+        # The first warning is about a part that is not used. The second is about a missing index of the neighbours,
+        # which only later additions would need.
         warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
         warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
-        # Compiles for ten seconds: only who draws imports it.
+        # The import is here because it compiles for ten seconds.
         import umap
 
         layout = umap.UMAP(
@@ -47,7 +48,7 @@ def project(embeddings: Embeddings, neighbours: Neighbours) -> npt.NDArray[np.fl
             min_dist=0.3,
             init=start,
             precomputed_knn=known,
-            # Otherwise those of few cells are computed again, by another distance.
+            # Without this, UMAP computes the neighbours of few cells again, with another distance.
             force_approximation_algorithm=True,
             random_state=SEED,
             n_jobs=1,
@@ -59,6 +60,6 @@ def _principal_components(embeddings: Embeddings) -> npt.NDArray[np.float32]:
     centred = embeddings - embeddings.mean(axis=0)
     _, vectors = np.linalg.eigh((centred.T @ centred).astype(np.float64))
     found = centred @ vectors[:, :-3:-1].astype(np.float32)
-    # The sign of an eigenvector is arbitrary; UMAP wants about this size.
+    # The sign of an eigenvector is arbitrary. UMAP expects about this scale.
     found *= np.sign(found[np.abs(found).argmax(axis=0), [0, 1]])
     return np.asarray(10 * found / max(float(np.abs(found).max()), np.finfo(np.float32).tiny), np.float32)

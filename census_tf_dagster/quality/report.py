@@ -1,4 +1,7 @@
-"""The quality report of a release: what stands in ``qc/``, for programs (`report.json`) and for people (pictures)."""
+"""Writes and reads the quality report of a release in ``qc/``: `report.json` for programs, pictures for people.
+
+Computing the content belongs in `pipeline.assess_quality`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -15,24 +18,24 @@ REPORT, DISTRIBUTION = "report.json", "distribution.npz"
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The content of a quality report.
 
     Attributes
     ----------
     about
-        Set, release, identity, plan and digest of the commits that it is of; when it was made, from which sample.
+        Set, release, identity, plan and digest of the commits that the report describes; time and sample.
     coverage
-        By column of obs: cells of the release, planned and embedded, of each value.
+        Numbers of cells (in the release, planned, embedded) of each value, by column of obs.
     genes_per_cell, vocabulary
-        How much of a cell the model sees: figures.
+        Figures of how much of a cell the model sees.
     verdicts
-        By name of the check.
+        Verdicts by name of the check.
     pictures
-        PNG, by name.
+        PNG files by name.
     distribution
-        What the next release is compared with.
+        Distribution with which the next release is compared.
     seconds
-        Of each part.
+        Seconds of each part.
     """
 
     about: Mapping[str, Any]
@@ -45,7 +48,7 @@ class Report:
     seconds: Mapping[str, float]
 
     def write(self, storage: Storage, folder: str) -> None:
-        """Store it; `report.json` last, so that what it names is there."""
+        """Store the report. `report.json` comes last, so that the files that it names exist."""
         for name, picture in self.pictures.items():
             storage.write(f"{folder}/{name}.png", picture)
         storage.write(f"{folder}/{DISTRIBUTION}", self.distribution.to_bytes())
@@ -62,7 +65,7 @@ class Report:
 
 
 def read_about(storage: Storage, folder: str) -> dict[str, Any] | None:
-    """Return what a stored report says of itself; None when there is none that can be read."""
+    """Return the content of a stored report; None if there is no readable one."""
     uri = f"{folder}/{REPORT}"
     if not storage.exists(uri):
         return None
@@ -75,7 +78,7 @@ def read_about(storage: Storage, folder: str) -> dict[str, Any] | None:
 
 
 def read_distribution(storage: Storage, folder: str) -> Distribution | None:
-    """Return the distribution beside a report; None when it cannot be read."""
+    """Return the distribution beside a report; None if there is no readable one."""
     uri = f"{folder}/{DISTRIBUTION}"
     if not storage.exists(uri):
         return None

@@ -1,7 +1,7 @@
-"""A fixed sample of a plan's cells, and reading cells of the array.
+"""Chooses a fixed sample of a plan's cells, and reads cells of the array.
 
-Cells are taken in runs of neighbours: TileDB reads whole tiles (64 cells of 2,048 features), so single cells would cost
-64 times what they hold. Runs of 16 from many places cost 4 times, and no dataset of some size is missed.
+The sample consists of runs of adjacent cells. TileDB reads whole tiles (64 cells of 2,048 features), so reading single
+cells would cost 64 times their size. Runs of 16 cost 4 times their size, and still include every large dataset.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ Ids = npt.NDArray[np.int64]
 
 
 def sampled_positions(megabatch_cells: npt.NDArray[np.int64], cells: int = SAMPLE_CELLS) -> list[Ids]:
-    """Choose which cells of each megabatch are sampled: by their number alone, so the same ones every time.
+    """Choose the sampled cells of each megabatch. The choice depends only on the numbers of cells.
 
     Parameters
     ----------
     megabatch_cells
-        How many cells each megabatch has, ``(n_megabatches,)``.
+        Number of cells of each megabatch, int64 ``(n_megabatches,)``.
     cells
-        How many are wanted; all, when there are no more.
+        Size of the sample; all cells if there are no more.
 
     Returns
     -------
@@ -40,37 +40,36 @@ def sampled_positions(megabatch_cells: npt.NDArray[np.int64], cells: int = SAMPL
     """
     if megabatch_cells.sum() <= cells:
         return [np.arange(count) for count in megabatch_cells]
-    # From each megabatch's start, so that a run lies within one tile.
+    # Runs are counted from each megabatch's start, so that a run lies within one tile.
     runs = -(-megabatch_cells // RUN)
     chosen = np.sort(np.random.default_rng(SEED).choice(runs.sum(), size=-(-cells // RUN), replace=False))
     ends = np.cumsum(runs)
-    of = np.searchsorted(ends, chosen, side="right")
-    starts = (chosen - (ends - runs)[of]) * RUN
+    megabatch_of_run = np.searchsorted(ends, chosen, side="right")
+    starts = (chosen - (ends - runs)[megabatch_of_run]) * RUN
     positions = []
     for megabatch, count in enumerate(megabatch_cells):
-        found = (
-            (starts[of == megabatch][:, None] + np.arange(RUN)).reshape(-1) if (of == megabatch).any() else starts[:0]
-        )
+        mine = megabatch_of_run == megabatch
+        found = (starts[mine][:, None] + np.arange(RUN)).reshape(-1) if mine.any() else starts[:0]
         positions.append(found[found < count])
     return positions
 
 
 def iter_planned(plan: Plan, array: EmbeddingsArray) -> Iterator[tuple[int, Ids]]:
-    """Yield each megabatch's index and ids, a few megabatches in memory at a time."""
+    """Yield the index and the ids of each megabatch, with a bounded number of megabatches in memory."""
     for start in range(0, len(plan.megabatches), MEGABATCHES_AT_ONCE):
         batches = plan.megabatches[start : start + MEGABATCHES_AT_ONCE]
         yield from zip((batch.index for batch in batches), plan.read_ids(array.storage, batches), strict=True)
 
 
 def read_embeddings(array: EmbeddingsArray, joinids: Ids) -> npt.NDArray[np.float32]:
-    """Read some cells.
+    """Read the embeddings of cells.
 
     Parameters
     ----------
     array
-        Where.
+        The array to read from.
     joinids
-        Ascending; each must be in the array with all its values.
+        Ascending joinids, int64 ``(n,)``. Each must be in the array with all its values.
 
     Returns
     -------
@@ -96,5 +95,5 @@ def read_embeddings(array: EmbeddingsArray, joinids: Ids) -> npt.NDArray[np.floa
 
 
 def digest(joinids: Ids) -> str:
-    """Return a digest of which cells they are."""
+    """Return a digest of the joinids of a sample."""
     return hashlib.sha256(joinids.astype("<i8").tobytes()).hexdigest()[:16]

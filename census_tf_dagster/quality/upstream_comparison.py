@@ -1,4 +1,7 @@
-"""What upstream's own code made of a few cells of a shard, compared with what the array holds."""
+"""Compares a few cells of a shard's array with the values of upstream's own code, and stores the result.
+
+Running upstream belongs in `pipeline.upstream`, deciding about the result in `verdicts`.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,26 +14,26 @@ from census_tf_dagster.io.storage import Storage
 
 @dataclass(frozen=True)
 class UpstreamComparison:
-    """One shard's comparison.
+    """The comparison of one shard.
 
     Attributes
     ----------
     shard
-        Which.
+        Number of the shard.
     joinids
-        The cells.
+        Joinids of the compared cells.
     worst_cell
         Largest ||array - upstream|| / ||upstream|| of a cell.
     relative_rms
-        The same over all values of all cells.
+        The same ratio over all values of all cells.
     centred_cosine
-        Smallest cosine after upstream's mean cell was taken away; means little for so few cells.
+        Smallest cosine after subtracting upstream's mean cell. It means little for so few cells.
     bound
-        What `worst_cell` may be at the set's precisions.
+        Largest allowed `worst_cell` at the set's precisions.
     seconds
-        From upstream's start to its answer.
+        Seconds from upstream's start to its answer.
     not_done
-        Why nothing could be compared; empty when it was.
+        The reason if nothing could be compared; otherwise empty.
     """
 
     shard: int
@@ -52,7 +55,7 @@ class UpstreamComparison:
         bound: float,
         seconds: float,
     ) -> "UpstreamComparison":
-        """Compare embeddings, ``(n_cells, n_features)`` both."""
+        """Compare two arrays of embeddings, both float32 ``(n_cells, n_features)``."""
         norms = np.linalg.norm(upstreams, axis=1)
         centre = upstreams.mean(axis=0)
         a, b = ours - centre, upstreams - centre
@@ -68,12 +71,12 @@ class UpstreamComparison:
         )
 
     def write(self, storage: Storage, uri: str) -> None:
-        """Store it."""
+        """Store the comparison."""
         storage.write(uri, json.dumps(asdict(self)).encode())
 
     @classmethod
     def read(cls, storage: Storage, uri: str) -> "UpstreamComparison | None":
-        """Return what is stored; None when there is nothing, or something else."""
+        """Return the stored comparison; None if there is no readable one."""
         if not storage.exists(uri):
             return None
         try:

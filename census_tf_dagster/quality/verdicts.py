@@ -1,4 +1,7 @@
-"""What the figures mean: whether each check passes, and a sentence that says why."""
+"""Decides whether each quality check passes, with a sentence that gives the reason.
+
+The figures come from `measures`, `census.gene_check` and `upstream_comparison`, the limits from `thresholds`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,18 +22,18 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class Verdict:
-    """One check's outcome.
+    """The outcome of one check.
 
     Attributes
     ----------
     passed
-        Whether it holds, or there is nothing to look at.
+        Whether the check passes. It also passes if there is nothing to compare.
     text
-        For a person.
+        The reason, for a person.
     grave
-        Whether a failure is certainly a fault; otherwise it is a reason to look.
+        Whether a failure is certainly an error. Otherwise it is a reason to look closer.
     figures
-        What it rests on.
+        The figures behind the decision.
     """
 
     passed: bool
@@ -39,119 +42,127 @@ class Verdict:
     figures: dict[str, float | int | str] = field(default_factory=dict)
 
 
-def of_neighbours(found: Agreement | None) -> Verdict:
-    """Judge whether neighbours share a cell type more often than by chance."""
-    if found is None or found.excess is None or found.deviations is None or found.cells < LEAST_LABELLED:
-        few = found is not None and found.cells < LEAST_LABELLED
+def of_neighbours(agreement: Agreement | None) -> Verdict:
+    """Check whether neighbours share a cell type more often than by chance."""
+    if (
+        agreement is None
+        or agreement.excess is None
+        or agreement.deviations is None
+        or agreement.cells < LEAST_LABELLED
+    ):
+        few = agreement is not None and agreement.cells < LEAST_LABELLED
         why = f"fewer than {LEAST_LABELLED} cells of the sample have a cell type" if few else "cell types cannot differ"
         return Verdict(True, f"Nothing to compare: {why}.")
     figures: dict[str, float | int | str] = {
-        "share": found.share,
-        "share_shuffled": found.baseline,
-        "excess": found.excess,
-        "deviations": found.deviations,
-        "cells": found.cells,
-        "cell_types": found.labels,
+        "share": agreement.share,
+        "share_shuffled": agreement.baseline,
+        "excess": agreement.excess,
+        "deviations": agreement.deviations,
+        "cells": agreement.cells,
+        "cell_types": agreement.labels,
     }
-    passed = found.excess >= LEAST_EXCESS and found.deviations >= LEAST_DEVIATIONS
+    passed = agreement.excess >= LEAST_EXCESS and agreement.deviations >= LEAST_DEVIATIONS
     text = (
-        f"{found.share:.1%} of a cell's neighbours share its cell type, {found.baseline:.1%} when types are shuffled "
-        f"within each dataset: {found.excess:.2f} of the way from chance to perfect (at least {LEAST_EXCESS}), "
-        f"{found.deviations:,.0f} standard deviations (at least {LEAST_DEVIATIONS:g})."
+        f"{agreement.share:.1%} of a cell's neighbours share its cell type, {agreement.baseline:.1%} when types are "
+        f"shuffled within each dataset: {agreement.excess:.2f} of the way from chance to perfect (at least "
+        f"{LEAST_EXCESS}), {agreement.deviations:,.0f} standard deviations (at least {LEAST_DEVIATIONS:g})."
     )
     return Verdict(passed, text, figures=figures)
 
 
-def of_dimensions(found: Dimensions) -> Verdict:
-    """Judge whether each dimension tells something; a constant one is certainly a fault."""
+def of_dimensions(dimensions: Dimensions) -> Verdict:
+    """Check whether each dimension varies. A constant dimension is certainly an error."""
     figures: dict[str, float | int | str] = {
-        "dimensions": found.dimensions,
-        "constant": len(found.constant),
-        "collapsed": len(found.collapsed),
-        "effective_rank": found.effective_rank,
+        "dimensions": dimensions.dimensions,
+        "constant": len(dimensions.constant),
+        "collapsed": len(dimensions.collapsed),
+        "effective_rank": dimensions.effective_rank,
     }
-    if not found.collapsed:
+    if not dimensions.collapsed:
         text = (
-            f"All {found.dimensions:,} dimensions vary; the variance is that of {found.effective_rank:,.1f} equal ones."
+            f"All {dimensions.dimensions:,} dimensions vary; their variance equals that of "
+            f"{dimensions.effective_rank:,.1f} equal dimensions."
         )
         return Verdict(True, text, figures=figures)
     text = (
-        f"{len(found.collapsed):,} of {found.dimensions:,} dimensions hardly vary over the sample, "
-        f"{len(found.constant):,} of them not at all: {', '.join(map(str, found.collapsed[:NAMED]))}"
-        f"{', ...' if len(found.collapsed) > NAMED else ''}."
+        f"{len(dimensions.collapsed):,} of {dimensions.dimensions:,} dimensions hardly vary over the sample, "
+        f"{len(dimensions.constant):,} of them not at all: {', '.join(map(str, dimensions.collapsed[:NAMED]))}"
+        f"{', ...' if len(dimensions.collapsed) > NAMED else ''}."
     )
-    return Verdict(False, text, grave=bool(found.constant), figures=figures)
+    return Verdict(False, text, grave=bool(dimensions.constant), figures=figures)
 
 
-def of_drift(found: Drift | None, before: str | None) -> Verdict:
-    """Judge how far cell types have moved since an earlier release."""
+def of_drift(drift: Drift | None, before: str | None) -> Verdict:
+    """Check how far cell types have moved since an earlier release."""
     if before is None:
-        return Verdict(True, "Nothing to compare: no earlier release of this set has a report by the same checkpoint.")
-    if found is None:
+        return Verdict(True, "Nothing to compare: no earlier release of this set has a report on the same checkpoint.")
+    if drift is None:
         return Verdict(True, f"Nothing to compare: the samples of this release and of {before} share no cell type.")
     figures: dict[str, float | int | str] = {
         "previous_release": before,
-        "cell_types": found.types,
-        "shift": found.shift,
-        "spread": found.spread,
-        "worst_cell_type": found.worst_type,
-        "worst_shift": found.worst_shift,
+        "cell_types": drift.types,
+        "shift": drift.shift,
+        "spread": drift.spread,
+        "worst_cell_type": drift.worst_type,
+        "worst_shift": drift.worst_shift,
     }
     text = (
-        f"Since {before}, {found.types} cell types have moved by {found.shift:.2f} standard deviations (median; at "
-        f"most {MOST_SHIFT}), and their spread by a factor of {2**found.spread:.2f} (at most {2**MOST_SPREAD:.2f}). "
-        f"Most: {found.worst_type}, by {found.worst_shift:.2f}."
+        f"Since {before}, {drift.types} cell types have moved by {drift.shift:.2f} standard deviations (median; at "
+        f"most {MOST_SHIFT}), and their spread by a factor of {2**drift.spread:.2f} (at most {2**MOST_SPREAD:.2f}). "
+        f"The cell type {drift.worst_type} moved most, by {drift.worst_shift:.2f}."
     )
-    return Verdict(found.shift <= MOST_SHIFT and found.spread <= MOST_SPREAD, text, figures=figures)
+    return Verdict(drift.shift <= MOST_SHIFT and drift.spread <= MOST_SPREAD, text, figures=figures)
 
 
-def of_genes(found: GeneEvidence) -> Verdict:
-    """Judge whether the gene ids belong to the counts."""
-    figures: dict[str, float | int | str] = {"cells": found.cells, "housekeeping_genes": found.listed}
-    if found.rank is not None:
-        figures["rank"] = found.rank
-    if found.correlation is not None:
-        figures["correlation_with_var"] = found.correlation
-    return Verdict(not found.doubts, str(found), figures=figures)
+def of_genes(evidence: GeneEvidence) -> Verdict:
+    """Check whether the gene ids belong to the counts."""
+    figures: dict[str, float | int | str] = {"cells": evidence.cells, "housekeeping_genes": evidence.listed}
+    if evidence.rank is not None:
+        figures["rank"] = evidence.rank
+    if evidence.correlation is not None:
+        figures["correlation_with_var"] = evidence.correlation
+    return Verdict(not evidence.doubts, str(evidence), figures=figures)
 
 
-def of_comparison(found: UpstreamComparison) -> Verdict:
-    """Judge a shard by what upstream's own code made of a few of its cells."""
-    if found.not_done:
-        return Verdict(False, f"Not done: {found.not_done}")
+def of_comparison(comparison: UpstreamComparison) -> Verdict:
+    """Check the comparison of a shard with upstream's own code."""
+    if comparison.not_done:
+        return Verdict(False, f"Not done: {comparison.not_done}")
     figures: dict[str, float | int | str] = {
-        "cells": len(found.joinids),
-        "worst_cell": found.worst_cell,
-        "relative_rms": found.relative_rms,
-        "centred_cosine": found.centred_cosine,
-        "bound": found.bound,
-        "seconds": found.seconds,
+        "cells": len(comparison.joinids),
+        "worst_cell": comparison.worst_cell,
+        "relative_rms": comparison.relative_rms,
+        "centred_cosine": comparison.centred_cosine,
+        "bound": comparison.bound,
+        "seconds": comparison.seconds,
     }
     text = (
-        f"{len(found.joinids)} cells of the array against upstream's own code in float32, on the same device: the "
-        f"worst differs by {found.worst_cell:.1e} of its norm (at most {found.bound:.1e})."
+        f"{len(comparison.joinids)} cells of the array were compared with upstream's own code in float32 on the same "
+        f"device: the worst differs by {comparison.worst_cell:.1e} of its norm (at most {comparison.bound:.1e})."
     )
-    return Verdict(found.worst_cell <= found.bound, text, grave=True, figures=figures)
+    return Verdict(comparison.worst_cell <= comparison.bound, text, grave=True, figures=figures)
 
 
-def of_comparisons(found: Sequence[UpstreamComparison | None]) -> Verdict:
-    """Judge all shards of a release together."""
-    done = {one.shard: one for one in found if one is not None and not one.not_done}
-    wrong = sorted(shard for shard, one in done.items() if one.worst_cell > one.bound)
-    missing = len(found) - len(done)
-    figures: dict[str, float | int | str] = {"shards": len(found), "shards_compared": len(done)}
+def of_comparisons(comparisons: Sequence[UpstreamComparison | None]) -> Verdict:
+    """Check the comparisons of all shards of a release together."""
+    done = {
+        comparison.shard: comparison for comparison in comparisons if comparison is not None and not comparison.not_done
+    }
+    wrong = sorted(shard for shard, comparison in done.items() if comparison.worst_cell > comparison.bound)
+    missing = len(comparisons) - len(done)
+    figures: dict[str, float | int | str] = {"shards": len(comparisons), "shards_compared": len(done)}
     if done:
-        figures["worst_cell"] = max(one.worst_cell for one in done.values())
-        figures["bound"] = max(one.bound for one in done.values())
+        figures["worst_cell"] = max(comparison.worst_cell for comparison in done.values())
+        figures["bound"] = max(comparison.bound for comparison in done.values())
     if wrong:
         text = (
-            f"{len(wrong)} of {len(done)} shards that were compared differ from upstream's own code: {wrong[:NAMED]}. "
-            "Their check says by how much."
+            f"{len(wrong)} of {len(done)} compared shards differ from upstream's own code: {wrong[:NAMED]}. "
+            "The checks of these shards show by how much."
         )
         return Verdict(False, text, grave=True, figures=figures)
     if missing:
-        reasons = sorted({one.not_done for one in found if one is not None and one.not_done})
+        reasons = sorted({comparison.not_done for comparison in comparisons if comparison and comparison.not_done})
         why = f" {reasons[0]}" if reasons else ""
-        text = f"{missing} of {len(found)} shards were not compared with upstream's own code.{why}"
+        text = f"{missing} of {len(comparisons)} shards were not compared with upstream's own code.{why}"
         return Verdict(False, text, figures=figures)
     return Verdict(True, f"All {len(done)} shards agree with upstream's own code.", figures=figures)

@@ -1,4 +1,4 @@
-"""The share of counts that the model does not see, because it has no token for their gene."""
+"""Computes the share of counts that the model does not see, because it has no token for their gene."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ CELLS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Outside:
-    """Counts of some cells, in the order of their joinids.
+    """Counts of cells inside and outside the vocabulary, in the order of their joinids.
 
     Attributes
     ----------
     rows
-        Which rows of the sample they are, ascending.
+        Rows of these cells in the sample, ascending, int64 ``(n,)``.
     counts, outside
-        All counts of each cell, and those of genes without a token, float64 ``(n,)``.
+        Sum of each cell's counts, and of its counts of genes without a token, float64 ``(n,)``.
     genes, known_genes
-        Genes that each cell expresses, and those of them with a token, int64 ``(n,)``.
+        Number of genes that each cell expresses, and of those with a token, int64 ``(n,)``.
     expressing
-        How many of these cells express each gene of `var`, int64 ``(n_genes,)``.
+        Number of these cells that express each gene of `var`, int64 ``(n_genes,)``.
     """
 
     rows: npt.NDArray[np.int64]
@@ -41,17 +41,18 @@ class Outside:
 
     @property
     def share(self) -> float:
-        """Of all counts of all these cells, those outside."""
+        """Share of all counts that are outside the vocabulary."""
         return float(self.outside.sum() / max(self.counts.sum(), 1))
 
     def shares_by(self, labels: npt.NDArray[np.str_]) -> list[tuple[str, float, int]]:
-        """Return, for each label of the sample's cells, its share and number of cells; most cells first."""
+        """Return each label of the sample's cells with its share and number of cells; most cells first."""
         mine = labels[self.rows]
         found = []
         for name in np.unique(mine):
-            of = mine == name
-            found.append((str(name), float(self.outside[of].sum() / max(self.counts[of].sum(), 1)), int(of.sum())))
-        return sorted(found, key=lambda one: (-one[2], one[0]))
+            cells = mine == name
+            share = float(self.outside[cells].sum() / max(self.counts[cells].sum(), 1))
+            found.append((str(name), share, int(cells.sum())))
+        return sorted(found, key=lambda bar: (-bar[2], bar[0]))
 
 
 def count_outside(
@@ -61,20 +62,20 @@ def count_outside(
     assay_column: str,
     cells: int = COUNTED_CELLS,
 ) -> Outside:
-    """Read the counts of some of a sample's cells, in runs of neighbours.
+    """Read and count a part of a sample's cells, in runs of adjacent cells.
 
     Parameters
     ----------
     release
-        Where.
+        The release to read from.
     sample
-        Ascending joinids.
+        Ascending joinids, int64.
     known
-        Whether the model has a token for each gene of `var`.
+        Whether the model has a token for each gene of `var`, bool ``(n_genes,)``.
     assay_column
-        As `read_cells` takes it.
+        See `read_cells`.
     cells
-        How many cells at most.
+        Most cells to read.
     """
     rows = np.arange(len(sample))
     if len(sample) > cells:
@@ -96,14 +97,14 @@ def _count(
 ) -> Iterator[tuple[npt.NDArray[Any], ...]]:
     for start in range(0, len(joinids), CELLS_AT_ONCE):
         cells = read_cells(release, joinids[start : start + CELLS_AT_ONCE], assay_column)
-        of = np.repeat(np.arange(len(cells.joinids)), np.diff(cells.indptr))
+        cell_of_count = np.repeat(np.arange(len(cells.joinids)), np.diff(cells.indptr))
         seen = known[cells.columns]
         expressed = cells.values > 0
         expressing += expressing_cells(cells, len(known))
         n = len(cells.joinids)
         yield (
-            np.bincount(of, cells.values, minlength=n),
-            np.bincount(of[~seen], cells.values[~seen], minlength=n),
-            np.bincount(of[expressed], minlength=n),
-            np.bincount(of[seen & expressed], minlength=n),
+            np.bincount(cell_of_count, cells.values, minlength=n),
+            np.bincount(cell_of_count[~seen], cells.values[~seen], minlength=n),
+            np.bincount(cell_of_count[expressed], minlength=n),
+            np.bincount(cell_of_count[seen & expressed], minlength=n),
         )

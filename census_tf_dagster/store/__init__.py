@@ -1,1 +1,1 @@
-"""The store: where plans and arrays stand, how embeddings are committed, what is verified about them."""
+"""The store: commits embeddings to arrays, verifies and mends them, and lists and removes releases. No Dagster."""

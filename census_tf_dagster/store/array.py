@@ -1,10 +1,13 @@
-"""The embeddings array: a TileDB-SOMA `SparseNDArray`, float32, cells x features.
+"""Creates, writes and reads the embeddings array: a TileDB-SOMA `SparseNDArray`, float32, cells x features.
 
-`soma_dim_0` is the Census obs joinid. Every embedded cell stores all its values. One write is one fragment,
-atomic. The array itself is the checkpoint: what is committed stands in its fragments.
+`soma_dim_0` is the Census obs joinid. Every embedded cell stores all its values. One write is one fragment, and it is
+atomic. No other file tracks progress: the fragments show which cells are committed.
 
-TileDB orders writes by their timestamps and hides those that are later than the reader's clock. Workers' clocks may be
-wrong, so no clock is asked: the array is created at timestamp 1, and each opening for writing takes the next number.
+TileDB orders writes by their timestamps, and hides writes that are later than the reader's clock. Workers' clocks may
+be wrong, so this module uses no clock: the array is created at timestamp 1, and each opening for writing takes the next
+number.
+
+Checking values belongs in `readback` and `verification`.
 """
 
 import json
@@ -37,21 +40,22 @@ from census_tf_dagster.store.fragments import (
 IDENTITY_KEY = "census_tf_identity"
 """Array metadata key of the identity's JSON."""
 RECORD_KEY = "census_tf_record"
-"""Array metadata key of the record's JSON: written once the array is verified."""
+"""Array metadata key of the record's JSON, which is written when the array is verified."""
 
-# Sorted coordinates are almost free with double-delta; zstd 1 takes a seventh of the time of the consumers'
-# levels 9 and 19 for a few percent of size (docs/performance.md).
+# With double-delta, sorted coordinates take almost no space. Level 1 of zstd takes a seventh of the time of the
+# consumers' levels 9 and 19, for a few percent more space (docs/performance.md).
 _ZSTD: Any = {"_type": "ZstdFilter", "level": 1}
-# Every reader of a damaged chunk gets an error, not other values.
+# With a checksum, every reader of a damaged chunk gets an error instead of other values.
 _MD5: Any = {"_type": "ChecksumMD5Filter"}
 _TILE_ROWS = 2048
+_MOVE = "move it away."
 
 _CREATED_AT = 1
-"""TileDB timestamp of a new array; the openings that write to it follow."""
+"""TileDB timestamp of a new array. Later openings for writing get larger timestamps."""
 
 
 def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
-    # With one tile over all features, cells sorted by joinid and feature stand in global order.
+    # With one tile over all features, values sorted by joinid and feature are in global order.
     coordinates: Any = ["DoubleDeltaFilter", _ZSTD, _MD5]
     return tiledbsoma.TileDBCreateOptions(
         capacity=2**17,
@@ -68,43 +72,43 @@ def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
 
 @dataclass(frozen=True)
 class EmbeddingsArray:
-    """An array whose identity was compared. Made by `create` or `open`."""
+    """An array that has the expected identity. `create` or `open` makes it."""
 
     uri: str
     storage: Storage
     shape: tuple[int, int]
     n_features: int
-    """Values of each embedding: the second dimension, as the identity says."""
+    """Number of values of an embedding, as in the identity: the second dimension."""
 
     @property
     def rows(self) -> int:
-        """The first dimension: joinids are below it."""
+        """The first dimension. All joinids are smaller."""
         return self.shape[0]
 
     @classmethod
     def create(cls, uri: str, storage: Storage, identity: Identity, rows: int) -> "EmbeddingsArray":
-        """Create the array, or open it when it is there already.
+        """Create the array, or open it if it exists.
 
-        A folder without any file counts as absent: a creation that was cut short leaves it.
+        A folder without files counts as absent, because an interrupted creation leaves one.
 
         Parameters
         ----------
         uri, storage
-            Where.
+            Address of the array, and the storage that writes it.
         identity
-            What it will hold; an array of another identity is refused.
+            Identity of the array. An existing array of another identity is refused.
         rows
-            The Census's largest obs joinid + 1, the first dimension that consumers expect.
+            The Census's largest obs joinid + 1, which consumers expect as the first dimension.
 
         Raises
         ------
         UserError
-            When something else stands there.
+            When something else exists at `uri`.
         """
-        # Asked first: TileDB would create an array inside a group that stands there.
+        # This check comes first, because TileDB would create an array inside an existing group.
         if not storage.holds_files(uri):
             try:
-                # TileDB creates nothing where its own folders stand.
+                # TileDB creates no array in a folder that has TileDB's own folders.
                 storage.remove_empty_folders(uri)
                 tiledbsoma.SparseNDArray.create(
                     uri,
@@ -117,11 +121,17 @@ class EmbeddingsArray:
             except tiledbsoma.AlreadyExistsError:
                 pass
             except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
-                raise UserError(f"the store cannot be written at {uri}: {error}") from error
+                raise UserError(
+                    f"the store cannot be written at {uri} ({error}). Expected a writable store: correct its address "
+                    "or its permissions."
+                ) from error
         found, stored = cls.look(uri, storage)
         if found.rows != rows:
-            raise UserError(f"the array at {uri} has {found.rows} rows; the Census has joinids up to {rows - 1}.")
-        # Whoever created it may have died before this line.
+            raise UserError(
+                f"the array at {uri} has {found.rows} rows; expected {rows}, the Census's largest joinid + 1. Use "
+                "another set name or store."
+            )
+        # The process that created the array may have ended before it wrote the identity.
         if stored is None and found.n_features == identity.embedding_dim and not found.fragments():
             with found._writing("the identity") as array:
                 array.metadata[IDENTITY_KEY] = identity.to_json()
@@ -134,17 +144,20 @@ class EmbeddingsArray:
         Raises
         ------
         UserError
-            When there is no array of ours, or one of another identity.
+            When there is no array of this project, or it has another identity.
         """
         found, stored = cls.look(uri, storage)
         if stored is None:
-            raise UserError(f"the array at {uri} was not made by this project: it has no {IDENTITY_KEY}.")
+            raise UserError(
+                f"the array at {uri} has no {IDENTITY_KEY}, so this project did not make it. Expected an array of this "
+                "project: move the other one away, or use another set name or store."
+            )
         identity.require_equal(stored, f"the array at {uri}")
         return replace(found, n_features=identity.embedding_dim)
 
     @classmethod
     def repair(cls, uri: str, storage: Storage, identity: Identity) -> "EmbeddingsArray":
-        """Open as `open` does; remove fragments that keep the array from being opened, or that no reader sees."""
+        """Open like `open`, but first remove fragments that prevent opening or that no reader sees."""
         while True:
             try:
                 array = cls.open(uri, storage, identity)
@@ -157,33 +170,35 @@ class EmbeddingsArray:
 
     @classmethod
     def look(cls, uri: str, storage: Storage) -> tuple["EmbeddingsArray", str | None]:
-        """Open whatever array is there, for reading; return it with its identity's JSON, if it has one."""
+        """Open an array of any identity for reading; return it with its identity's JSON, or None if it has none."""
         try:
             with tiledbsoma.SparseNDArray.open(uri, context=storage.soma_context) as array:
                 rows, n_features = map(int, array.shape)
                 return cls(uri, storage, (rows, n_features), n_features), array.metadata.get(IDENTITY_KEY)
         except tiledbsoma.DoesNotExistError as error:
             if storage.holds_files(uri):
-                raise UserError(f"{uri} holds something that is no SparseNDArray; move it away.") from error
-            raise UserError(f"there is no array at {uri}: materialize obs_id_plan of this release first.") from error
+                raise UserError(f"{uri} holds other files; expected a SparseNDArray: {_MOVE}") from error
+            raise UserError(
+                f"there is no array at {uri}; expected one: materialize obs_id_plan of this release first."
+            ) from error
         except (TypeError, ValueError) as error:
-            raise UserError(f"{uri} holds something that is no SparseNDArray; move it away ({error}).") from error
+            raise UserError(f"{uri} holds something else ({error}); expected a SparseNDArray: {_MOVE}") from error
         except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError) as error:
             if "is not a SOMA" in str(error):
-                raise UserError(f"{uri} holds something that is no SparseNDArray; move it away.") from error
+                raise UserError(f"{uri} holds something else; expected a SparseNDArray: {_MOVE}") from error
             raise cls(uri, storage, (0, 0), 0)._damage_error(error) from error
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[npt.NDArray[np.int64], npt.NDArray[np.float32]], None]]:
-        """Open the array once for many writes: what opening costs grows with the fragments, three requests each on S3.
+        """Open the array once for many writes, because opening costs three requests per fragment on S3.
 
         Yields
         ------
         Callable
-            Commits some cells as one fragment, at once: joinids, strictly ascending, int64 ``(n,)``, and their
-            embeddings, float32 ``(n, n_features)``, finite. All fragments of one opening carry its time, and of two
-            values for a cell the later opening wins, so give no cell twice. Raises `StoreError` when the store stays
-            unreachable or has no room; nothing of these cells is there then.
+            Commits cells at once, as one fragment: joinids, strictly ascending, int64 ``(n,)``, and their embeddings,
+            float32 ``(n, n_features)``, finite. All fragments of one opening have its timestamp, and a later opening
+            overrides an earlier one, so write no cell twice. It raises `StoreError` if the store stays unreachable or
+            is full; then none of these cells are committed.
         """
         with ExitStack() as stack:
             opened: list[tiledbsoma.SparseNDArray] = []
@@ -193,13 +208,13 @@ class EmbeddingsArray:
                 with self._committing(f"{len(joinids)} cells"):
                     if not opened:
                         opened.append(stack.enter_context(self._open_to_write()))
-                    # Not sorted again: it is in global order.
+                    # The table is in global order already, so TileDB need not sort it.
                     opened[0].write(table, platform_config=tiledbsoma.TileDBWriteOptions(sort_coords=False))
 
             yield write
 
     def write(self, joinids: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> None:
-        """Commit some cells as one fragment, as `writing` says."""
+        """Commit cells as one fragment; see `writing`."""
         with self.writing() as write:
             write(joinids, embeddings)
 
@@ -207,7 +222,7 @@ class EmbeddingsArray:
         n = len(joinids)
         if embeddings.shape != (n, self.n_features):
             raise ValueError(f"embeddings are {embeddings.shape}; expected ({n}, {self.n_features})")
-        # TileDB does not look again (`storage.UNCHECKED_WRITES`).
+        # TileDB does not check this again (`storage.UNCHECKED_WRITES`).
         if not n or joinids[0] < 0 or joinids[-1] >= self.rows or (np.diff(joinids) <= 0).any():
             raise ValueError(f"joinids must be strictly ascending in 0 to {self.rows - 1}")
         return pa.table(
@@ -224,10 +239,10 @@ class EmbeddingsArray:
         )
 
     def _next_timestamp(self) -> int:
-        """Return a timestamp after that of everything written so far.
+        """Return a timestamp that is later than everything written so far.
 
-        Two workers that open at once may get the same one. Of their values for a cell those of one of them win, always
-        the same one's: TileDB then goes by the fragments' names.
+        Two workers that open at once may get the same timestamp. Then the names of the fragments decide, so readers
+        always get the values of the same worker.
         """
         entries = [entry for folder in ("__fragments", "__meta") for entry in self.storage.list(f"{self.uri}/{folder}")]
         return 1 + max([_CREATED_AT, *(last_timestamp(name_of(entry)) for entry in entries)])
@@ -243,12 +258,12 @@ class EmbeddingsArray:
             yield
         except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError) as error:
             raise StoreError(
-                f"{what} could not be written to {self.uri}: {error}. What is committed stays: run this again when the "
-                "store can be written."
+                f"{what} could not be written to {self.uri} ({error}). Expected a writable store: run this again when "
+                "it can be written. Committed megabatches stay."
             ) from error
 
     def fragments(self) -> list[Fragment]:
-        """List what is committed, from metadata alone; in order of the first joinid.
+        """List the committed fragments, ordered by first joinid. Reads only metadata.
 
         Raises
         ------
@@ -271,7 +286,7 @@ class EmbeddingsArray:
         return sorted(found, key=lambda fragment: (fragment.first, fragment.name))
 
     def fragment_files(self) -> dict[str, dict[str, int]]:
-        """Return the size in bytes of each file of each committed fragment, whether or not it can be opened."""
+        """Return the size in bytes of each file of each committed fragment, even of a damaged one."""
         found: dict[str, dict[str, int]] = {name: {} for name in self._committed()}
         for path, size in self.storage.file_sizes(f"{self.uri}/__fragments").items():
             name, _, file = path.partition("/")
@@ -280,24 +295,24 @@ class EmbeddingsArray:
         return found
 
     def damaged(self) -> dict[str, str]:
-        """Say what is wrong with committed fragments that lack files, or that no reader sees yet; by their names."""
+        """Return the faults of committed fragments that lack files or that no reader sees yet, by fragment name."""
         now = int(time.time() * 1000)
         found = {}
         for name, files in self.fragment_files().items():
             if missing := sorted(FRAGMENT_FILES - files.keys()):
-                found[name] = f"its files {', '.join(missing)} are gone"
+                found[name] = f"its files {', '.join(missing)} are missing"
             elif (written := last_timestamp(name)) > now:
                 hours = (written - now) / 3_600_000
                 found[name] = f"its writer's clock was ahead: readers see it in {hours:.2f} hours"
         return found
 
     def remove_fragments(self, names: Iterable[str]) -> None:
-        """Take some fragments out of the array. Each commit goes first, so that a reader sees all of one or nothing.
+        """Remove fragments from the array. Each commit is removed first, so a reader sees all of a fragment or nothing.
 
         Raises
         ------
         UserError
-            When a fragment's commit was merged with others, by somebody who consolidated the commits.
+            When somebody consolidated the commits, so that a fragment's commit is in one file with others.
         """
         for name in names:
             commit = f"{self.uri}/__commits/{name}.wrt"
@@ -305,8 +320,8 @@ class EmbeddingsArray:
                 self.storage.remove_file(commit)
             elif name in self._committed():
                 raise UserError(
-                    f"fragment {name} of {self.uri} cannot be removed: its commit is in a file with others. Remove the "
-                    "release with `remove`, and launch it again."
+                    f"fragment {name} of {self.uri} cannot be removed: its commit is in one file with others. Expected "
+                    "a file for each commit: remove the release with `remove`, and launch it again."
                 )
             folder = f"{self.uri}/__fragments/{name}"
             if self.storage.is_folder(folder):
@@ -319,53 +334,56 @@ class EmbeddingsArray:
         return [name.removesuffix(".wrt") for name in commits if name.endswith(".wrt")]
 
     def _damage_error(self, error: Exception) -> Exception:
-        """Return what to raise where TileDB could not open the array."""
+        """Return the error to raise when TileDB could not open the array."""
         if damaged := self.damaged():
             return DamagedFragmentsError(self, damaged)
-        # What S3 refuses may be there, whole, at the next try.
+        # A file that S3 refuses now may be readable at the next try.
         if "S3" not in str(error) and (named := re.search(r"__fragments/(__[0-9a-f_]+)/", str(error))):
             return DamagedFragmentsError(self, {named[1]: str(error).replace("\n", " ")[:200]})
         return error
 
     def joinids_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Read which cells are present in a range of joinids, by their first feature; ascending."""
+        """Return the cells that are present in a range of joinids (inclusive) by their first feature; ascending."""
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             tables = array.read(coords=(slice(first, last), slice(0, 0))).tables()
             return np.sort(tables.concat()["soma_dim_0"].to_numpy())
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[slice | pa.Array], Iterator[pa.Table]]]:
-        """Open the array once, however often it is asked: what opening costs grows with the fragments.
+        """Open the array once for many reads, because the cost of opening grows with the fragments.
 
         Yields
         ------
         Callable
-            Gives all stored values with joinids in a range, both ends inclusive, or of a list, as tables of soma_dim_0,
+            Returns all stored values of a range of joinids (both ends inclusive) or of a list, as tables of soma_dim_0,
             soma_dim_1 and soma_data.
         """
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             yield lambda joinids: array.read(coords=(joinids, slice(None))).tables()
 
     def gather_metadata(self) -> None:
-        """Gather what fragments say of themselves in one file.
+        """Consolidate the metadata of all fragments into one file.
 
-        A reader on S3 opens the array with about 15 requests and one for each such file then, not with three a fragment
-        (docs/scale.md). Nothing is removed, so no reader is harmed; it may be repeated.
+        Then a reader on S3 opens the array with about 15 requests and one for each such file, instead of three per
+        fragment (docs/scale.md). Nothing is removed, so no reader is disturbed, and it may be repeated.
         """
         config = tiledb.Config({"sm.consolidation.mode": "fragment_meta"})
         try:
             tiledb.consolidate(self.uri, config=config, ctx=self.storage.tiledb_ctx)
         except tiledb.TileDBError as error:
-            raise StoreError(f"metadata could not be written to {self.uri}: {error}.") from error
+            raise StoreError(
+                f"metadata could not be written to {self.uri} ({error}). Expected a writable store: run this again "
+                "when it can be written."
+            ) from error
 
     def read_info(self) -> str | None:
-        """Return the stored `CxG_embedding_info`, JSON; None when there is none."""
+        """Return the stored `CxG_embedding_info` as JSON; None if there is none."""
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             info: str | None = array.metadata.get(INFO_KEY)
         return info
 
     def write_info(self, info: dict[str, Any] | None) -> None:
-        """Store what consumers read of a published embedding; None: remove it."""
+        """Store the metadata that consumers read from a published embedding; None removes it."""
         with self._writing("CxG_embedding_info") as array:
             if info is not None:
                 array.metadata[INFO_KEY] = json.dumps(info)
@@ -373,19 +391,19 @@ class EmbeddingsArray:
                 del array.metadata[INFO_KEY]
 
     def read_record(self) -> dict[str, Any]:
-        """Return what `write_record` stored; empty when the array was never verified."""
+        """Return the record that `write_record` stored; empty if the array was never verified."""
         with tiledbsoma.SparseNDArray.open(self.uri, context=self.storage.soma_context) as array:
             record: dict[str, Any] = json.loads(array.metadata.get(RECORD_KEY, "{}"))
         return record
 
     def write_record(self, record: dict[str, object]) -> None:
-        """Store how the array was made beside its identity."""
+        """Store the record of how the array was made and verified."""
         with self._writing("the record") as array:
             array.metadata[RECORD_KEY] = json.dumps(record, sort_keys=True)
 
 
 def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Round to 7 mantissa bits, half to even, what Census embeddings store; finite values only."""
+    """Round finite values to 7 mantissa bits, half to even, as Census embeddings store them."""
     bits = values.view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return ((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)

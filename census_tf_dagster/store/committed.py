@@ -1,4 +1,7 @@
-"""What of a plan is committed already: fragments matched against megabatches, data read only in doubt."""
+"""Finds the megabatches of a plan that are not committed, by comparing fragments with megabatches.
+
+It reads ids only in doubt. Whether committed values are right belongs in `verification`.
+"""
 
 from collections.abc import Sequence
 
@@ -17,21 +20,21 @@ def missing_megabatches(
     notes: Notes,
     committed: Sequence[Fragment] | None = None,
 ) -> list[Megabatch]:
-    """Return those of `batches` with cells that are neither in the array nor set aside.
+    """Return the megabatches of `batches` with cells that are neither in the array nor set aside.
 
-    A fragment with exactly a megabatch's joinid range and number of values *is* that megabatch: planned ids
-    of one identity are always the same, and a write commits whole or not at all. So it is no reason to read ids for
-    another megabatch whose range it overlaps, as ranges of copied and computed cells may. Where other fragments
-    overlap (after consolidation, or under an earlier plan with other boundaries), ids are read.
+    A fragment with exactly the joinid range and number of values of a megabatch *is* that megabatch, because the
+    planned ids of an identity are always the same and a write commits all or nothing. Ranges of copied and computed
+    cells may overlap; such a fragment is no reason to read the ids of another megabatch. Ids are read only where other
+    fragments overlap: after consolidation, or from an earlier plan with other boundaries.
 
     Parameters
     ----------
     array, plan, batches
-        What is looked at.
+        The array, the plan, and the megabatches to check.
     notes
-        What runs have written of these megabatches: cells that were set aside are not expected in the array.
+        Notes of the runs that wrote these megabatches. Cells that were set aside are not expected in the array.
     committed
-        The array's fragments, when they were listed already.
+        The array's fragments, if the caller has listed them already.
     """
     fragments = array.fragments() if committed is None else committed
     expected = {(batch.first, batch.last, batch.cells * array.n_features) for batch in plan.megabatches}

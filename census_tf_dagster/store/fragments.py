@@ -1,4 +1,7 @@
-"""Fragments: what TileDB makes of a write, and what can be wrong with one."""
+"""Describes fragments, the files that TileDB makes from a write, and the error about damaged ones.
+
+Listing and removing fragments belongs in `array`.
+"""
 
 import re
 from collections.abc import Mapping
@@ -11,27 +14,27 @@ if TYPE_CHECKING:
     from census_tf_dagster.store.array import EmbeddingsArray
 
 _TIMES = re.compile(r"__\d+_(?P<last>\d+)_[0-9a-f]{32}.*")
-"""Names of what TileDB writes below an array."""
+"""Pattern of the names that TileDB gives to fragments and metadata below an array."""
 FRAGMENT_FILES = frozenset({"__fragment_metadata.tdb", "a0.tdb", "d0.tdb", "d1.tdb"})
-"""Files of a whole fragment: its metadata, the values, the two coordinates."""
+"""Files of a complete fragment: its metadata, the values, the two coordinates."""
 
 
 class DamagedFragmentsError(UserError):
-    """Fragments are committed and cannot be opened, which keeps TileDB from opening the array.
+    """Committed fragments are damaged, so TileDB cannot open the array.
 
     Attributes
     ----------
     array
-        Where they are.
+        The array with these fragments.
     reasons
-        What is wrong with each, by its name.
+        The fault of each, by its name.
     """
 
     def __init__(self, array: "EmbeddingsArray", reasons: Mapping[str, str]) -> None:
         first, reason = next(iter(reasons.items()))
         super().__init__(
-            f"{len(reasons)} fragments of the array at {array.uri} are damaged, e.g. {first}: {reason}. Run the shard "
-            "that wrote them again: it removes them, and computes what they held."
+            f"{len(reasons)} fragments of the array at {array.uri} are damaged, e.g. {first}: {reason}. Expected "
+            "complete fragments: run the shard that wrote them again. It removes them, and computes their cells again."
         )
         self.array = array
         self.reasons = dict(reasons)
@@ -46,7 +49,7 @@ class Fragment:
     name
         Unique name within the array.
     first, last
-        Smallest and largest joinid in it.
+        Smallest and largest joinid of its values.
     values
         Number of stored values (cells x features).
     """
@@ -63,6 +66,6 @@ def name_of(uri: str) -> str:
 
 
 def last_timestamp(name: str) -> int:
-    """Return the timestamp in the name of a fragment or of metadata; 0 for anything else."""
+    """Return the timestamp in the name of a fragment or of metadata; 0 for any other name."""
     found = _TIMES.fullmatch(name)
     return int(found["last"]) if found else 0

@@ -1,4 +1,7 @@
-"""What a store holds, and removing a release's data from it."""
+"""Lists the releases that a store holds, and removes one of them.
+
+Removing old releases by policy belongs in `prune`, the removal itself in `removal`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +15,13 @@ from census_tf_dagster.io.names import require_name
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
-from census_tf_dagster.store.removal import begin, begun, finish, how_to_finish, require_quiet
+from census_tf_dagster.store.removal import (
+    delete_marked,
+    how_to_finish,
+    mark_for_removal,
+    removal_word,
+    require_quiet,
+)
 from census_tf_dagster.store.verification import release_state, verified_shards
 
 
@@ -23,16 +32,16 @@ class Holding:
     Attributes
     ----------
     set, release, identity
-        Its names; the identity's first 12 hexadecimal digits.
+        Names of set and release, and the identity's first 12 hexadecimal digits.
     shards, shards_done
-        Shards of its plan, and those whose verification covers what is committed.
+        Number of shards of its plan, and of those whose verification covers all committed fragments.
     cells_planned, cells_stored
-        Cells of its plan, and those in committed fragments (a cell written twice counts twice).
+        Number of cells in its plan, and in committed fragments (a cell that was written twice counts twice).
     bytes
-        Size of everything below its folder.
+        Size of all files below its folder.
     state
-        ``unverified``, ``stale`` or ``verified``; ``removing`` when its removal was begun and not finished; ``damaged``
-        when it cannot be read, with the reason in `problem`.
+        ``unverified``, ``stale`` or ``verified``; ``removing`` if its removal was started but not finished; ``damaged``
+        if it cannot be read, with the reason in `problem`.
     """
 
     set: str
@@ -48,7 +57,7 @@ class Holding:
 
 
 def inspect_store(store: str, storage: Storage) -> Iterator[Holding]:
-    """Yield everything that a store holds, from metadata alone.
+    """Yield all sets, releases and identities that a store holds. Reads only metadata.
 
     Raises
     ------
@@ -56,41 +65,44 @@ def inspect_store(store: str, storage: Storage) -> Iterator[Holding]:
         When there is no store.
     """
     if not storage.is_folder(store):
-        raise UserError(f"there is no store at {store}.")
+        raise UserError(f"there is no store at {store}; expected a folder with releases: correct the store's address.")
     for set_folder in _folders(storage, store):
         for release_folder in _folders(storage, set_folder):
             for root in _folders(storage, release_folder):
-                yield _look(storage, root)
+                yield _inspect(storage, root)
 
 
 def remove_release(store: str, storage: Storage, name: str, release: str, identity: str, confirm: str | None) -> str:
-    """Remove one identity's plan, array and verifications, or what an earlier removal left of them, if asked for twice.
+    """Remove plan, array and verifications of one identity, or the rest of an unfinished removal, after confirmation.
 
     Parameters
     ----------
     store, storage
-        The store.
+        Address of the store, and the storage that writes it.
     name, release, identity
-        As `inspect_store` shows them.
+        Names of the set, the release and the identity, as `inspect_store` shows them.
     confirm
         The identity once more; without it, nothing is removed.
 
     Returns
     -------
     str
-        What was removed.
+        A description of what was removed.
 
     Raises
     ------
     UserError
-        When there is no such data, it was not asked for twice, or something may be writing to it; nothing was removed.
+        When there is no such data, the confirmation is missing, or something may be writing to it. Then nothing was
+        removed.
     """
     for given, what in ((name, "set"), (release, "release"), (identity, "identity")):
         require_name(given, what)
     root = f"{store}/{name}/{release}/{identity}"
     if not storage.is_folder(root):
-        raise UserError(f"{store} holds no {name}/{release}/{identity}; `inspect` shows what it holds.")
-    holding = _look(storage, root)
+        raise UserError(
+            f"{store} holds no {name}/{release}/{identity}; expected names that it holds: `inspect` shows them."
+        )
+    holding = _inspect(storage, root)
     what = f"{name}/{release}/{identity}: {holding.cells_stored:,} cells, {holding.bytes:,} bytes ({holding.state})"
     require_quiet(storage, root)
     if confirm != identity:
@@ -98,8 +110,8 @@ def remove_release(store: str, storage: Storage, name: str, release: str, identi
             f"this would remove {what}, for ever. Nothing was removed. To do it, repeat the command with "
             f"--confirm {identity}"
         )
-    begin(storage, root)
-    finish(storage, root)
+    mark_for_removal(storage, root)
+    delete_marked(storage, root)
     return what
 
 
@@ -107,11 +119,11 @@ def _folders(storage: Storage, uri: str) -> list[str]:
     return [entry.rstrip("/") for entry in storage.list(uri) if storage.is_folder(entry)]
 
 
-def _look(storage: Storage, root: str) -> Holding:
+def _inspect(storage: Storage, root: str) -> Holding:
     name, release, identity = root.split("/")[-3:]
     folder = ReleaseFolder(root)
-    if begun(storage, root) is not None:
-        problem = f"its removal was begun and not finished. {how_to_finish(root)}"
+    if removal_word(storage, root) is not None:
+        problem = f"its removal was started but not finished. {how_to_finish(root)}"
         return Holding(name, release, identity, bytes=storage.size(root), state="removing", problem=problem)
     try:
         plan = read_plan(storage, folder.plan)

@@ -1,4 +1,7 @@
-"""Where things stand in the store: ``{store}/{set}/{release}/{first 12 hex of the identity}/``."""
+"""Names the paths in the store, below ``{store}/{set}/{release}/{first 12 hex digits of the identity}/``.
+
+Only this module knows these paths. It reads and writes nothing.
+"""
 
 from dataclasses import dataclass
 
@@ -8,7 +11,7 @@ from census_tf_dagster.io.names import require_name
 
 @dataclass(frozen=True)
 class ReleaseFolder:
-    """The places of one set, release and identity."""
+    """The paths of one set, release and identity."""
 
     root: str
 
@@ -21,12 +24,12 @@ class ReleaseFolder:
 
     @property
     def store(self) -> str:
-        """The store."""
+        """Address of the store."""
         return self.root.rsplit("/", 3)[0]
 
     @property
     def canary(self) -> str:
-        """What the last canary of the set found of its speed."""
+        """File with the rate that the set's last canary measured."""
         return f"{self.root.rsplit('/', 2)[0]}/canary.json"
 
     @property
@@ -36,7 +39,7 @@ class ReleaseFolder:
 
     @property
     def obs_ids(self) -> str:
-        """The consumers' list of planned ids."""
+        """File with the consumers' list of planned cells."""
         return f"{self.root}/obs_ids.parquet"
 
     @property
@@ -46,22 +49,22 @@ class ReleaseFolder:
 
     @property
     def meta(self) -> str:
-        """What a published array says of itself, as the Census's tool for contributed embeddings takes it."""
+        """File with a published array's metadata, in the format of the Census's tool for contributed embeddings."""
         return f"{self.root}/meta.yml"
 
     def verification(self, plan: str, shard: int) -> str:
-        """Return where the verification of a shard stands."""
+        """Return the file of a shard's verification."""
         return f"{self.root}/verification/{plan}/{shard:05d}.json"
 
     def notes(self, plan: str, shard: int) -> str:
-        """Return the folder where each run of a shard notes what it writes."""
+        """Return the folder with the notes of a shard's runs about the megabatches that they write."""
         return f"{self.root}/written/{plan}/{shard:05d}"
 
     @property
     def qc(self) -> str:
-        """Folder of the quality report: `report.json`, pictures, the distribution that the next release is held to."""
+        """Folder of the quality report: `report.json`, pictures, and the distribution for the next release's drift."""
         return f"{self.root}/qc"
 
     def comparison(self, plan: str, shard: int) -> str:
-        """Return where stands what upstream's own code made of some cells of a shard."""
+        """Return the file of a shard's comparison with upstream's own code."""
         return f"{self.qc}/upstream/{plan}/{shard:05d}.json"

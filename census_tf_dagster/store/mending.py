@@ -1,4 +1,7 @@
-"""Mending a shard in which something wrong was read: what is written again, and which fragments go."""
+"""Mends a shard with wrong values: chooses the megabatches to write again and the fragments to remove.
+
+Finding what is wrong belongs in `verification`, writing megabatches in `pipeline`.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -22,50 +25,57 @@ def mend_shard(
     mine: Sequence[Megabatch],
     write: Callable[[Sequence[Megabatch]], None],
 ) -> int:
-    """Mend what `verify_shard` found, and verify the shard; return how many megabatches were written again.
+    """Mend the problems that `verify_shard` found, and verify the shard again.
 
-    Fragments that are no megabatch's own, and without which each megabatch still has its own, are removed first.
-    Megabatches that are wrong even then are written again, and the fragments that held them are removed after that, so
-    that a failure leaves nothing worse than it was.
+    First it removes stray fragments: those that are not exactly one megabatch, if each megabatch in their range has
+    its own fragment. Then it writes the megabatches again that are still wrong. Last it removes the fragments that held
+    them, so that a failure in between makes nothing worse.
 
     Parameters
     ----------
     array, plan, folder, shard
-        What is mended.
+        The shard to mend.
     found
-        What was wrong.
+        The problems that were found.
     mine
         The megabatches of the shard that this run can write: the computed ones, or the copied ones.
     write
         Computes or copies megabatches again and commits them.
 
+    Returns
+    -------
+    int
+        Number of megabatches that were written again.
+
     Raises
     ------
     VerificationError
-        When the shard is still not what was planned.
+        When the shard still differs from the plan.
     """
     holders = _Holders(array, plan, read_notes(array.storage, folder, plan, range(plan.totals.shards)))
-    strays = [one.name for one in holders.suspects(found) if holders.is_stray(one)]
+    strays = [fragment.name for fragment in holders.suspects(found) if holders.is_stray(fragment)]
     if strays:
         array.remove_fragments(strays)
         found = verify_shard(array, plan, folder, shard)
         if not found.problems:
             return 0
-    suspects = [one for one in holders.suspects(found) if one.name not in strays]
-    wrong = found.wrong | {index for one in suspects for index in holders.of(one)}
+    suspects = [fragment for fragment in holders.suspects(found) if fragment.name not in strays]
+    wrong = found.wrong | {index for fragment in suspects for index in holders.megabatches(fragment)}
     again = [batch for batch in mine if batch.index in wrong]
     write(again)
     written = {batch.index for batch in again}
-    array.remove_fragments(one.name for one in suspects if holders.of(one) <= written)
+    array.remove_fragments(fragment.name for fragment in suspects if holders.megabatches(fragment) <= written)
     array.gather_metadata()
     found = verify_shard(array, plan, folder, shard)
     if found.problems:
-        raise VerificationError(f"shard {shard} was read back: {found.problems}. {mend_advice(plan)}.")
+        raise VerificationError(
+            f"shard {shard} was read back and differs from the plan: {found.problems}. {mend_advice(plan)}."
+        )
     return len(again)
 
 
 class _Holders:
-    """Which megabatches a fragment may hold values of."""
+    """Tells which megabatches a fragment may hold values of."""
 
     def __init__(self, array: EmbeddingsArray, plan: Plan, notes: Notes) -> None:
         self._fragments = array.fragments()
@@ -75,7 +85,7 @@ class _Holders:
         self._ranges = {batch.index: (batch.first, batch.last) for batch in plan.megabatches}
         sizes = {(batch.first, batch.last, batch.cells): batch.index for batch in plan.megabatches}
         sizes |= {(one.first, one.last, one.cells): index for index, some in notes.items() for one in some}
-        # What has a megabatch's size and place is that megabatch.
+        # A fragment with the range and size of a megabatch is that megabatch.
         self._own = {
             one.name: sizes[key]
             for one in self._fragments
@@ -83,22 +93,23 @@ class _Holders:
             and one.values % array.n_features == 0
         }
 
-    def of(self, fragment: Fragment) -> set[int]:
-        """Return the indices of the megabatches."""
+    def megabatches(self, fragment: Fragment) -> set[int]:
+        """Return the indices of the megabatches that a fragment may hold values of."""
         if fragment.name in self._own:
             return {self._own[fragment.name]}
         overlapping = (self._firsts <= fragment.last) & (self._lasts >= fragment.first)
         return set(self._indices[overlapping].tolist())
 
     def is_stray(self, fragment: Fragment) -> bool:
-        """Tell whether a fragment is no megabatch's own, while each megabatch that it reaches into has one."""
-        return fragment.name not in self._own and self.of(fragment) <= set(self._own.values())
+        """Tell whether a fragment is not one megabatch, and each megabatch in its range has its own fragment."""
+        return fragment.name not in self._own and self.megabatches(fragment) <= set(self._own.values())
 
     def suspects(self, found: ReadBack) -> list[Fragment]:
-        """Return the fragments that may hold what is wrong."""
+        """Return the fragments that may hold wrong values or unplanned cells."""
         strangers = np.array(found.strangers, np.int64)
         return [
-            one
-            for one in self._fragments
-            if self.of(one) & found.wrong or ((one.first <= strangers) & (strangers <= one.last)).any()
+            fragment
+            for fragment in self._fragments
+            if self.megabatches(fragment) & found.wrong
+            or ((fragment.first <= strangers) & (strangers <= fragment.last)).any()
         ]

@@ -1,7 +1,8 @@
-"""The consumers' list of cells: which were planned, and what there is to know of each before its embedding is used.
+"""Writes the consumers' list of planned cells, with facts to know before using a cell's embedding.
 
-One Parquet file beside the array, a row per planned cell: ``soma_joinid`` ascending, ``zero_counts`` (the cell has no
-count at all, so its embedding says nothing) and ``set_aside`` (why the cell has no embedding; null for the others).
+The list is one Parquet file beside the array, with a row per planned cell: ``soma_joinid`` ascending, ``zero_counts``
+(the cell has no counts, so its embedding says nothing) and ``set_aside`` (why the cell has no embedding; null if it has
+one). The plan that shards read belongs in `census.plan`.
 """
 
 import io
@@ -28,9 +29,9 @@ def write_planned(
     Parameters
     ----------
     joinids
-        Ascending soma_joinids, ``(n,)``.
+        Ascending soma_joinids, int64 ``(n,)``.
     zero_counts
-        Which of these cells express no gene, ``(n,)``; None, and null in the file, where the Census does not say.
+        Which of these cells express no gene, bool ``(n,)``; None, written as null, if the Census does not state it.
     """
     n = len(joinids)
     zeros = pa.nulls(n, pa.bool_()) if zero_counts is None else pa.array(zero_counts)
@@ -39,12 +40,12 @@ def write_planned(
 
 
 def write_obs_ids(storage: Storage, folder: ReleaseFolder, plan: Plan, set_aside: dict[int, str]) -> str:
-    """Write down which planned cells have no embedding, and why; return the list's checksum.
+    """Add to the list why planned cells have no embedding; return the list's checksum.
 
     Raises
     ------
     UserError
-        When the list that was written with the plan is gone or damaged.
+        When the list that was written with the plan is missing or damaged.
     """
     content = storage.read(folder.obs_ids) if storage.exists(folder.obs_ids) else b""
     found = None
@@ -53,11 +54,14 @@ def write_obs_ids(storage: Storage, folder: ReleaseFolder, plan: Plan, set_aside
             return plan.totals.obs_ids
         found = pq.read_table(io.BytesIO(content))
     else:
-        # Written by an earlier finish, with other cells set aside.
+        # An earlier run may have written the list with other cells set aside.
         found = _table(content)
         nothing = None if found is None else _with_reasons(found, pa.nulls(len(found), pa.string()))
         if found is None or _checksum(_bytes(nothing)) != plan.totals.obs_ids:
-            raise UserError(f"the list of cells at {folder.obs_ids} is damaged: materialize obs_id_plan again.")
+            raise UserError(
+                f"the list of cells at {folder.obs_ids} is missing or damaged; expected the one that obs_id_plan "
+                "wrote: materialize obs_id_plan again."
+            )
     joinids = found["soma_joinid"].to_numpy()
     reasons = np.full(len(joinids), None, object)
     reasons[np.searchsorted(joinids, list(set_aside))] = list(set_aside.values())
@@ -65,9 +69,9 @@ def write_obs_ids(storage: Storage, folder: ReleaseFolder, plan: Plan, set_aside
 
 
 def obs_ids_faults(storage: Storage, folder: ReleaseFolder, expected: str | None) -> list[str]:
-    """Compare the list with the checksum that the finished array's record has."""
+    """Compare the list with the checksum in the finished array's record; return what is wrong."""
     if not storage.exists(folder.obs_ids):
-        return [f"{folder.obs_ids} is gone: materialize obs_id_plan again, then embeddings_array"]
+        return [f"{folder.obs_ids} is missing: materialize obs_id_plan again, then embeddings_array"]
     if expected is not None and _checksum(storage.read(folder.obs_ids)) != expected:
         return [f"{folder.obs_ids} has changed: materialize obs_id_plan again, then embeddings_array"]
     return []

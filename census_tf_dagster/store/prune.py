@@ -1,8 +1,10 @@
-"""`prune`: what a deployment's policy does with old plans and arrays (`census_tf_dagster.config.retention`).
+"""Applies a deployment's retention policy to old plans and arrays (`config.retention`): removes or archives them.
 
-A policy touches finished and left work of older releases only: never the newest
-verified array of a set, never a release that was written to lately, never what another plan names as its source, never
-what cannot be read. A removal that was cut short is finished first of all.
+A policy applies only to finished or abandoned work of older releases. It never touches the newest verified array of a
+set, a release that was written to lately, an array that another plan names as its source, or data that cannot be read.
+It finishes interrupted removals first.
+
+Removing one release at a person's request belongs in `inventory`, the removal itself in `removal`.
 """
 
 import hashlib
@@ -17,23 +19,23 @@ from census_tf_dagster.io.names import is_local
 from census_tf_dagster.io.s3 import ARCHIVE_CLASS
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.inventory import Holding, inspect_store
-from census_tf_dagster.store.removal import begin, begun, finish
+from census_tf_dagster.store.removal import delete_marked, mark_for_removal, removal_word
 
 DAY = 86400.0
 NOTICE_DAYS = 6.5
-"""Between being listed and going, by schedule: a week, and some hours for schedules that are late."""
+"""Least days between announcement and removal by schedule: a week less some hours, because schedules may be late."""
 LISTED = "retention.json"
-"""In the store: what was listed, and when."""
+"""File in the store with the announced candidates and the time of each announcement."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One identity of a release that a policy would touch."""
+    """One identity of a release to which a policy applies."""
 
     holding: Holding
     idle_days: int
     confirmed: str | None = None
-    """The word with which its removal was begun; None when it was not."""
+    """The word that confirmed its removal when that was started; None if it was not started."""
 
     @property
     def name(self) -> str:
@@ -41,18 +43,17 @@ class Candidate:
         return f"{self.holding.set}/{self.holding.release}/{self.holding.identity}"
 
     @property
-    def of(self) -> tuple[str, str]:
+    def set_and_release(self) -> tuple[str, str]:
         """Its set and release."""
         return self.holding.set, self.holding.release
 
     def __str__(self) -> str:
-        one = self.holding
-        size = f"{one.cells_stored:,} cells, {one.bytes:,} bytes"
-        return f"{self.name}  {size}, {one.state}, idle for {self.idle_days} days"
+        size = f"{self.holding.cells_stored:,} cells, {self.holding.bytes:,} bytes"
+        return f"{self.name}  {size}, {self.holding.state}, idle for {self.idle_days} days"
 
 
 def candidates(store: str, storage: Storage, retention: Retention) -> list[Candidate]:
-    """Return what the policy would touch; nothing under ``keep``.
+    """Return the identities to which the policy applies; none under ``keep``.
 
     Raises
     ------
@@ -80,7 +81,7 @@ def candidates(store: str, storage: Storage, retention: Retention) -> list[Candi
             root = f"{store}/{one.set}/{one.release}/{one.identity}"
             idle = int((time.time() - storage.last_written(root)) / DAY)
             if one.state == "removing" and retention.policy == "expire":
-                chosen.append(Candidate(one, idle, begun(storage, root)))
+                chosen.append(Candidate(one, idle, removal_word(storage, root)))
                 continue
             if kept or root in named:
                 continue
@@ -90,11 +91,11 @@ def candidates(store: str, storage: Storage, retention: Retention) -> list[Candi
 
 
 def _sources(store: str, storage: Storage, holdings: Iterable[Holding]) -> set[str]:
-    """Return the folders that plans name: reused cells are read there, now or by a repeated shard."""
+    """Return the folders that plans name as sources, because a shard reads reused cells there, now or later."""
     named: set[str] = set()
     for one in holdings:
         pointer = f"{store}/{one.set}/{one.release}/{one.identity}/plan/current.json"
-        # A plan that cannot be read in full may still name what it needs.
+        # A plan that is partly unreadable may still name its source.
         if storage.exists(pointer):
             named |= set(_texts(_parsed(storage.read(pointer))))
     roots = {f"{store}/{one.set}/{one.release}/{one.identity}" for one in holdings}
@@ -117,14 +118,14 @@ def _texts(value: object) -> Iterable[str]:
 
 
 def digest(chosen: Iterable[Candidate]) -> str:
-    """Return a short name of exactly these candidates: what a person confirms."""
+    """Return a short digest of exactly these candidates, which a person confirms."""
     return hashlib.sha256("\n".join(sorted(one.name for one in chosen)).encode()).hexdigest()[:12]
 
 
 def announce(store: str, storage: Storage, chosen: Sequence[Candidate]) -> list[Candidate]:
-    """Write down when each candidate was listed first, and return those that were listed long enough ago.
+    """Store when each candidate was first announced, and return those that were announced long enough ago.
 
-    What is no candidate any more is forgotten: listed again, it has its week again.
+    An identity that is no longer a candidate is forgotten. If it becomes one again, its week starts again.
     """
     uri = f"{store}/{LISTED}"
     known = json.loads(storage.read(uri)) if storage.exists(uri) else {}
@@ -136,40 +137,40 @@ def announce(store: str, storage: Storage, chosen: Sequence[Candidate]) -> list[
 
 
 def confirms(word: str, chosen: Sequence[Candidate]) -> bool:
-    """Tell whether a word names exactly these candidates, or all of them are what is left of those that it named."""
+    """Tell whether a word confirms exactly these candidates, or confirmed their removals when those were started."""
     return word == digest(chosen) or (bool(chosen) and all(one.confirmed == word for one in chosen))
 
 
 def apply(store: str, storage: Storage, retention: Retention, chosen: Sequence[Candidate], word: str = "") -> list[str]:
-    """Do with some candidates what the policy says; return a line about each.
+    """Apply the policy to these candidates; return a line about each.
 
     Parameters
     ----------
     store, storage, retention
         The store and its policy.
     chosen
-        What it is done to.
+        The candidates.
     word
-        What a person confirmed, with which a removal that is cut short can be repeated.
+        The word that a person confirmed. With it, an interrupted removal can be repeated.
 
     Raises
     ------
     UserError
-        When local folders are to be archived; nothing was touched.
+        When the policy would archive local folders. Then nothing was changed.
     """
     if retention.policy == "archive" and is_local(store):
         raise UserError(
-            f"{FILE} says archive, and the store {store} is local: there is no cheaper storage class to move to. Use "
-            "keep or expire."
+            f"{FILE} has the policy archive, but the store {store} is local. Expected a store on S3, because a local "
+            "store has no cheaper storage class: use keep or expire."
         )
     done = []
     if retention.policy == "expire":
         for one in chosen:
-            begin(storage, f"{store}/{one.name}", one.confirmed or word)
+            mark_for_removal(storage, f"{store}/{one.name}", one.confirmed or word)
     for one in chosen:
         root = f"{store}/{one.name}"
         if retention.policy == "expire":
-            finish(storage, root)
+            delete_marked(storage, root)
             done.append(f"removed {one}")
         elif retention.policy == "archive":
             storage.archive_folder(root)

@@ -1,4 +1,7 @@
-"""Read cells back and find whatever is wrong with them: one pass, in bounded memory."""
+"""Reads cells back and finds what is wrong with them, in one pass and in bounded memory.
+
+Recording the result belongs in `verification`, mending in `mending`.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from census_tf_dagster.store.write_notes import Checksum, Notes, Written
 
 CELLS_AT_ONCE = 4096
 NAMED = 10
-"""How many joinids a problem names."""
+"""Most joinids that a problem names."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -29,23 +32,23 @@ PROBLEMS = {
     "repeated": ("features", "cells hold a feature more than once"),
     "out of range": ("features", "cells hold features beyond the last"),
     "not finite": ("values", "cells have values that are not finite"),
-    "all zero": ("values", "cells have nothing but zeros, though START is always pooled"),
-    "unreadable": ("values", "cells cannot be read, as files of the array are damaged"),
+    "all zero": ("values", "cells have only zeros, which cannot be, because START is always pooled"),
+    "unreadable": ("values", "cells cannot be read, because files of the array are damaged"),
     "changed": ("values", "cells are in megabatches that hold other values than were written"),
 }
-"""What can be wrong with a cell: the rule that it breaks, and how that is said."""
+"""Problems of a cell: the rule that each one breaks, and the text about it."""
 
 
 @dataclass
 class Problems:
-    """What was found wrong, over any number of cells.
+    """The problems of any number of cells.
 
     Attributes
     ----------
     counts
-        Cells with each of `PROBLEMS`.
+        Number of cells with each of `PROBLEMS`.
     first
-        The first few of their joinids.
+        The first few joinids of these cells.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -55,20 +58,20 @@ class Problems:
         return bool(self.counts)
 
     def add(self, problem: str, joinids: Ids) -> None:
-        """Count some cells that have a problem."""
+        """Add cells that have a problem."""
         if len(joinids):
             self.counts[problem] = self.counts.get(problem, 0) + len(joinids)
             named = self.first.setdefault(problem, [])
             named.extend(joinids[: NAMED - len(named)].tolist())
 
     def merge(self, other: "Problems") -> None:
-        """Take over what was found in other cells, which come later."""
+        """Add the problems of other cells, whose joinids are larger."""
         for problem, count in other.counts.items():
             self.counts[problem] = self.counts.get(problem, 0) + count
             self.first[problem] = (self.first.get(problem, []) + other.first[problem])[:NAMED]
 
     def of_rule(self, rule: str) -> list[str]:
-        """Return a sentence for each problem that breaks a rule."""
+        """Return a text for each problem that breaks a rule."""
         return [
             f"{self.counts[problem]} {said}, joinids {self.first[problem]}"
             for problem, (breaks, said) in PROBLEMS.items()
@@ -82,18 +85,18 @@ class Problems:
 
 @dataclass
 class ReadBack:
-    """What reading some megabatches back has shown.
+    """The result of reading megabatches back.
 
     Attributes
     ----------
     problems
-        What is wrong.
+        Problems of the cells.
     wrong
         Indices of the megabatches that have a problem.
     strangers
-        Joinids, within the range that was read, that nobody planned.
+        Unplanned joinids within the range that was read.
     found
-        What each megabatch that is right holds: as one of its notes says, or, where there is none, as it was read.
+        Description of each megabatch without problems: the matching note of a run, or what was read if it has no note.
     """
 
     problems: Problems = field(default_factory=Problems)
@@ -108,44 +111,47 @@ class ReadBack:
 def read_back(
     array: EmbeddingsArray, plan: Plan, batches: tuple[Megabatch, ...], first: int, last: int, notes: Notes
 ) -> ReadBack:
-    """Read joinids `first` to `last` back; compare them with the planned cells of `batches` and what was written.
+    """Read joinids `first` to `last` back; compare them with the planned cells of `batches` and with the runs' notes.
 
     Parameters
     ----------
     array, plan
-        What is read, and what it must hold.
+        The array to read, and the plan that it must match.
     batches
-        Megabatches by their first joinid, all planned cells between `first` and `last`.
+        All planned megabatches between `first` and `last`, ordered by first joinid.
     first, last
         The range, inclusive.
     notes
-        What was written of these megabatches: each must be as one of its notes says. One without a note must be whole.
+        Notes of the runs that wrote these megabatches. Each megabatch must match one of its notes; one without a note
+        must hold all its cells.
     """
     result = ReadBack()
     with array.reading() as values_of:
         for group, parts in _groups(array, plan, batches, first, last):
-            looked = _Group(group)
+            check = _Group(group)
             for planned, members, low, high in parts:
                 part = _Part(planned, array.n_features)
                 try:
-                    part.look(values_of(slice(low, high)))
+                    part.add(values_of(slice(low, high)))
                 except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError, MemoryError) as error:
                     _require_damage(array, error)
-                    looked.unreadable(planned, members, result)
+                    check.unreadable(planned, members, result)
                 else:
-                    looked.take(part, members, result)
-            looked.judge(notes, result)
+                    check.add(part, members, result)
+            check.compare(notes, result)
     return result
 
 
 def _require_damage(array: EmbeddingsArray, error: Exception) -> None:
-    """Raise `StoreError` when a read failed for another reason than damaged files."""
+    """Raise `StoreError` if a read failed for another reason than damaged files."""
     if not is_local(array.uri) and not array.damaged() and any(word in str(error) for word in ("S3", "curl")):
-        raise StoreError(f"{array.uri} cannot be read: {error}") from error
+        raise StoreError(
+            f"{array.uri} cannot be read ({error}). Expected a readable store: run this again when it can be read."
+        ) from error
 
 
 class _Part:
-    """Some planned cells with adjacent joinids, and what the array holds of them."""
+    """Planned cells with adjacent joinids, and their values in the array."""
 
     def __init__(self, planned: Ids, n_features: int) -> None:
         n = len(planned)
@@ -155,21 +161,21 @@ class _Part:
         self._repeated, self._beyond, self._infinite, self._nonzero = np.zeros((4, n), np.bool_)
         self.strangers: list[Ids] = []
 
-    def look(self, tables: Iterable[pa.Table]) -> None:
-        """Take in whatever was read."""
+    def add(self, tables: Iterable[pa.Table]) -> None:
+        """Add the values that were read."""
         for table in tables:
             joinids, features, values = _columns(table)
             marks = (self._seen, self._repeated, self._beyond, self._infinite, self._nonzero)
-            if _look(joinids, features, values, self.planned, self.values, *marks):
+            if _mark(joinids, features, values, self.planned, self.values, *marks):
                 self.strangers.append(np.setdiff1d(joinids, self.planned))
 
     def there(self) -> npt.NDArray[np.bool_]:
-        """Return which cells have anything at all."""
+        """Return which cells have any value, bool ``(n,)``."""
         found: npt.NDArray[np.bool_] = self._seen.any(axis=1) | self._beyond
         return found
 
     def problems(self) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-        """Yield each problem with the cells that have it; a cell that is not there has none."""
+        """Yield each problem with the cells that have it, bool ``(n,)``; an absent cell has none of these."""
         there = self.there()
         yield "incomplete", there & ~self._seen.all(axis=1)
         yield "repeated", self._repeated
@@ -187,8 +193,8 @@ class _Group:
         self._present: list[list[Ids]] = [[] for _ in batches]
         self._absent: list[list[Ids]] = [[] for _ in batches]
 
-    def take(self, part: _Part, members: npt.NDArray[np.intp], result: ReadBack) -> None:
-        """Add a part; `members` says to which megabatch each of its cells belongs."""
+    def add(self, part: _Part, members: npt.NDArray[np.intp], result: ReadBack) -> None:
+        """Add a part; `members` is the megabatch of each of its cells, as a position in the group."""
         for problem, which in part.problems():
             if which.any():
                 result.problems.add(problem, part.planned[which])
@@ -209,24 +215,24 @@ class _Group:
         result.problems.add("unreadable", planned)
         result.wrong |= {self._batches[member].index for member in np.unique(members)}
 
-    def judge(self, notes: Notes, result: ReadBack) -> None:
-        """Compare each megabatch with what was written of it."""
+    def compare(self, notes: Notes, result: ReadBack) -> None:
+        """Compare each megabatch with the notes of the runs that wrote it."""
         for batch, checksum, present, absent in zip(
             self._batches, self._checksums, self._present, self._absent, strict=True
         ):
             noted = notes.get(batch.index, ())
             lacking = np.concatenate(absent) if absent else np.empty(0, np.int64)
             same = [
-                one
-                for one in noted
-                if one.checksum == checksum.hexdigest() and one.set_aside.keys() == set(lacking.tolist())
+                note
+                for note in noted
+                if note.checksum == checksum.hexdigest() and note.set_aside.keys() == set(lacking.tolist())
             ]
             if batch.index in result.wrong:
                 continue
             if same:
                 result.found.append(same[-1])
                 continue
-            missing = [one for one in lacking.tolist() if not any(one in other.set_aside for other in noted)]
+            missing = [joinid for joinid in lacking.tolist() if not any(joinid in note.set_aside for note in noted)]
             if missing:
                 result.problems.add("missing", np.array(missing))
             elif noted:
@@ -243,7 +249,7 @@ def _groups(
 ) -> Iterator[tuple[list[Megabatch], Iterator[tuple[Ids, npt.NDArray[np.intp], int, int]]]]:
     """Yield overlapping megabatches with their parts: planned cells, the megabatch of each, and the range to read.
 
-    The ranges lie side by side without a gap.
+    The ranges are adjacent, without gaps.
     """
     groups = _overlapping(batches)
     ends = [group[0].first - 1 for group in groups[1:]] + [last]
@@ -266,7 +272,7 @@ def _parts(
 
 
 def _overlapping(batches: tuple[Megabatch, ...]) -> list[list[Megabatch]]:
-    """Group megabatches whose ranges overlap, as those of copied and computed cells may."""
+    """Group megabatches whose ranges overlap. Ranges of copied and of computed cells may overlap."""
     groups: list[list[Megabatch]] = []
     end = -1
     for batch in batches:
@@ -286,8 +292,8 @@ def _columns(table: pa.Table) -> tuple[Ids, Ids, npt.NDArray[np.float32]]:
 
 
 @compiled()
-def _look(joinids, features, values, planned, dense, seen, repeated, beyond, infinite, nonzero):  # type: ignore[no-untyped-def]
-    """Mark what is seen of each planned cell, and keep its values; tell whether other cells were among them."""
+def _mark(joinids, features, values, planned, dense, seen, repeated, beyond, infinite, nonzero):  # type: ignore[no-untyped-def]
+    """Store the values of planned cells and mark their properties; return whether there were unplanned cells."""
     strange = False
     last, at, known = -1, 0, False
     for i in range(len(joinids)):

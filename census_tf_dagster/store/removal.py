@@ -1,7 +1,7 @@
-"""Removing the folder of an identity, so that a removal that was cut short is recognised and finished.
+"""Removes the folder of an identity in a way that an interrupted removal can be recognised and finished.
 
-The first thing that a removal writes is its mark, and the last thing that it deletes; the plan goes first, so that no
-shard starts in between.
+A removal first writes a mark, and deletes the mark last. After the mark it deletes the plan, so that no shard starts in
+between. Choosing what to remove belongs in `inventory` and `prune`.
 """
 
 import json
@@ -16,28 +16,28 @@ from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.layout import ReleaseFolder
 
 QUIET_SECONDS = 900.0
-"""A folder that was written to more recently may have a worker."""
+"""Least time since the last write. A worker may still use a folder that was written to more recently."""
 MARK = "removal"
-"""The folder of the mark, below that which is removed."""
+"""Name of the folder with the mark, below the removed folder."""
 CLOCKS_SECONDS = 2.0
-"""By how much the times of two files that are written one after the other may be off."""
+"""Largest difference between the times of two files that are written one after the other."""
 
 
-def begin(storage: Storage, root: str, word: str = "") -> None:
+def mark_for_removal(storage: Storage, root: str, word: str = "") -> None:
     """Mark a folder as being removed.
 
     Parameters
     ----------
     storage, root
-        The folder of an identity.
+        The storage, and the folder of an identity.
     word
-        What a person confirmed, if it was that of several removals.
+        The word that a person confirmed, if it confirmed several removals at once.
     """
     storage.write(_mark(root), json.dumps({"confirmed": word}).encode())
 
 
-def begun(storage: Storage, root: str) -> str | None:
-    """Return the word with which the removal of a folder was begun; None when it was not."""
+def removal_word(storage: Storage, root: str) -> str | None:
+    """Return the word in the mark of a folder, which may be empty; None if the folder is not marked for removal."""
     if not storage.exists(_mark(root)):
         return None
     try:
@@ -46,62 +46,65 @@ def begun(storage: Storage, root: str) -> str | None:
         return ""
 
 
-def finish(storage: Storage, root: str) -> None:
-    """Delete a folder that is marked, or what is left of it."""
+def delete_marked(storage: Storage, root: str) -> None:
+    """Delete a folder that is marked for removal, or the rest of it."""
     folder = ReleaseFolder(root)
-    for one in (folder.plan, folder.array):
-        if storage.is_folder(one):
-            storage.remove_folder(one)
+    for part in (folder.plan, folder.array):
+        if storage.is_folder(part):
+            storage.remove_folder(part)
     storage.remove_folder(root)
 
 
 def require_quiet(storage: Storage, root: str) -> None:
-    """Refuse to remove a folder that something may be writing to.
+    """Raise an error if something may be writing to a folder.
 
     Raises
     ------
     UserError
-        When it was written to in the last quarter of an hour, be it since its removal was begun.
+        When something was written in the last 15 minutes; in a folder that is marked for removal, after the mark.
     """
     last = storage.last_written(root)
-    if begun(storage, root) is not None and last <= storage.last_written(f"{root}/{MARK}") + CLOCKS_SECONDS:
+    if removal_word(storage, root) is not None and last <= storage.last_written(f"{root}/{MARK}") + CLOCKS_SECONDS:
         return
     idle = time.time() - last
     if idle < QUIET_SECONDS:
         raise UserError(
-            f"{root} was written to {duration(max(0.0, idle))} ago, so a worker may be at work there; expected "
-            f"{duration(QUIET_SECONDS)} without a write. Nothing was removed. End its runs (`status` shows them), and "
-            "repeat the command then."
+            f"{root} was written to {duration(max(0.0, idle))} ago, so a worker may be using it; expected "
+            f"{duration(QUIET_SECONDS)} without a write. Nothing was removed. End its runs (`status` shows them), then "
+            "repeat the command."
         )
 
 
-def require_not_begun(storage: Storage, folder: ReleaseFolder) -> None:
-    """Refuse to plan in a folder whose removal was cut short.
+def require_no_removal(storage: Storage, folder: ReleaseFolder) -> None:
+    """Raise an error if the removal of a folder was interrupted, because nothing may be planned in it.
 
     Raises
     ------
     UserError
-        With the command that finishes the removal.
+        When it was. The message has the command that finishes the removal.
     """
-    if begun(storage, folder.root) is not None:
-        raise UserError(f"the removal of {folder.root} was begun and not finished. {how_to_finish(folder.root)}")
+    if removal_word(storage, folder.root) is not None:
+        raise UserError(
+            f"the removal of {folder.root} was started but not finished; expected a folder that is not being removed. "
+            f"{how_to_finish(folder.root)}"
+        )
 
 
 def how_to_finish(root: str) -> str:
-    """Return the sentence that says how the removal of a folder is finished."""
+    """Return a sentence with the command that finishes the removal of a folder."""
     name, release, identity = root.split("/")[-3:]
-    command = f"python -m census_tf_dagster remove {name} {release} {identity} --confirm {identity}"
+    command = f"census-tf-dagster remove {name} {release} {identity} --confirm {identity}"
     return f"Finish it: {command}"
 
 
 @contextmanager
 def noticing_removal(storage: Storage, folder: ReleaseFolder) -> Iterator[None]:
-    """Say so when work in a folder fails because somebody removes the folder.
+    """Replace the error of work in a folder by a clear message if somebody removed the folder meanwhile.
 
     Raises
     ------
     UserError
-        Instead of what was raised, when the plan that was there in the beginning is gone.
+        Instead of the original error, when the plan existed at the start and is gone.
     """
     current = f"{folder.plan}/current.json"
     planned = storage.exists(current)
@@ -115,9 +118,9 @@ def noticing_removal(storage: Storage, folder: ReleaseFolder) -> Iterator[None]:
         if not gone:
             raise
         raise UserError(
-            f"{folder.root} was removed while this run worked in it (by `remove` or `prune`), and what it had "
-            "committed is gone. It may have written since: `inspect` shows what is left, and `remove` deletes it. Then "
-            "launch the release again, if it is wanted."
+            f"{folder.root} was removed (by `remove` or `prune`) while this run used it; expected it to stay. The "
+            "committed embeddings are gone, but this run may have written other files since. Run `inspect` to see them "
+            "and `remove` to delete them. Then launch the release again, if you need it."
         ) from error
 
 

@@ -1,10 +1,14 @@
-"""The rules that a finished array keeps: those of the Census's tool for contributed embeddings, and ours.
+"""Checks the rules that a finished array must keep, as far as metadata shows them.
 
-Theirs (`tools/census_contrib/src/census_contrib/validate.py` in the cellxgene-census repository): a 2-D sparse array of
-float32 with int64 coordinates, as many rows as the experiment's obs domain, at least one cell, only joinids of obs,
-features in range, no coordinate twice, counts as the metadata says, the Census's own storage version. Ours: exactly the
-planned cells less those that were set aside, each with all its values, all finite, none all zero, all as they were
-written; and a list for consumers that says so.
+The rules of the Census's tool for contributed embeddings (`tools/census_contrib/src/census_contrib/validate.py` in the
+cellxgene-census repository): a 2-D sparse array of float32 with int64 coordinates, as many rows as the experiment's obs
+domain, at least one cell, only joinids of obs, features in range, no coordinate twice, counts as in the metadata, and
+the Census's own storage version.
+
+This project's rules: exactly the planned cells except those that were set aside; each cell has all its values; all
+values are finite, not all zero, and as they were written; a list for consumers states this.
+
+Rules that need the values belong in `readback`.
 """
 
 import json
@@ -22,14 +26,14 @@ Rule = Literal["schema", "shape", "storage_version", "cells", "features", "value
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether a rule is kept.
+    """The result of checking a rule.
 
     Attributes
     ----------
     rule
-        Its name.
+        Name of the rule.
     wrong
-        What is wrong, a sentence each; none: the rule is kept.
+        A text about each fault; empty if the rule is kept.
     """
 
     rule: Rule
@@ -40,7 +44,7 @@ class Finding:
 
 
 def column_faults(uri: str, storage: Storage) -> list[str]:
-    """Say in what the array's dimensions and types differ from an embedding's. Reads metadata only."""
+    """Return how the array's dimensions and types differ from an embedding's. Reads only metadata."""
     with tiledbsoma.open(uri, context=storage.soma_context) as found:
         if not isinstance(found, tiledbsoma.SparseNDArray):
             return [f"it is a {type(found).__name__}; expected a SparseNDArray"]
@@ -54,10 +58,10 @@ def column_faults(uri: str, storage: Storage) -> list[str]:
 
 
 def duplicates_faults(uri: str, storage: Storage) -> list[str]:
-    """Say when the array lets a coordinate be there twice. Reads metadata only."""
+    """Return a fault if the array allows a coordinate twice. Reads only metadata."""
     if not tiledb.ArraySchema.load(uri, ctx=storage.tiledb_ctx).allows_duplicates:
         return []
-    return ["it allows duplicates: a cell that is written again is there twice"]
+    return ["it allows duplicates, so it would hold a cell twice that is written again; expected no duplicates"]
 
 
 def shape_faults(found: tuple[int, ...], expected: tuple[int, int]) -> list[str]:
@@ -69,17 +73,17 @@ def storage_version_faults(array: int, census: int) -> list[str]:
     """Compare TileDB storage versions of the array and the Census."""
     if array == census:
         return []
-    return [f"the array has storage version {array}, the Census {census} (docs/publish.md says what can be done)"]
+    return [f"the array has storage version {array}; expected {census}, as the Census has (see docs/publish.md)"]
 
 
 def publication_faults(stored: str | None, expected: dict[str, Any]) -> list[str]:
-    """Compare the stored `CxG_embedding_info` with what set, release and array say."""
+    """Compare the stored `CxG_embedding_info` with the expected one."""
     if stored is None:
         return ["CxG_embedding_info is missing: materialize embeddings_array again"]
     try:
         found = json.loads(stored)
     except json.JSONDecodeError as error:
-        return [f"CxG_embedding_info is no JSON ({error})"]
+        return [f"CxG_embedding_info is not JSON ({error})"]
     if not isinstance(found, dict):
         return [f"CxG_embedding_info is a {type(found).__name__}; expected an object"]
     return [

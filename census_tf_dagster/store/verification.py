@@ -1,10 +1,12 @@
-"""Verification that exactly the planned cells are in the array, each with the values that were written.
+"""Verifies that exactly the planned cells are in the array, each with the values that were written.
 
-A shard reads back the range of joinids that it answers for. Each megabatch must hold what one of the shard's runs noted
-(`store.written`): its cells less those that were set aside, under the same checksum. The shard then writes down what it
-found, and which fragments it saw, with the sizes of their files. The release is verified when every shard has a verification
-and no fragment came, went or changed its size later; shards of which that is not true are read again. So the last asset
-costs O(fragments), not O(cells).
+A shard reads back the range of joinids that it is responsible for. Each megabatch must match a note of one of the
+shard's runs (`write_notes`): its cells except those that were set aside, with the same checksum. The shard then stores
+a verification: what it found, the fragments that it saw, and the sizes of their files. The release is verified when
+every shard has a verification and no fragment was added, removed or changed in size since. Other shards are read again.
+So the last asset costs O(fragments), not O(cells).
+
+Comparing values belongs in `readback`, mending in `mending`, all other rules in `rules`.
 """
 
 import hashlib
@@ -28,28 +30,28 @@ from census_tf_dagster.store.readback import Problems, ReadBack, read_back
 from census_tf_dagster.store.write_notes import Notes, Written, read_notes
 
 READERS = min(len(os.sched_getaffinity(0)), 8)
-"""Shards read at once: reading is bound by the processor, and each takes about a GB of memory."""
+"""Number of shards read at once. The processor limits reading, and each shard takes about a GB of memory."""
 
 Files = Mapping[str, Mapping[str, int]]
-"""The files of fragments and their sizes in bytes, by the fragments' names."""
+"""Files of fragments with their sizes in bytes, by fragment name."""
 
 
 class VerificationError(Exception):
-    """The array does not hold what was planned."""
+    """The array does not match the plan."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was read back of one shard, and the fragments that were there.
+    """The result of reading a shard back, with the fragments that were read.
 
     Attributes
     ----------
     plan, shard
-        Of which shard of which plan.
+        Hash of the plan, and number of the shard.
     fragments
-        The files of each fragment in its range, and their sizes; empty when something was wrong.
+        Files of each fragment in the shard's range, with their sizes; empty if something was wrong.
     megabatches
-        What each holds. Of one that is wrong, what was last known to be right, as far as there is such a thing.
+        Content of each megabatch. For a wrong megabatch, the last content that was known to be right, if there is one.
     """
 
     plan: str
@@ -59,26 +61,26 @@ class Verification:
 
     def cells(self) -> int:
         """Return the number of cells with an embedding."""
-        return sum(one.cells for one in self.megabatches)
+        return sum(written.cells for written in self.megabatches)
 
-    def is_of(self, plan: Plan, shard: int) -> bool:
-        """Tell whether it accounts for each planned cell of a shard: embedded, or set aside."""
+    def accounts_for(self, plan: Plan, shard: int) -> bool:
+        """Tell whether each planned cell of a shard is embedded or set aside."""
         planned = {batch.index: batch.cells for batch in plan.shard(shard)}
-        found = {one.megabatch: one.cells + len(one.set_aside) for one in self.megabatches}
+        found = {written.megabatch: written.cells + len(written.set_aside) for written in self.megabatches}
         return (self.plan, self.shard) == (plan.totals.plan, shard) and found == planned
 
     def holds(self, array: EmbeddingsArray, fragments: Iterable[Fragment]) -> bool:
-        """Tell from the fragments' metadata whether they can hold all values."""
-        return sum(one.values for one in fragments) >= self.cells() * array.n_features
+        """Tell from the metadata of fragments whether they can hold all values."""
+        return sum(fragment.values for fragment in fragments) >= self.cells() * array.n_features
 
 
 _VERIFICATION = TypeAdapter(Verification)
 
 
 def answered_ranges(plan: Plan, rows: int) -> dict[int, tuple[int, int]]:
-    """Return the joinids that each shard with cells answers for, first and last inclusive.
+    """Return the range of joinids that each shard with cells is responsible for, both ends inclusive.
 
-    Together they cover 0 to ``rows - 1`` without a gap, so a cell that nobody planned is in some range.
+    Together the ranges cover 0 to ``rows - 1`` without gaps, so an unplanned cell is always in one of them.
     """
     firsts = {shard: batches[0].first for shard in range(plan.totals.shards) if (batches := plan.shard(shard))}
     shards = sorted(firsts)
@@ -90,7 +92,7 @@ def answered_ranges(plan: Plan, rows: int) -> dict[int, tuple[int, int]]:
 
 
 def is_verified(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> bool:
-    """Tell whether a shard's verification exists and no fragment has come, gone or changed since; reads metadata only."""
+    """Tell whether a shard has a verification and its fragments have not changed since. Reads only metadata."""
     verification = _read_verification(array, plan, folder, shard)
     return verification is not None and bool(_still_covered(array, plan, {shard: verification}))
 
@@ -98,23 +100,23 @@ def is_verified(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard
 def verify_shard(
     array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int, committed: "Committed | None" = None
 ) -> ReadBack:
-    """Read one shard's range back, and write down what that verifies.
+    """Read one shard's range back, and store its verification.
 
     Parameters
     ----------
     array, plan, folder, shard
-        What is read.
+        The shard to read.
     committed
-        The array's fragments, when they were listed already: listing costs milliseconds each.
+        The array's fragments, if the caller has listed them already. Listing costs milliseconds per fragment.
 
     Returns
     -------
     ReadBack
-        What is wrong: planned cells that are missing or incomplete, cells that nobody planned, values that are not
-        finite or not those that were written, cells of zeros.
+        The problems: planned cells that are missing or incomplete, unplanned cells, values that are not finite or not
+        as they were written, cells of zeros.
     """
     batches = plan.shard(shard)
-    # Listed before reading: a fragment that comes in between is not covered and will be read again.
+    # Fragments are listed before reading, so a fragment that is added meanwhile is not covered and will be read again.
     committed = Committed.of(array) if committed is None else committed
     known = _known(array, plan, folder, shard)
     found = ReadBack()
@@ -123,16 +125,16 @@ def verify_shard(
         first, last = answered_ranges(plan, array.rows)[shard]
         fragments = committed.between(first, last)
         found = read_back(array, plan, batches, first, last, known)
-    megabatches = {one.megabatch: (one,) for one in found.found}
-    held = [one for batch in batches for one in megabatches.get(batch.index, known.get(batch.index, ())[:1])]
-    # With something wrong it covers no fragment: whoever looks next reads the shard again.
+    megabatches = {written.megabatch: (written,) for written in found.found}
+    held = [note for batch in batches for note in megabatches.get(batch.index, known.get(batch.index, ())[:1])]
+    # If something is wrong, the verification covers no fragment, so the next check reads the shard again.
     verification = Verification(plan.totals.plan, shard, {} if found.problems else fragments, tuple(held))
     array.storage.write(folder.verification(verification.plan, shard), _VERIFICATION.dump_json(verification))
     return found
 
 
 def set_aside_of(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> dict[int, str]:
-    """Return why cells of a shard have no embedding, by joinid; none, while it is not verified."""
+    """Return why cells of a shard have no embedding, by joinid; empty if the shard is not verified."""
     verification = _read_verification(array, plan, folder, shard)
     return (
         {joinid: why for one in verification.megabatches for joinid, why in one.set_aside.items()}
@@ -142,24 +144,24 @@ def set_aside_of(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shar
 
 
 def all_set_aside(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, str]:
-    """Return why cells of a release have no embedding, by joinid, as far as its shards are verified."""
+    """Return why cells of a release have no embedding, by joinid; only cells of verified shards."""
     shards = range(plan.totals.shards)
     return {joinid: why for shard in shards for joinid, why in set_aside_of(array, plan, folder, shard).items()}
 
 
 def _known(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Notes:
-    """Return what runs noted of a shard's megabatches, and what its last verification says of them."""
+    """Return the notes on a shard's megabatches: those of its last verification first, then those of its runs."""
     noted = read_notes(array.storage, folder, plan, [shard])
     earlier = _read_verification(array, plan, folder, shard, accounts=False)
-    for one in earlier.megabatches if earlier else ():
-        noted = {**noted, one.megabatch: (one, *noted.get(one.megabatch, ()))}
+    for written in earlier.megabatches if earlier else ():
+        noted = {**noted, written.megabatch: (written, *noted.get(written.megabatch, ()))}
     return noted
 
 
 def require_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> ReadBack | None:
-    """Verify a shard if all of it is committed; return what was found, None when it is not.
+    """Verify a shard if all its megabatches are committed; return the result, or None if some are missing.
 
-    Copied and computed cells of a shard are committed by two runs: the one that ends last finds all committed, and
+    Two runs commit the copied and the computed cells of a shard. The run that ends last finds everything committed and
     reads the shard back.
     """
     notes = read_notes(array.storage, folder, plan, [shard])
@@ -169,23 +171,23 @@ def require_shard(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, sha
 
 
 def mend_advice(plan: Plan) -> str:
-    """Return what to do about cells that are wrong."""
+    """Return the advice for mending wrong cells."""
     runs = "shard_embeddings, or reused_embeddings for copied cells," if plan.totals.cells_reused else "its shard"
     return f"Run {runs} with `recompute: true`"
 
 
 def verified_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> set[int]:
-    """Return the shards whose verification covers all that is committed in their range; reads metadata only."""
+    """Return the shards whose verification covers all fragments in their range. Reads only metadata."""
     return _still_covered(array, plan, _read_verifications(array, plan, folder))
 
 
 def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFolder) -> None:
-    """Refuse an array with fragments that keep it from being opened.
+    """Raise an error if damaged fragments prevent opening the array.
 
     Raises
     ------
     UserError
-        Naming the shards whose verifications saw these fragments.
+        When they do. The message names the shards whose verifications cover these fragments.
     """
     try:
         EmbeddingsArray.look(uri, storage)[0].fragments()
@@ -196,9 +198,9 @@ def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFold
             for shard, verification in verifications.items()
             if error.reasons.keys() & verification.fragments.keys()
         )
-        raise UserError(f"{error} {f'They are of shards {shards[:10]}.' if shards else ''}".strip()) from error
+        raise UserError(f"{error} {f'They belong to shards {shards[:10]}.' if shards else ''}".strip()) from error
     except UserError:
-        # Something else than an array of ours: the rules say what.
+        # It is not an array of this project. The rules report that in detail.
         return
 
 
@@ -213,30 +215,30 @@ def _require_committed(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder
         unfinished = {batch.shard for batch in missing}
         what = "; ".join(f"{asset} of {len(them)}, e.g. {them[:10]}" for asset, them in found.items() if them)
         raise UserError(
-            f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {sorted(unfinished)[:10]}: "
-            f"materialize these partitions first: {what}."
+            f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {sorted(unfinished)[:10]}; "
+            f"expected all. Materialize these partitions first: {what}."
         )
 
 
 @dataclass(frozen=True)
 class Committed:
-    """The fragments of an array, and their files: listed once for many shards."""
+    """The committed fragments of an array and their files, listed once for many shards."""
 
     fragments: tuple[Fragment, ...]
     files: Files
 
     @classmethod
     def of(cls, array: EmbeddingsArray) -> "Committed":
-        """List them."""
+        """List the fragments of an array."""
         return cls(tuple(array.fragments()), array.fragment_files())
 
     def between(self, first: int, last: int) -> dict[str, dict[str, int]]:
-        """Return the files of the fragments that reach into a range of joinids."""
-        return {one.name: dict(self.files.get(one.name, {})) for one in self.within(first, last)}
+        """Return the files of the fragments that overlap a range of joinids."""
+        return {fragment.name: dict(self.files.get(fragment.name, {})) for fragment in self.within(first, last)}
 
     def within(self, first: int, last: int) -> list[Fragment]:
-        """Return the fragments that reach into a range of joinids."""
-        return [one for one in self.fragments if one.first <= last and one.last >= first]
+        """Return the fragments that overlap a range of joinids."""
+        return [fragment for fragment in self.fragments if fragment.first <= last and fragment.last >= first]
 
 
 def _read_verifications(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> dict[int, Verification]:
@@ -260,9 +262,9 @@ def _still_covered(array: EmbeddingsArray, plan: Plan, verifications: Mapping[in
 def _read_verification(
     array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int, *, accounts: bool = True
 ) -> Verification | None:
-    """Read a shard's verification; None when there is none, or (`accounts`) one that does not account for each cell.
+    """Read a shard's verification; None if there is none or, with `accounts`, if it does not account for each cell.
 
-    A damaged verification verifies nothing: the shard is read again.
+    A damaged verification counts as none, so the shard is read again.
     """
     uri = folder.verification(plan.totals.plan, shard)
     if not array.storage.exists(uri):
@@ -271,25 +273,25 @@ def _read_verification(
         verification = _VERIFICATION.validate_json(array.storage.read(uri))
     except ValidationError:
         return None
-    return verification if verification.is_of(plan, shard) or not accounts else None
+    return verification if verification.accounts_for(plan, shard) or not accounts else None
 
 
 @dataclass(frozen=True)
 class ReleaseVerification:
-    """What reading back has shown of a whole release.
+    """The result of verifying a whole release.
 
     Attributes
     ----------
     covered
         Digest of the fragments that the verification covers.
     read_again
-        Shards that had to be read again.
+        Shards that were read again.
     problems
-        What is wrong; empty: the array is exactly the plan, less what was set aside.
+        Problems of the cells; empty if the array holds exactly the plan's cells except those that were set aside.
     cells
-        How many cells have an embedding.
+        Number of cells with an embedding.
     set_aside
-        Why each of the others has none, by joinid.
+        The reason for each other cell, by joinid.
     """
 
     covered: str
@@ -300,12 +302,12 @@ class ReleaseVerification:
 
 
 def coverage(files: Files) -> str:
-    """Return a digest of some fragments and the sizes of their files: equal digests, equal commits."""
+    """Return a digest of fragments and the sizes of their files. Equal digests mean equal commits."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def release_state(array: EmbeddingsArray, plan: Plan) -> Literal["unverified", "stale", "verified"]:
-    """Tell whether the last verification of the release still covers plan and commits. Reads metadata only."""
+    """Return whether the last verification of the release still covers plan and commits. Reads only metadata."""
     record = array.read_record()
     if not record:
         return "unverified"
@@ -319,23 +321,25 @@ def verify_release(
     folder: ReleaseFolder,
     *,
     full: bool = False,
-    report: Callable[[int, int], None] = lambda _done, _of: None,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> ReleaseVerification:
-    """Verify that the whole array is exactly the plan: from the shards' verifications, reading only what came after them.
+    """Verify that the array matches the plan; use the shards' verifications, and read only shards that changed since.
+
+    A shard without a verification is read too, if all its cells are committed.
 
     Parameters
     ----------
     array, plan, folder
-        What is verified.
+        The array to verify, its plan, and its folder.
     full
-        Read everything again, whatever was verified.
+        Read everything again, even verified shards.
     report
-        Called with how many shards were read again, of how many.
+        Called with the number of shards that were read again, and the number that must be.
 
     Raises
     ------
     UserError
-        When shards have not finished, naming them. One without a verification whose cells are all there is read.
+        When shards have not finished. The message names them.
     """
     verifications = _read_verifications(array, plan, folder)
     unverified = [shard for shard in range(plan.totals.shards) if shard not in verifications]
@@ -352,13 +356,13 @@ def verify_release(
             report(done, len(again))
     if again:
         verifications = _read_verifications(array, plan, folder)
-    megabatches = [one for verification in verifications.values() for one in verification.megabatches]
+    megabatches = [written for verification in verifications.values() for written in verification.megabatches]
     return ReleaseVerification(
         covered=coverage(
             {name: files for verification in verifications.values() for name, files in verification.fragments.items()}
         ),
         read_again=tuple(again),
         problems=problems,
-        cells=sum(one.cells for one in megabatches),
-        set_aside={joinid: why for one in megabatches for joinid, why in one.set_aside.items()},
+        cells=sum(written.cells for written in megabatches),
+        set_aside={joinid: why for written in megabatches for joinid, why in written.set_aside.items()},
     )

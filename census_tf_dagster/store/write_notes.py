@@ -1,8 +1,10 @@
-"""What each run of a shard has written: a checksum of each megabatch, and the cells that it set aside.
+"""Writes and reads the notes of a shard's runs: a checksum of each megabatch, and the cells that the run set aside.
 
-A run notes a megabatch before it commits it, so nothing is in the array that no note tells of; a note without cells in
-the array only means that the run ended in between. Each run has a file of its own: two that work on one shard, of which
-one is believed dead, do not overwrite each other's notes.
+A run writes a note about a megabatch before it commits the megabatch. So every megabatch in the array has a note. A
+note without cells in the array means that the run ended in between. Each run has its own file, so two runs on one shard
+(of which one was believed dead) do not overwrite each other's notes.
+
+Comparing the array with the notes belongs in `readback`.
 """
 
 import uuid
@@ -24,18 +26,18 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Written:
-    """One megabatch as a run wrote it.
+    """A note about one megabatch, as a run wrote it.
 
     Attributes
     ----------
     megabatch
-        Its index in the plan.
+        Index of the megabatch in the plan.
     first, last, cells
-        Smallest and largest joinid of the cells that were written, and how many; -1, -1 and 0 for none.
+        Smallest and largest joinid of the written cells, and their number; -1, -1 and 0 if there are none.
     checksum
-        `Checksum` of these cells.
+        `Checksum` of the written cells.
     set_aside
-        Why each of the other cells of the megabatch has no embedding, by joinid.
+        The reason for each other cell of the megabatch, by joinid.
     widened
         Joinids of cells that left the range of the compute precision and were computed in a wider one.
     """
@@ -57,7 +59,7 @@ class Written:
         set_aside: Mapping[int, str] | None = None,
         widened: Iterable[int] = (),
     ) -> Self:
-        """Describe what is about to be committed: ascending joinids int64 ``(n,)``, values ``(n, n_features)``."""
+        """Make the note about cells to commit: ascending joinids int64 ``(n,)``, values float32 ``(n, n_features)``."""
         checksum = Checksum()
         checksum.add(joinids, values)
         first, last = (int(joinids[0]), int(joinids[-1])) if len(joinids) else (-1, -1)
@@ -73,30 +75,30 @@ class Written:
 
 
 class Checksum:
-    """XXH3, 128 bits, of joinids and of values as they are stored; cells are added in ascending order."""
+    """XXH3 checksums, 128 bits each, of joinids and of stored values. Cells must be added in ascending order."""
 
     def __init__(self) -> None:
         self._joinids = xxhash.xxh3_128()
         self._values = xxhash.xxh3_128()
 
     def add(self, joinids: Ids, values: npt.NDArray[np.float32]) -> None:
-        """Add some cells: int64 ``(n,)``, float32 ``(n, n_features)``."""
+        """Add cells: joinids int64 ``(n,)``, values float32 ``(n, n_features)``."""
         self._joinids.update(np.ascontiguousarray(joinids, "<i8").data)
         self._values.update(np.ascontiguousarray(values, "<f4").data)
 
     def hexdigest(self) -> str:
-        """Return 64 hexadecimal digits."""
+        """Return both checksums as 64 hexadecimal digits."""
         return f"{self._joinids.hexdigest()}{self._values.hexdigest()}"
 
 
 Notes = Mapping[int, tuple[Written, ...]]
-"""What runs have written of each megabatch, by its index."""
+"""The notes of all runs about each megabatch, by its index in the plan."""
 
 _FILE = TypeAdapter(tuple[Written, ...])
 
 
 def read_notes(storage: Storage, folder: ReleaseFolder, plan: Plan, shards: Iterable[int]) -> Notes:
-    """Read what all runs of some shards have noted; a damaged file tells nothing."""
+    """Read the notes of all runs of these shards. A damaged file is ignored."""
     found: dict[int, list[Written]] = {}
     for shard in shards:
         for uri in storage.list(folder.notes(plan.totals.plan, shard)):
@@ -106,20 +108,20 @@ def read_notes(storage: Storage, folder: ReleaseFolder, plan: Plan, shards: Iter
                 noted = _FILE.validate_json(storage.read(uri))
             except ValidationError:
                 continue
-            for one in noted:
-                found.setdefault(one.megabatch, []).append(one)
-    return {index: tuple(some) for index, some in found.items()}
+            for written in noted:
+                found.setdefault(written.megabatch, []).append(written)
+    return {index: tuple(notes) for index, notes in found.items()}
 
 
-class NoteBook:
-    """Where one run of a shard notes what it writes."""
+class NoteWriter:
+    """Writes the notes of one run of a shard."""
 
     def __init__(self, storage: Storage, folder: ReleaseFolder, plan: Plan, shard: int) -> None:
         self._storage = storage
         self._uri = f"{folder.notes(plan.totals.plan, shard)}/{uuid.uuid4().hex}.json"
         self.noted: list[Written] = []
 
-    def note(self, one: Written) -> None:
-        """Store a note, before its megabatch is committed."""
-        self.noted.append(one)
+    def note(self, written: Written) -> None:
+        """Store a note. Call this before the megabatch is committed."""
+        self.noted.append(written)
         self._storage.write(self._uri, _FILE.dump_json(tuple(self.noted)))

@@ -1,4 +1,4 @@
-"""Counts as CSR against what the Census holds, whatever obs.nnz says of stored zeros."""
+"""Counts as CSR equal the Census's, whether or not obs.nnz includes stored zeros."""
 
 import numpy as np
 import pyarrow as pa

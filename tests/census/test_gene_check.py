@@ -1,4 +1,4 @@
-"""Gene ids against what is known outside the Census: real axes pass, permuted ones and other species' do not."""
+"""The check of gene ids passes real gene axes, and refuses permuted axes and those of other species."""
 
 import warnings
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from census_tf_dagster.demo.run import GENES, ORGANISMS
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
-from census_tf_dagster.pipeline.plan_release import make_plan, survey
+from census_tf_dagster.pipeline.plan_release import draft_plan, make_plan
 from tests.support.builders import fill, tiny
 from tests.support.project import RELEASE, REPOSITORY, SHARED_DATA, Project
 
@@ -28,7 +28,7 @@ def expressing(counts: sp.csr_matrix) -> np.ndarray:
 
 
 def evidence(ids: list[str], counts: sp.csr_matrix, organism: str, var: np.ndarray | None = None) -> GeneEvidence:
-    """Look at all cells, with a `var` that counts them, or another one."""
+    """Check all cells, with a `var` that counts them or with another one."""
     whole = expressing(counts)
     return look_at_genes(Genes(tuple(ids), whole if var is None else var, ""), organism, whole, counts.shape[0])
 
@@ -48,20 +48,20 @@ def test_real_axes_have_no_doubts(name: str, organism: str, rank: float | None) 
     require_organism(ids, organism)
     found = evidence(ids, counts, organism)
     assert (found.rank and round(found.rank, 2), found.doubts) == (rank, [])
-    # A table of genes whose rows, counts of cells included, belong to other columns.
+    # In this table of genes, the rows with their numbers of cells belong to other columns.
     rng = np.random.default_rng(0)
     for _ in range(50):
         order = rng.permutation(len(ids))
         var = expressing(counts)[order]
         (doubt,) = evidence([ids[i] for i in order], counts, organism, var).doubts[-1:]
-        assert "the order of `var` hardly belongs to X" in doubt
+        assert "the order of `var` does not seem to be that of X" in doubt
     other = "mus_musculus" if organism == "homo_sapiens" else "homo_sapiens"
     with pytest.raises(UserError, match=f"{other} has 0 of .* which belongs to {organism}"):
         require_organism(ids, other)
 
 
 def test_permuted_ids_of_real_blood_cells_are_doubted() -> None:
-    """700 cells and 765 genes that scanpy ships, chosen because they vary: the hardest case for housekeeping genes."""
+    """Read scanpy's 700 cells and 765 genes. The genes vary: the hardest case for the check."""
     found = find_spec("scanpy")
     assert found is not None
     assert found.origin is not None
@@ -78,7 +78,7 @@ def test_permuted_ids_of_real_blood_cells_are_doubted() -> None:
     rng = np.random.default_rng(0)
     ranks = [evidence([ids[i] for i in rng.permutation(len(ids))], counts, "homo_sapiens") for _ in range(200)]
     assert max(one.rank or 0 for one in ranks) < LEAST_RANK - 0.03
-    assert all("gene ids hardly belong to these counts" in str(one) for one in ranks)
+    assert all("the gene ids do not seem to belong to these counts" in str(one) for one in ranks)
 
 
 @pytest.mark.parametrize("name", ORGANISMS)
@@ -114,7 +114,7 @@ def test_planning_warns_of_a_permuted_axis(project: Project) -> None:
 def test_planning_finds_nothing_against_the_right_axis(project: Project) -> None:
     tiny(project, change=name_genes)
     with project.context("tiny") as context:
-        summary = survey(context).summary
+        summary = draft_plan(context).summary
     assert summary.warnings == ()
     assert "40 housekeeping genes outrank other expressed genes in" in summary.gene_check
 

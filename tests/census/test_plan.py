@@ -1,4 +1,4 @@
-"""Dividing cells into shards and megabatches, and the files that hold it."""
+"""Cells are divided into shards and megabatches, and plan files are written and checked."""
 
 import itertools
 import json
@@ -75,7 +75,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="materialize obs_id_plan"):
         read_plan(storage, str(tmp_path))
     plan = write(storage, tmp_path, np.arange(10), 2, 10)
-    with pytest.raises(UserError, match=r"shard 2 is not in the plan, which has 2 \(0 to 1\)"):
+    with pytest.raises(UserError, match=r"shard 2 is not in the plan; expected a shard from 0 to 1\."):
         plan.shard(2)
 
 
@@ -92,7 +92,7 @@ def pointer_is(content: bytes) -> Callable[[Path, Plan], None]:
 
 
 def swapped_ids(folder: Path, plan: Plan) -> None:
-    """Exchange two cells of neighbouring megabatches."""
+    """Exchange two cells of adjacent megabatches."""
     path = folder / f"{plan.totals.plan}.obs_ids.parquet"
     tables = [pq.ParquetFile(path).read_row_group(i) for i in range(len(plan.megabatches))]
     ids = [table["soma_joinid"].to_numpy().copy() for table in tables]
@@ -144,7 +144,7 @@ def test_a_damaged_plan_is_refused_in_a_line(tmp_path: Path, damage: Callable[[P
     storage = Storage()
     written = write(storage, tmp_path, np.arange(100), 2, 10)
     damage(tmp_path, written)
-    with pytest.raises(UserError, match=r"^the plan at .* is damaged .*: materialize obs_id_plan again\.$") as caught:
+    with pytest.raises(UserError, match=r"^the plan at .* is damaged .* materialize obs_id_plan again\.$") as caught:
         read_plan(storage, str(tmp_path)).read_ids(storage, written.megabatches)
     assert len(str(caught.value)) < 600
     assert write(storage, tmp_path, np.arange(100), 2, 10) == written

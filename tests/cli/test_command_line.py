@@ -84,6 +84,6 @@ def test_an_organism_that_the_census_lacks(project: Project) -> None:
     (project.folder / "sets" / "tiny" / "defs.yaml").unlink()
     (project.folder / "sets" / "tiny").rmdir()
     project.add_set("tiny", organism="danio_rerio")
-    message = r"organism 'danio_rerio' is not in the Census at .* It has: homo_sapiens"
+    message = r"organism 'danio_rerio' is not in the Census at .*; expected one of: homo_sapiens"
     with pytest.raises(UserError, match=message), project.context("tiny"):
         pass

@@ -143,7 +143,7 @@ def test_without_a_gpu_a_set_that_needs_one_names_launch(project: Project) -> No
     done = project.materialize("tiny/shard_embeddings", f"{RELEASE}|0")
     assert done.returncode != 0
     sentence = (
-        "set 'tiny' needs a GPU (device: cuda) and this machine has none: `python -m census_tf_dagster launch tiny "
-        f"{RELEASE}` takes it to the deployment's GPU nodes."
+        "set 'tiny' has `device: cuda`, but this machine has no GPU. Expected one: run `census-tf-dagster launch tiny "
+        f"{RELEASE}` to send the work to the deployment's GPU nodes."
     )
     assert sentence in done.stdout + done.stderr

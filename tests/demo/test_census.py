@@ -1,4 +1,4 @@
-"""The demo's Census, as readers older than the library that wrote it see it."""
+"""Readers that are older than the writing library can read the demo's Census."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from tests.support.project import RELEASE
 
 
 def build(folder: Path) -> tuple[Path, pd.DataFrame]:
-    """Build a small Census; return where it is, and the cells that it was given."""
+    """Build a small Census; return its path and its cells."""
     organism = synthetic_organism("homo_sapiens", "Homo sapiens", 90, 60, "ENSG", seed=1, median_genes=20)
     build_census(str(folder / "census"), RELEASE, [organism])
     return folder / "census", organism.cells
 
 
 def test_enumerations_have_the_names_of_their_columns(tmp_path: Path) -> None:
-    """tiledbsoma 1.15.3, which builds the Census and which its curators use, looks for them by those names."""
+    """tiledbsoma 1.15.3, with which the Census is built and curated, looks for enumerations by these names."""
     census, cells = build(tmp_path)
     named = 0
     for folder in census.rglob("__schema"):

@@ -1,4 +1,4 @@
-"""The demo: real formats, as their own readers and upstream's own command see them."""
+"""The demo writes real formats, which their own readers and upstream's own command can read."""
 
 import base64
 import os
@@ -30,7 +30,7 @@ TRAIN = {"homo_sapiens", "mus_musculus", "callithrix_jacchus"}
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment with the package installed from its wheel, outside the checkout."""
+    """Make an environment with the package installed from its wheel, outside the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(REPOSITORY)]
@@ -48,7 +48,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def demo(installed: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole demo, by its command, on the installed package."""
+    """Run the whole demo by its command, with the installed package."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "census_tf_dagster", "demo"]
     done = subprocess.run(command, cwd=folder, env=installed, capture_output=True, text=True)
@@ -77,7 +77,7 @@ def test_the_demo_publishes_its_human_cells(demo: Path) -> None:
 
 
 def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
-    """As Dagster's event log has it after the demo's own run: pictures, coverage, and checks of array and shards."""
+    """After the demo, Dagster's event log has pictures, coverage, and checks of array and shards."""
     (folder,) = (demo / "demo-data" / "store" / "demo_human" / RELEASE).glob("*/qc")
     array, shards = (dg.AssetKey(["demo_human", name]) for name in ("embeddings_array", "shard_embeddings"))
     with dg.DagsterInstance.from_config(str(demo / "demo-data" / "dagster_home")) as instance:
@@ -98,10 +98,10 @@ def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
             (evaluated,) = log.get_asset_check_execution_history(key, limit=10)
             assert evaluated.evaluation is not None
             passed[key.name] = evaluated.evaluation.passed
-        # There is no upstream beside the demo's Python; what lacks is said and does not hurt.
+        # Upstream is not installed beside the demo's Python. The check says so, and nothing fails.
         assert {name for name, one in passed.items() if not one} <= {"same_as_upstream"}
-        judged = log.get_asset_check_execution_history(dg.AssetCheckKey(shards, "same_as_upstream"), limit=10)
-        assert sorted(one.evaluation.partition for one in judged if one.evaluation) == [
+        checked = log.get_asset_check_execution_history(dg.AssetCheckKey(shards, "same_as_upstream"), limit=10)
+        assert sorted(one.evaluation.partition for one in checked if one.evaluation) == [
             f"{RELEASE}|{shard}" for shard in range(4)
         ]
 
@@ -148,7 +148,7 @@ def test_census_as_its_own_package_reads_it(demo: Path) -> None:
 @pytest.mark.upstream
 @pytest.mark.parametrize("organism", ["homo_sapiens", "callithrix_jacchus"])
 def test_demo_values_are_upstreams(demo: Path, upstream_command: UpstreamCommand, organism: str) -> None:
-    """The default precision of storage: upstream's value to within half a bfloat16 step."""
+    """With the default storage precision, values are upstream's to within half a bfloat16 step."""
     data = demo / "demo-data"
     with (
         cellxgene_census.open_soma(uri=str(data / "census" / RELEASE)) as census,

@@ -1,4 +1,4 @@
-"""The packed attention path against the plain one, and its mask against the rule evaluated at every pair."""
+"""Packed attention equals plain attention, and its mask equals the rule evaluated at every pair."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def offsets_of(lengths: list[int]) -> np.ndarray:
 
 
 def rule(offsets: np.ndarray) -> np.ndarray:
-    """Which pairs attend: the same cell, causal, no padding."""
+    """Return which pairs attend: same cell, causal, no padding."""
     cell = np.full(LENGTH, -1)
     for number, (start, stop) in enumerate(itertools.pairwise(offsets)):
         cell[start:stop] = number
@@ -65,7 +65,7 @@ def test_blocks_are_those_of_the_rule(lengths: list[int]) -> None:
 
 def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    # The width of real scores: the softcap must bend them.
+    # The scores are as wide as real ones, so that the softcap has an effect.
     q, k, v = (torch.randn(LENGTH, HEADS, HEAD_DIM, generator=generator) * 3 for _ in range(3))
     bias = torch.rand(LENGTH, generator=generator) * 3
     return q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), bias.to(DEVICE)
@@ -113,7 +113,7 @@ def test_without_softcap() -> None:
 @pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_once_for_all_rows() -> None:
-    """The blocks of the mask count only when compiled; every row has a mask of its own, and one compilation."""
+    """The mask's blocks matter only in compiled code. Each row has its own mask, and all share one compilation."""
     torch._dynamo.reset()
     counters.clear()
 
@@ -158,7 +158,7 @@ print(json.dumps(Record.calls))
 
 
 def test_no_two_threads_make_the_first_call_of_a_function_of_mkl() -> None:
-    """A first call by several threads at once may give values of half the digits, without a sign of it."""
+    """A first call by several threads at once may give values with half the digits, without any error."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", RECORD], capture_output=True, text=True, check=True)
     first: dict[str, int] = {}
     for name, elements in json.loads(done.stdout):

@@ -1,4 +1,4 @@
-"""A prepared checkpoint is built once, and again when it is not whole."""
+"""A prepared checkpoint is built once, and again if it is damaged."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_built_once_for_each_precision(checkpoint: Checkpoint, tmp_path: Path, m
 
 
 def flip(path: Path, at: int) -> None:
-    """Change a byte; length and time of change stay."""
+    """Change a byte, but keep the length and the time of change."""
     state = path.stat()
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -55,7 +55,7 @@ def test_damaged_it_is_not_loaded_and_built_again(checkpoint: Checkpoint, tmp_pa
     good = path.read_bytes()
     places = {"length": 0, "header": 20, "digest": good.index(b'"digest":"') + 12, "middle": len(good) // 2, "end": -1}
     flip(path, places[where])
-    with pytest.raises(UserError, match="is damaged or gone: run this again"):
+    with pytest.raises(UserError, match=r"is missing or damaged; .* run this again"):
         load_model(path, GENES, torch.device("cpu"))
     assert prepare(checkpoint, "fp32", tmp_path / "cache") == path
     assert path.stat().st_size == len(good)
@@ -95,7 +95,7 @@ def test_what_was_damaged_since_it_was_read_is_not_prepared(
     build_checkpoint(
         checkpoint.folder, {"o": GENES}, ASSAYS, embed_dim=32, num_heads=2, seq_len=127, block_len=128, seed=5
     )
-    with pytest.raises(UserError, match=rf"and had {checkpoint.fingerprint} when it was last read"):
+    with pytest.raises(UserError, match=rf"expected {checkpoint.fingerprint}, as when it was last read"):
         prepare(remembered, "fp32", cache)
 
 
@@ -107,7 +107,7 @@ def test_a_cache_that_cannot_be_written(checkpoint: Checkpoint, tmp_path: Path) 
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were hashed, any size being worth remembering."""
+    """Return the files that were hashed; files of any size are remembered."""
     found: list[str] = []
     own = digests._hash_file
 
@@ -151,7 +151,7 @@ def test_a_digest_from_before_the_check_is_not_taken_for_one(
 ) -> None:
     weights, cache = checkpoint.folder / "model_weights.pt", tmp_path / "cache"
     flip(weights, weights.stat().st_size // 2)
-    # As `fetch` does, which looks at no checksums in it.
+    # `fetch` reads the file in this way, without checking checksums.
     digests.file_digest(weights, cache)
     with pytest.raises(UserError, match=r"model_weights.pt is damaged"):
         read_checkpoint(checkpoint.folder, cache=cache)

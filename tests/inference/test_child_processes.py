@@ -1,4 +1,4 @@
-"""No child process outlives a worker that is killed, whatever the child is doing at that moment."""
+"""No child process outlives a killed worker, whatever the child is doing at that moment."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ with open_devices(Path(sys.argv[1]), genes, "cpu", None) as (device,):
     sys.stdin.read()
 """
 """Imports no torch."""
-JUDGE = """
+UPSTREAM_WORKER = """
 import subprocess, sys
 from census_tf_dagster.pipeline.upstream import run_upstream
 process = subprocess.Popen([sys.executable, "-c", run_upstream()], stdin=subprocess.PIPE)
@@ -55,7 +55,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stuck_import(tmp_path: Path) -> str:
-    """A PYTHONPATH where importing torch is a native call that keeps Python's lock for a minute."""
+    """Return a PYTHONPATH on which importing torch is a native call that holds Python's lock for a minute."""
     (tmp_path / "torch.py").write_text(
         f"import ctypes, pathlib\npathlib.Path({str(tmp_path / 'importing')!r}).touch()\nctypes.PyDLL(None).sleep(60)\n"
     )
@@ -83,7 +83,7 @@ def started(code: str, *arguments: object, path: str = str(REPOSITORY)) -> "Iter
 
 
 def seconds_after_kill(worker: "subprocess.Popen[str]") -> float:
-    """Kill a worker and return how long its children lived on."""
+    """Kill a worker and return how long its children survived."""
     found = children(worker.pid)
     assert found
     began = time.monotonic()
@@ -122,7 +122,7 @@ def test_while_it_works(prepared: Path, said: str, cells: int) -> None:
         while worker.stdout.readline() != f"{said}\n":
             pass
         if cells == 2_000:
-            # Computed within this time; then its answer fills the pipe, which nobody reads.
+            # The megabatch is computed within this time. Then its answer fills the pipe, which nobody reads.
             time.sleep(1.0)
         assert seconds_after_kill(worker) < LONGEST
 
@@ -140,6 +140,6 @@ def test_a_parent_that_ended_before(stuck_import: str) -> None:
 
 
 def test_upstreams_command_ends_as_well(stuck_import: str, tmp_path: Path) -> None:
-    with started(JUDGE, path=stuck_import) as worker:
+    with started(UPSTREAM_WORKER, path=stuck_import) as worker:
         wait_for((tmp_path / "importing").exists)
         assert seconds_after_kill(worker) < LONGEST

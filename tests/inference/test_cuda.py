@@ -1,4 +1,4 @@
-"""What the engine asks of CUDA, judged without a card."""
+"""The engine's calls of CUDA are right, tested without a GPU."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def expected(prepared: Path) -> np.ndarray:
 
 
 def embed_on(prepared: Path, device: str) -> np.ndarray:
-    # Rows of the reference form of FlexAttention have to be short.
+    # The reference implementation of FlexAttention needs short rows.
     engine = Engine.load(prepared, GENES, device, batch_size=8)
     return engine.embed(cells(30, seed=0))
 
@@ -81,9 +81,9 @@ def test_devices_have_an_index(monkeypatch: pytest.MonkeyPatch, visible: str | N
     [
         (None, "cuda:2", "cuda:2 .* 2 GPUs: cuda:0 to cuda:1"),
         ("1", "cuda:1", "cuda:1 .* 1 GPU"),
-        ("", "cuda", "none that torch can use.*CUDA_VISIBLE_DEVICES is ''"),
-        ("-1", "cuda", "none that torch can use.*CUDA_VISIBLE_DEVICES is '-1'"),
-        ("7", "cuda", "none that torch can use.*CUDA_VISIBLE_DEVICES is '7'"),
+        ("", "cuda", "no GPU that torch can use.*CUDA_VISIBLE_DEVICES is ''"),
+        ("-1", "cuda", "no GPU that torch can use.*CUDA_VISIBLE_DEVICES is '-1'"),
+        ("7", "cuda", "no GPU that torch can use.*CUDA_VISIBLE_DEVICES is '7'"),
     ],
 )
 def test_devices_that_are_not_there(
@@ -179,7 +179,7 @@ def test_compilers_that_triton_finds(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).chmod(0o755)
 
     install("cc")
-    # Triton looks for gcc and clang alone.
+    # Triton looks only for gcc and clang.
     with pytest.raises(UserError, match="no C compiler"):
         gpu.require_compiler()
     install("gcc")
@@ -233,7 +233,7 @@ int cuDeviceGetCount(int *count) {
     return 0;
 }
 """
-"""What NVIDIA's driver library answers with four GPUs; 100 is its code for none."""
+"""Answers of NVIDIA's driver library for four GPUs; 100 is its error code for no GPU."""
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the driver's double needs gcc")

@@ -1,4 +1,4 @@
-"""Device processes: the same values from several, and none that outlives its parent or hides its end."""
+"""Several device processes give the same values; none outlives its parent or ends without an error."""
 
 import os
 import select
@@ -58,7 +58,10 @@ def test_a_second_answer_waits_until_the_first_is_committed(prepared: Path) -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(prepared: Path) -> None:
-    with pytest.raises(UserError, match="asks for a GPU"), open_devices(prepared, GENES, "cuda", None):
+    with (
+        pytest.raises(UserError, match="has `device: cuda`, but this machine has no GPU"),
+        open_devices(prepared, GENES, "cuda", None),
+    ):
         pass
 
 
@@ -66,7 +69,7 @@ def test_a_device_process_that_dies(prepared: Path) -> None:
     with open_devices(prepared, GENES, "cpu", None) as (device,):
         device.process.send_signal(signal.SIGKILL)
         device.process.wait()
-        with pytest.raises(DeviceLostError, match=r"the process of CPU ended with signal 9; .* run the shard again"):
+        with pytest.raises(DeviceLostError, match=r"the process of CPU ended with signal 9; .* Run the shard again"):
             device.embed(cells(30, seed=0))
 
 

@@ -1,4 +1,4 @@
-"""The engine: rows of any kind give the same values, memory that runs out loses nothing."""
+"""The engine gives the same values for rows of any kind, and loses nothing when memory runs out."""
 
 import warnings
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_padded_rows_give_the_same(engine: Engine) -> None:
 
 
 def test_all_layers_and_rows_share_one_compilation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two graphs: a layer that is followed by another, and the last."""
+    """Compilation makes two graphs: one for the last layer, one for all others."""
     engine = load_engine(read_checkpoint(folder), GENES)
     torch._dynamo.reset()
     counters.clear()

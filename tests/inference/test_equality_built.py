@@ -1,4 +1,4 @@
-"""Built cells at every edge of the rules, against upstream's own command; and controls that must fail."""
+"""Artificial cells at every edge of the rules equal upstream's own command, and controls fail."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,14 +44,14 @@ def built_cells() -> Cells:
     counts = scipy.sparse.csr_matrix(np.stack(rows))
     assert counts.data.max() > 30
     assays = [*(ASSAYS[i % 2] for i in range(len(LENGTHS))), *["never seen"] * len(LENGTHS)]
-    # Stored zeros, where nothing is expressed.
+    # These are stored zeros of genes that are not expressed.
     extra = scipy.sparse.random(*counts.shape, density=0.01, format="csr", random_state=3, dtype=np.float32)
     extra.data[:] = 2**-20
     mixed = (counts + extra).tocsr()
     mixed.data = np.floor(mixed.data)
     assert (mixed.data == 0).sum() > 100
     assert np.array_equal(mixed.toarray(), counts.toarray())
-    # Every seventh count is no whole number, some of them near 0 and above 30.
+    # Every seventh count is not a whole number; some of these are near 0 or above 30.
     mixed.data[::7] = np.where(mixed.data[::7] > 0, mixed.data[::7] - np.float32(0.7), 0)
     mixed.sort_indices()
     return Cells(
@@ -66,7 +66,7 @@ def built_cells() -> Cells:
 def as_matrix(cells: Cells) -> scipy.sparse.csr_matrix:
     shape = (len(cells.assays), N_GENES)
     matrix = scipy.sparse.csr_matrix((cells.values, cells.columns, cells.indptr), shape=shape, copy=True)
-    # Upstream must not depend on the order of indices either.
+    # Upstream must not depend on the order of indices, either.
     for i in range(matrix.shape[0]):
         part = slice(matrix.indptr[i], matrix.indptr[i + 1])
         matrix.indices[part], matrix.data[part] = matrix.indices[part][::-1].copy(), matrix.data[part][::-1].copy()
@@ -88,7 +88,7 @@ def embed(
 
 
 def embed_packed(checkpoint: Checkpoint) -> np.ndarray:
-    """Embed the built cells on the path of the GPU, wherever the model is."""
+    """Embed the cells on the GPU's path, on any device."""
     tokenizer = Tokenizer.build(GENES, checkpoint)
     packed = tokenizer(built_cells())
     model = load_engine(checkpoint, tokenizer.known_genes).model
@@ -127,7 +127,7 @@ def test_batches_do_not_matter(checkpoint_folder: Path, reference: np.ndarray, b
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_packed_rows(checkpoint_folder: Path, reference: np.ndarray) -> None:
-    """The path of the GPU: several cells in a padded row."""
+    """On the GPU's path, several cells share a padded row."""
     assert relative_errors(embed_packed(read_checkpoint(checkpoint_folder)), reference).max() <= BOUND
 
 
@@ -143,14 +143,14 @@ def test_control_packed_mask_off_fails(
 
 
 def test_unsorted_genes_of_upstream_are_ours_in_var_order(checkpoint_folder: Path, reference: np.ndarray) -> None:
-    """A control of the fixture: with genes in another order the values differ."""
+    """The fixture is sensitive: with genes in another order, values differ."""
     checkpoint = read_checkpoint(checkpoint_folder)
     assert relative_errors(embed(checkpoint, built_cells(), GENES[::-1]), reference).max() > 10 * BOUND
 
 
 def test_pretrained_embeddings(tmp_path: Path, upstream_command: UpstreamCommand) -> None:
-    """A species outside the vocabulary, whose genes come from an embedding file of its own."""
-    # Upstream's count head, which it cannot leave out, needs a vocabulary at least as large as the file's.
+    """The genes of a species outside the vocabulary come from its own embedding file."""
+    # Upstream always computes its count head, which needs a vocabulary at least as large as the file's.
     build_checkpoint(tmp_path / "checkpoint", {"other": [f"ENSMUSG{i:011d}" for i in range(6000)]}, ASSAYS)
     genes_file = tmp_path / "species_gene.h5"
     build_pretrained_embeddings(genes_file, [g for g, known in zip(GENES, KNOWN, strict=True) if known], 96, seed=3)

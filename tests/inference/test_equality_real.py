@@ -1,4 +1,4 @@
-"""Real cells through Dagster's command line, against upstream's own command."""
+"""Real cells, embedded through Dagster's command line, equal upstream's own command."""
 
 import random
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def check(
     block_len: int = 128,
     **attributes: Any,
 ) -> int:
-    """Take a file to the final array and compare every planned cell; return how many there were."""
+    """Embed a file up to the final array and compare every planned cell; return their number."""
     name, label = ORGANISMS[real_file.stem]
     adata = anndata.read_h5ad(real_file)
     genes = adata.var["ensembl_id"].tolist()
@@ -87,7 +87,7 @@ def in_process(project: Project, name: str) -> None:
 
 @pytest.mark.upstream
 def test_all_cells_at_a_short_window(project: Project, real_file: Path, upstream_command: UpstreamCommand) -> None:
-    """A window of 63 genes is filled and overrun by many of these cells."""
+    """Many of these cells express as many genes as a window of 63, or more."""
     assert check(project, real_file, upstream_command, by_command, seq_len=63, block_len=64) in (500, 1107)
 
 
@@ -95,7 +95,7 @@ def test_all_cells_at_a_short_window(project: Project, real_file: Path, upstream
 def test_vocabulary_order_is_upstreams_on_a_var_in_that_order(
     project: Project, real_file: Path, upstream_command: UpstreamCommand
 ) -> None:
-    """A window of 63 genes is overrun, so that the order decides also which genes are seen."""
+    """Cells express more genes than a window of 63, so the order also decides which genes the model sees."""
     options = {"seq_len": 63, "block_len": 64, "gene_order": "vocabulary"}
     assert check(project, real_file, upstream_command, in_process, **options) in (500, 1107)
 

@@ -1,4 +1,4 @@
-"""Checkpoints on S3: fetched once, verified each time, and never mixed."""
+"""Checkpoints on S3 are fetched once, verified each time, and never mixed."""
 
 import hashlib
 import os
@@ -46,7 +46,7 @@ def storage(s3: str, client: Any) -> Storage:
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The objects that were downloaded."""
+    """Return the names of the downloaded objects."""
     found: list[str] = []
     real = S3Objects.download
 
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_named(tmp_path: Path, storage: Storage) -> None:
 def test_another_version_gets_a_folder_of_its_own(tmp_path: Path, client: Any, storage: Storage) -> None:
     first = fetch(URI, storage, tmp_path / "cache")
     before = (first / "config.json").read_bytes()
-    # The same size.
+    # The new object has the same size.
     client.put_object(Bucket="models", Key="tf/c/config.json", Body=before.replace(b"model", b"MODEL"))
     second = fetch(URI, storage, tmp_path / "cache")
     assert (second / "config.json").read_bytes() == before.replace(b"model", b"MODEL")
@@ -144,7 +144,7 @@ def test_what_came_is_compared_with_the_md5_of_s3(
         Path(path).write_bytes(content[:-1] + b"?")
 
     monkeypatch.setattr(storage._objects._client, "download_file", corrupt)
-    with pytest.raises(StoreError, match=r"big.h5: what came has the MD5 .*, and S3 says it holds"):
+    with pytest.raises(StoreError, match=r"big.h5: the copy has the MD5 .*; expected .*, as S3 states"):
         storage.download("s3://models/big.h5", tmp_path / "corrupt", found)
     assert not (tmp_path / "corrupt").exists()
 
@@ -157,7 +157,7 @@ def test_a_short_answer_and_a_change_meanwhile(
     assert found is not None
     with monkeypatch.context() as patch:
         patch.setattr(storage._objects._client, "download_file", lambda bucket, key, path: Path(path).write_bytes(b"?"))
-        with pytest.raises(StoreError, match=rf"1 bytes came, and S3 says it holds {found.size}"):
+        with pytest.raises(StoreError, match=rf"1 bytes came; expected {found.size}"):
             storage.download(uri, tmp_path / "short", found)
     client.put_object(Bucket="models", Key="tf/c/config.json", Body=b"{}")
     with pytest.raises(StoreError, match=r"config.json changed while it was fetched"):

@@ -1,4 +1,4 @@
-"""The order of genes in a cell: the release's, or the checkpoint's whatever the release says."""
+"""The order of genes in a cell is the release's or, for any release, the checkpoint's."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def cells_over(axis: list[str], counts: list[dict[str, float]]) -> Cells:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_vocabulary_order_is_that_of_a_var_in_that_order(checkpoint: Checkpoint, seed: int) -> None:
-    """Whatever the order of `var`: the tokens, by gene, are those of a `var` that lists the vocabulary's genes."""
+    """For any order of `var`, tokens by gene equal those of a `var` in the vocabulary's order."""
     rng = np.random.default_rng(seed)
     axis = rng.permutation(GENES).tolist()
     counts = [

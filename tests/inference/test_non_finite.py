@@ -1,4 +1,4 @@
-"""Cells that leave a precision's range are tried again or given up alone; their neighbours keep their values."""
+"""Cells that leave a precision's range are computed again or set aside; their neighbours keep their values."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import open_devices
 from census_tf_dagster.inference.engine import Engine, PendingCells
 from census_tf_dagster.inference.model import Model
-from census_tf_dagster.inference.non_finite import RowResult, SecondLook
+from census_tf_dagster.inference.non_finite import NonFiniteCells, RowResult
 from census_tf_dagster.inference.packing import PackedCells, assemble
 from tests.support.cells import ASSAYS, GENES, START
 from tests.support.cuda_double import gpus_of_tests
@@ -46,7 +46,7 @@ def overflows_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packed(hot: tuple[int, ...] | list[int] = tuple(CULPRITS)) -> PackedCells:
-    """Cells of various lengths, of which some have the gene that overflows; every second one has an assay token."""
+    """Make cells of various lengths. Some have the gene that overflows, and every second one has an assay token."""
     rng = np.random.default_rng(0)
     parts = []
     for number in range(CELLS):
@@ -77,7 +77,7 @@ def by_itself(model: Model, cells: PackedCells) -> np.ndarray:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_in_a_packed_row_neighbours_are_harmed(overflows_fp16: Path) -> None:
-    """What the second look is for: a masked key still multiplies its value, and 0 x NaN is NaN."""
+    """Neighbours are harmed without recomputation: a masked key still multiplies its value, and 0 x NaN is NaN."""
     model = Engine.load(overflows_fp16, GENES, "cpu").model
     alone = by_itself(model, packed())
     assert np.flatnonzero(~np.isfinite(alone).all(axis=1)).tolist() == CULPRITS
@@ -136,7 +136,7 @@ def test_a_cell_that_is_not_finite_in_any_precision_is_given_up_alone(overflows_
 def test_nothing_is_wider_than_fp32(tmp_path: Path) -> None:
     engine = Engine.load(prepared(tmp_path, OVERFLOWS_FP32, "fp32"), GENES, "cpu")
     assert finish(engine, packed()).set_aside == dict.fromkeys(CULPRITS, "Its embedding is not finite in fp32.")
-    message = r"2 cells have embeddings that are not finite, positions \[2, 11\]\. Of the first: .* in fp32\."
+    message = r"2 cells have embeddings that are not finite, positions \[2, 11\]\. The first cell: .* in fp32\."
     with pytest.raises(NonFiniteError, match=message):
         engine.embed(packed())
 
@@ -186,19 +186,19 @@ def test_memory_that_does_not_suffice_for_the_wider_precision_costs_those_cells_
 
 
 @without_gpu
-def test_memory_that_runs_out_in_the_second_look_halves_the_row(
+def test_memory_that_runs_out_in_the_recomputation_halves_the_row(
     overflows_fp16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gpus_of_tests(1):
         engine = Engine.load(overflows_fp16, GENES, "cuda", batch_size=6)
-        judge, errors = SecondLook.__call__, [torch.OutOfMemoryError("CUDA out of memory")]
+        recompute, errors = NonFiniteCells.__call__, [torch.OutOfMemoryError("CUDA out of memory")]
 
-        def full(self: SecondLook, *arguments: Any) -> RowResult:
+        def full(self: NonFiniteCells, *arguments: Any) -> RowResult:
             if errors:
                 raise errors.pop()
-            return judge(self, *arguments)
+            return recompute(self, *arguments)
 
-        monkeypatch.setattr(SecondLook, "__call__", full)
+        monkeypatch.setattr(NonFiniteCells, "__call__", full)
         work = finish(engine, packed())
     assert engine.counters.halvings == 1
     assert (work.failure, work.set_aside, work.widened) == (None, {}, CULPRITS)
@@ -209,7 +209,7 @@ def test_memory_that_runs_out_in_the_second_look_halves_the_row(
 def test_cells_that_overflow_do_not_keep_a_model_from_loading(
     overflows_fp32: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Warming up embeds cells that no Census has; their values say nothing."""
+    """Warming up embeds cells that no Census has, so their values do not matter."""
     embed = Model.embed
 
     def infinite(self: Model, *arguments: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Rows: every cell once, none split, almost nothing lost."""
+"""Rows hold every cell once, split none, and waste almost no space."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from census_tf_dagster.inference.packing import PackedCells, assemble, choose_ce
 
 
 def lengths(median: int, n: int, seed: int) -> np.ndarray:
-    """Lengths as real cells have them, cut at the window of 2,048 tokens."""
+    """Return lengths like those of real cells, cut at the window of 2,048 tokens."""
     rng = np.random.default_rng(seed)
     return np.clip(np.exp(rng.normal(np.log(median), 0.5, n)), 2, 2048).astype(np.int64)
 

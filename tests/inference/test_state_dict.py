@@ -1,4 +1,4 @@
-"""The tensors that are expected of a checkpoint are those of upstream's own model."""
+"""The expected tensors of a checkpoint are those of upstream's own model."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Tokens against a plain-Python statement of upstream's rules."""
+"""Tokens equal those of upstream's rules, written in plain Python."""
 
 import numpy as np
 import pytest

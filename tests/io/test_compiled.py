@@ -1,4 +1,4 @@
-"""Compiled functions work, and are kept if there is any place, wherever the package and HOME cannot be written."""
+"""Compiled functions work and are kept in any writable folder, even if package and HOME are not writable."""
 
 import os
 import shutil
@@ -44,11 +44,11 @@ print(census_tf_dagster.__file__)
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A copy of the package that nobody can write to, root included, and no home."""
+    """Make a copy of the package to which nobody can write, not even root, without a home."""
     ours = tmp_path / "installed" / PACKAGE
     shutil.copytree(REPOSITORY / PACKAGE, ours, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in [ours, *(path for path in ours.rglob("*") if path.is_dir())]:
-        # Where a file stands no folder can be made.
+        # No folder can be made where a file exists.
         (folder / "__pycache__").touch()
     (ours / "total.py").write_text(FUNCTION)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "XDG_"))}
@@ -63,7 +63,7 @@ def run(environment: dict[str, str], code: str, *arguments: object) -> str:
 
 
 def found_in_cache(environment: dict[str, str], *arguments: object, before: str = "") -> int:
-    """Compile in a process of its own; return how much it took from what was kept."""
+    """Compile in a separate process; return the number of kept results that it used."""
     return int(run(environment, before + RUN, *arguments))
 
 
@@ -75,7 +75,7 @@ def test_everything_can_be_imported(environment: dict[str, str]) -> None:
     subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0, reason="may not mount here"
 )
 def test_packages_that_are_installed_for_all_can_be_imported(environment: dict[str, str], tmp_path: Path) -> None:
-    """As umap, whose functions numba refuses to cache then; umap itself compiles for half a minute."""
+    """This is like umap, whose functions numba then refuses to cache. umap itself compiles for half a minute."""
     packages = sysconfig.get_path("purelib")
     theirs = Path(environment["PYTHONPATH"]) / PACKAGE / "theirs.py"
     theirs.write_text("import numba\n@numba.njit(cache=True)\ndef one():\n    return 1\n")

@@ -1,4 +1,4 @@
-"""Proxies that the environment names: for the webserver, for TileDB and boto3; and none for this machine itself."""
+"""Proxies of the environment work for the webserver, TileDB and boto3, but not for this machine itself."""
 
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -28,7 +28,7 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Webserver(BaseHTTPRequestHandler):
-    """Answers as a webserver does; as a proxy, with an error of its own."""
+    """Answers like a webserver; answers requests to a proxy with its own error."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

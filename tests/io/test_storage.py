@@ -1,4 +1,4 @@
-"""Local folders and S3 prefixes list the same files; what cannot be written, read or held is one clear error."""
+"""Local folders and S3 prefixes list the same files; failing writes, reads and memory give one clear error."""
 
 import os
 import resource
@@ -42,7 +42,7 @@ def fill_s3(objects: Any) -> str:
     objects.create_bucket(Bucket="a-store")
     for name, content in {**FILES, **dict.fromkeys(MARKERS, b"")}.items():
         objects.put_object(Bucket="a-store", Key=f"some/place/{name}", Body=content)
-    # Begins with the same letters, and is another folder.
+    # This name begins with the same letters but is another folder.
     objects.put_object(Bucket="a-store", Key="some/place2/a", Body=b"4444")
     return "s3://a-store/some/place"
 
@@ -104,14 +104,14 @@ def test_a_folder_of_temporary_files_that_cannot_be_used(s3: str, monkeypatch: p
     client(s3).create_bucket(Bucket="a-store")
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     with (
-        pytest.raises(UserError, match=r"no temporary folder can be made .*: set TMPDIR to a folder"),
+        pytest.raises(UserError, match=r"no temporary folder can be made .*: set TMPDIR to one"),
         Storage(S3Settings(REGION, s3)).writing("s3://a-store/x"),
     ):
         pass
 
 
 def told(about: str, attempt: Callable[[], object]) -> None:
-    """Print how an attempt ends."""
+    """Print the outcome of an attempt."""
     try:
         print(about, "done", attempt())
     except UserError as error:
@@ -119,7 +119,7 @@ def told(about: str, attempt: Callable[[], object]) -> None:
 
 
 def on_a_small_disk(project: Project) -> None:
-    """Plan on a disk that is read-only, full, and neither; prepare in a cache that is read-only."""
+    """Plan on a read-only, a full and a writable disk; prepare in a read-only cache."""
     store = project.folder / "store"
     with project.context("tiny") as context:
         make_plan(context)
@@ -145,7 +145,7 @@ def on_a_small_disk(project: Project) -> None:
 
 
 def with_little_memory(project: Project) -> None:
-    """Plan in a process that may hardly grow."""
+    """Plan in a process whose memory is limited."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     for megabytes in (50, 500, 900):
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, -1))
@@ -180,7 +180,7 @@ def test_disks_that_are_full_or_read_only(project: Project) -> None:
     assert "cannot be removed" in said
     assert "read-only: prepare refused: the prepared checkpoint cannot be written below" in said
     assert "full: prepare refused: the prepared checkpoint cannot be written below" in said
-    assert said.count("or set CENSUS_TF_CACHE to another local folder") == 2
+    assert said.count("or set CENSUS_TF_CACHE to another folder") == 2
     assert said.endswith("left behind: []\n")
 
 

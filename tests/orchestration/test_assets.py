@@ -102,7 +102,7 @@ def test_cells_that_are_set_aside_are_listed(deployment: Deployment, project: Pr
     (materialization,) = result.asset_materializations_for_node("tiny__shard_embeddings")
     assert materialization.metadata["cells_set_aside"].value == 1
     (one,) = materialization.metadata["set_aside"].value
-    assert re.fullmatch(r"joinid 5: X/raw holds -\d+\.0, which is no count", one)
+    assert re.fullmatch(r"joinid 5: X/raw holds -\d+\.0, which is not a count", one)
     assert deployment.run("shard_embeddings", f"{RELEASE}|1").success
     (materialization,) = deployment.run("embeddings_array", RELEASE).asset_materializations_for_node(
         "tiny__embeddings_array"

@@ -136,7 +136,7 @@ def test_an_outage_is_a_skip_with_its_cause(server: DirectoryServer, instance: d
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [(b"<html>", "it is no JSON"), (b"[]", "it is JSON of another form"), (b"{}", "it has: nothing")],
+    [(b"<html>", "it is not JSON"), (b"[]", "its JSON has another structure"), (b"{}", "It lists: nothing")],
 )
 def test_a_malformed_answer_is_a_skip_with_its_reason(
     server: DirectoryServer, instance: dg.DagsterInstance, body: bytes, message: str
@@ -151,7 +151,7 @@ def test_a_malformed_answer_is_a_skip_with_its_reason(
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"stable": entry(NEW)}, "no entry is a release named by its day. it has: stable"),
+        ({"stable": entry(NEW)}, "it lists no release that is named by its day. It lists: stable"),
         ({NEW: {"release_build": NEW, "flags": {"lts": True}}}, f"{NEW}: soma: Field required"),
         ({NEW: entry(NEW) | {"release_build": 7}}, "release_build: Input should be a valid string"),
         ({NEW: entry(NEW) | {"release_build": "2025-13-08"}}, "month must be in 1..12"),

@@ -189,7 +189,7 @@ def test_a_local_store_has_no_archive(old: Project) -> None:
     word = old.command("prune").stdout.split("--confirm ")[1].strip()
     refused = old.command("prune", "--confirm", word)
     assert refused.returncode == 1
-    assert "there is no cheaper storage class to move to. Use keep or expire." in refused.stderr
+    assert "store has no cheaper storage class: use keep or expire." in refused.stderr
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("no_model")
 
 
 def edit_counts(project: Project, value: float) -> None:
-    """Write the first cell's counts anew, one of them changed; the old ones are taken out."""
+    """Replace the first cell's counts, with one of them changed."""
     uri = counts_folder(project)
     with tiledbsoma.open(str(uri)) as array:
         table = array.read().tables().concat()
@@ -74,7 +74,7 @@ def test_a_cell_with_an_impossible_count_is_set_aside(project: Project, value: f
     with project.context("tiny") as context:
         cells = read_cells(context.release, np.arange(4), whole_counts=whole)
     what = "whole number" if whole else "count"
-    assert cells.set_aside == {0: f"X/raw holds {np.float32(value)!s}, which is no {what}"}
+    assert cells.set_aside == {0: f"X/raw holds {np.float32(value)!s}, which is not a {what}"}
     assert cells.joinids.tolist() == [1, 2, 3]
     assert len(cells.indptr) == 4
     assert cells.indptr[-1] == len(cells.values) == len(cells.columns)
@@ -160,7 +160,7 @@ def test_something_that_is_no_census(project: Project) -> None:
     shutil.rmtree(project.census)
     with tiledbsoma.Collection.create(str(project.census)):
         pass
-    plan_is_refused(project, "is no Census; expected census_data and census_info in it")
+    plan_is_refused(project, "is not a Census .*; expected census_data and census_info in it")
 
 
 def test_a_folder_that_is_no_soma_at_all(project: Project) -> None:
@@ -186,7 +186,7 @@ def test_an_organism_that_the_checkpoint_hardly_knows(project: Project) -> None:
     project.add_set("hardly", organism="homo_sapiens", checkpoint=str(project.folder / "other"))
     plan_is_refused(
         project,
-        r"knows \d+\.\d% of what cells of homo_sapiens express \(1 of 120 genes.*set `pretrained_embeddings`",
+        r"knows \d+\.\d% of the genes that cells of homo_sapiens express \(1 of 120 genes.*set `pretrained_embeddings`",
         name="hardly",
     )
 
@@ -223,10 +223,10 @@ def test_an_array_location_that_holds_something_else(project: Project) -> None:
     tiny(project)
     with project.context("tiny") as context:
         tiledbsoma.Collection.create(context.folder.array).close()
-    plan_is_refused(project, r"embeddings holds something that is no SparseNDArray; move it away")
+    plan_is_refused(project, r"embeddings holds .*; expected a SparseNDArray")
 
 
-@pytest.mark.parametrize(("rows", "message"), [(200, "was not made by this project"), (5, "has 5 rows; the Census")])
+@pytest.mark.parametrize(("rows", "message"), [(200, "so this project did not make it"), (5, "has 5 rows; expected")])
 def test_an_array_that_is_not_ours(project: Project, rows: int, message: str) -> None:
     tiny(project)
     with project.context("tiny") as context:
@@ -255,7 +255,7 @@ ARRAY_FOLDERS = (
     "__fragment_meta",
     "__labels",
 )
-"""What TileDB makes within an array's folder, in this order, before it writes the schema."""
+"""Entries that TileDB makes in an array's folder, in this order, before it writes the schema."""
 
 
 @pytest.mark.parametrize("made", range(len(ARRAY_FOLDERS) + 1))
@@ -280,7 +280,7 @@ def test_a_folder_with_a_file_is_refused_and_left_alone(project: Project) -> Non
             (there / folder).mkdir(parents=True)
         (there / "__labels" / "empty").touch()
         before = sorted(there.rglob("*"))
-    plan_is_refused(project, r"embeddings holds something that is no SparseNDArray; move it away")
+    plan_is_refused(project, r"embeddings holds .*; expected a SparseNDArray")
     assert sorted(there.rglob("*")) == before
 
 
@@ -298,7 +298,7 @@ def test_a_shard_beyond_the_plan(project: Project) -> None:
     with project.context("tiny") as context:
         make_plan(context)
         with pytest.raises(
-            UserError, match=r"shard 9 is not in the plan, which has 4 \(0 to 3\).*`shards` was changed"
+            UserError, match=r"shard 9 is not in the plan; expected a shard from 0 to 3\. If you changed .*`shards`"
         ):
             embed_shard(context, 9)
 
@@ -332,7 +332,7 @@ def test_planned_ids_that_disagree_with_the_index(project: Project) -> None:
         swapped = replace(
             plan, megabatches=(replace(plan.megabatches[0], ids=plan.megabatches[1].ids), *plan.megabatches[1:])
         )
-        with pytest.raises(UserError, match="megabatch 0 holds other ids than were planned"):
+        with pytest.raises(UserError, match="megabatch 0 holds other ids than the plan"):
             swapped.read_ids(context.store, swapped.megabatches[:1])
 
 
@@ -341,6 +341,6 @@ def test_no_gpu_where_the_set_asks_for_one(project: Project) -> None:
     with project.context("tiny") as context:
         make_plan(context)
         before = snapshot(Path(context.folder.root))
-        with pytest.raises(UserError, match=r"asks for a GPU \(device: cuda\) and this machine has none"):
+        with pytest.raises(UserError, match="has `device: cuda`, but this machine has no GPU"):
             embed_shard(context, 0)
         assert snapshot(Path(context.folder.root)) == before

@@ -1,4 +1,4 @@
-"""A few cells of a shard by upstream's own code: what is compared, and what happens when it cannot be."""
+"""A few cells of a shard are compared with upstream's own code, or the result says why not."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def context(project: Project) -> Iterator[ReleaseContext]:
         yield opened
 
 
-def judge(context: ReleaseContext, command: Path | None, shard: int = 0, *, anew: bool = False) -> UpstreamComparison:
-    """Judge what is in the array."""
+def compare(context: ReleaseContext, command: Path | None, shard: int = 0, *, anew: bool = False) -> UpstreamComparison:
+    """Compare the array with upstream."""
     plan = read_plan(context.store, context.folder.plan)
     array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
     with check_upstream.checking_upstream(context, plan, array, shard, command, anew=anew) as finish:
@@ -44,7 +44,7 @@ def judge(context: ReleaseContext, command: Path | None, shard: int = 0, *, anew
 
 
 def script(folder: Path, text: str) -> Path:
-    """A command whose Python knows upstream's version, and runs something else."""
+    """Make a command whose Python reports upstream's version, but runs something else."""
     command = folder / "bin" / "transcriptformer"
     command.parent.mkdir()
     command.touch()
@@ -66,10 +66,10 @@ def test_upstream_agrees_with_a_shard_and_finds_wrong_values(
     verdict = of_comparison(found)
     assert verdict.passed, verdict.text
     assert len(found.joinids) == check_upstream.CELLS
-    # fp32 values, rounded to bfloat16: the difference is that of rounding, and not none at all.
+    # The array holds fp32 values, rounded to bfloat16, so the difference is that of rounding and not 0.
     assert 1e-4 < found.relative_rms < found.worst_cell < found.bound < 4e-3
     assert found.centred_cosine > 0.99
-    # A shard with nothing to do shows what was found, without asking again.
+    # A shard with nothing to do shows the stored comparison and starts no other.
     assert embed_shard(context, 0, upstream=Path("/nowhere/transcriptformer")).comparison == found
 
     array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
@@ -79,7 +79,7 @@ def test_upstream_agrees_with_a_shard_and_finds_wrong_values(
         values = np.concatenate([table["soma_data"].to_numpy() for table in read(slice(int(ids[0]), int(ids[-1])))])
     # Each cell of the first megabatch has its neighbour's embedding.
     array.write(ids, np.roll(values.reshape(len(ids), -1), 1, axis=0))
-    wrong = judge(context, upstream_command.command, anew=True)
+    wrong = compare(context, upstream_command.command, anew=True)
     verdict = of_comparison(wrong)
     assert (verdict.passed, verdict.grave) == (False, True)
     assert wrong.worst_cell > wrong.bound
@@ -107,7 +107,7 @@ def test_an_upstream_that_fails_is_told_and_ends(
 ) -> None:
     fill(context)
     monkeypatch.setattr(check_upstream, "PATIENCE_SECONDS", 0.3 if "sleep" in text else 60.0)
-    found = judge(context, script(tmp_path, text))
+    found = compare(context, script(tmp_path, text))
     assert said in found.not_done
     assert (
         UpstreamComparison.read(
@@ -115,8 +115,8 @@ def test_an_upstream_that_fails_is_told_and_ends(
         )
         == found
     )
-    # It is asked again as soon as there is one.
-    assert said not in judge(context, tmp_path / "nowhere" / "transcriptformer").not_done
+    # Upstream runs again as soon as it is installed.
+    assert said not in compare(context, tmp_path / "nowhere" / "transcriptformer").not_done
 
 
 def test_cells_that_the_array_lacks_are_told(context: ReleaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_cells_that_the_array_lacks_are_told(context: ReleaseContext, monkeypatc
         check_upstream, "read_embeddings", lambda *_: (_ for _ in ()).throw(ValueError("8 cells are not in"))
     )
     monkeypatch.setattr(check_upstream, "upstream_running", lambda *_, **__: _answering(value_of(np.arange(8), 16)))
-    assert judge(context, Path("transcriptformer")).not_done == "ValueError: 8 cells are not in"
+    assert compare(context, Path("transcriptformer")).not_done == "ValueError: 8 cells are not in"
 
 
 class _answering:
@@ -150,7 +150,7 @@ def test_chosen_cells_are_of_the_shard_and_the_same_every_time(context: ReleaseC
         assert (np.diff(chosen) > 0).all()
 
 
-def test_a_shard_without_cells_has_nothing_to_judge(project: Project) -> None:
+def test_a_shard_without_cells_has_nothing_to_compare(project: Project) -> None:
     tiny(project, cells=3, shards=4)
     with project.context("tiny") as context:
         make_plan(context)
@@ -175,10 +175,10 @@ with Project(Path(sys.argv[1])).context("tiny") as context:
 
 
 def test_upstream_dies_with_a_shard_that_is_killed(project: Project, tmp_path: Path) -> None:
-    """It may hold a GPU, and does not react to SIGTERM for minutes."""
+    """Upstream may occupy a GPU, and does not react to SIGTERM for minutes."""
     tiny(project, cells=64)
     pid = tmp_path / "pid"
-    # What the real one does first: it waits for the end of its standard input beside its work.
+    # The real command first starts a thread that waits for the end of its standard input.
     command = script(tmp_path, f'echo $$ > {pid}; exec {sys.executable} -c "$RUN_INSTEAD"')
     waits = upstream.RUN.split("import torch")[0] + "\nimport time; time.sleep(60)"
     process = subprocess.Popen(

@@ -46,7 +46,7 @@ def start(project: Project, name: str = "tiny", pause: float = 0.0) -> subproces
 
 
 def add_and_plan(project: Project, name: str) -> int:
-    """Declare one more set on the same cells, with an array of its own; return its number of megabatches."""
+    """Declare another set on the same cells, with its own array; return its number of megabatches."""
     project.add_set(name, organism="homo_sapiens", shards=1, megabatch_size=16)
     with project.context(name) as context:
         return make_plan(context).totals.megabatches
@@ -82,7 +82,7 @@ def kill_at_random_moments(project: Project, kills: int, seed: int) -> None:
                 assert worker.stdout.readline() == "started\n"
                 output = ""
                 if delivered + killed < kills:
-                    # One in four while the device process starts, the others while all stages work.
+                    # One in four workers is killed while the device process starts, the others while all stages work.
                     if rng.random() > 0.25:
                         output = worker.stdout.readline()
                     time.sleep(rng.uniform(0, 1.5))
@@ -153,7 +153,7 @@ def test_two_workers_on_one_shard_slow_and_fast(project: Project) -> None:
 
 @pytest.fixture
 def with_bad_cell(project: Project) -> Project:
-    """A planned project in which one cell of shard 1, that planning did not sample, is no count any more."""
+    """Plan a project; then make a count impossible in a cell of shard 1 that planning did not sample."""
     tiny(project, megabatch_size=8)
     with project.context("tiny") as context:
         make_plan(context)
@@ -162,7 +162,7 @@ def with_bad_cell(project: Project) -> Project:
 
 
 def listed(context: ReleaseContext) -> pd.DataFrame:
-    """The consumers' list."""
+    """Read the consumers' list."""
     return pd.read_parquet(context.folder.obs_ids).set_index("soma_joinid")
 
 
@@ -174,7 +174,7 @@ def test_a_bad_cell_is_set_aside_and_all_others_are_there(with_bad_cell: Project
         assert summary.verified
         assert summary.cells_computed == summary.cells - 1
         (reason,) = summary.set_aside.values()
-        assert re.fullmatch(r"X/raw holds -\d+\.0, which is no count", reason)
+        assert re.fullmatch(r"X/raw holds -\d+\.0, which is not a count", reason)
         assert embed_shard(context, batch.shard).megabatches_computed == 0
         for shard in {0, 1, 2, 3} - {batch.shard}:
             assert embed_shard(context, shard).set_aside == {}
@@ -196,7 +196,7 @@ def test_a_bad_cell_is_set_aside_and_all_others_are_there(with_bad_cell: Project
 
 
 def test_several_faults_together_end_in_a_right_array(project: Project) -> None:
-    """Bad cells, a worker that is killed, a lost file and a stray value, before a daemon's retry and after it."""
+    """Bad cells, a killed worker, a lost file and a stray value occur before and after a daemon's retry."""
     tiny(project, cells=CELLS, shards=1)
     add_and_plan(project, "calm")
     with project.context("calm") as context:
@@ -217,7 +217,7 @@ def test_several_faults_together_end_in_a_right_array(project: Project) -> None:
         array.write(np.array([first.first]), np.full((1, 16), 0.5, np.float32))
         summary = embed_shard(context, 0)
         assert summary.set_aside.keys() == set(bad)
-        # The fragment that lost its values went, and with it all that was committed before the kill.
+        # The damaged fragment is removed, and it held everything that was committed before the kill.
         assert summary.cells_before == 0
         assert finish_array(context).cells == CELLS - len(bad)
         assert all(not one.wrong for one in verify_array(context, full=True))
@@ -250,7 +250,7 @@ def test_a_fault_of_most_cells_stops_early(project: Project) -> None:
     set_counts(project, list(range(200)), -1.0)
     with project.context("tiny") as context, pytest.raises(SetAsideError) as caught:
         embed_shard(context, 0)
-    assert f"at most {MOST_SET_ASIDE} of its 200 are expected" in str(caught.value)
+    assert f"at most {MOST_SET_ASIDE} of its 200" in str(caught.value)
     assert caught.value.details[0].startswith("joinid ")
     with project.context("tiny") as context:
         assert len(EmbeddingsArray.open(context.folder.array, context.store, context.identity).fragments()) == 0
@@ -266,7 +266,7 @@ def test_a_megabatch_that_cannot_be_read_at_all_fails_and_the_others_are_committ
     (batch,) = [one for one in plan.megabatches if one.first <= 77 <= one.last]
     with project.context("tiny") as context:
         with pytest.raises(
-            SetAsideError, match=r"1 megabatches failed on 2 tries each; all others are committed"
+            SetAsideError, match=r"1 megabatches failed on 2 tries each, and all others are committed"
         ) as caught:
             embed_shard(context, batch.shard)
         assert caught.value.details[0].startswith(f"megabatch {batch.index} (joinids {batch.first} to {batch.last}, 8 ")

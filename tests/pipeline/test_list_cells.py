@@ -1,4 +1,4 @@
-"""Which cells a plan takes: joined and unknown labels, cells without counts, releases of older schemas."""
+"""A plan selects the right cells: joined and unknown labels, cells without counts, older schemas."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from census_tf_dagster.demo.census import Organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.dry_run import describe, dry_run
 from census_tf_dagster.pipeline.finish_array import finish_array
-from census_tf_dagster.pipeline.plan_release import PlanSummary, make_plan, survey
+from census_tf_dagster.pipeline.plan_release import PlanSummary, draft_plan, make_plan
 from tests.support.builders import N_GENES, fill, tiny
 from tests.support.project import Project
 
@@ -28,11 +28,11 @@ def join_labels(organism: Organism) -> None:
 
 
 def planned(project: Project, value_filter: str, **attributes: object) -> tuple[PlanSummary, np.ndarray]:
-    """Survey with another filter."""
+    """Draft a plan with another filter."""
     name = f"set{len(list((project.folder / 'sets').iterdir()))}"
     project.add_set(name, organism="homo_sapiens", value_filter=value_filter, **attributes)
     with project.context(name) as context:
-        found = survey(context)
+        found = draft_plan(context)
     return found.summary, found.joinids
 
 
@@ -136,12 +136,12 @@ def drop(uri: str, *columns: str) -> None:
 
 
 def test_a_release_of_schema_1_0(project: Project) -> None:
-    """2023-05-15 and 2023-07-25: no statistics of the counts in obs or var, no observation_joinid, plain text."""
+    """Make a release like 2023-05-15 and 2023-07-25: no statistics of counts, no observation_joinid, plain text."""
     tiny(project, value_filter="is_primary_data == True", reuse=True, gene_order="vocabulary")
     organism = project.census / "census_data" / "homo_sapiens"
     statistics = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
     with project.context("tiny") as context:
-        full = survey(context).summary
+        full = draft_plan(context).summary
     drop(str(organism / "obs"), *statistics, "observation_joinid")
     drop(str(organism / "ms" / "RNA" / "var"), "nnz", "n_measured_obs")
     with project.context("tiny") as context:
@@ -151,7 +151,7 @@ def test_a_release_of_schema_1_0(project: Project) -> None:
         assert summary.totals.tokens == pytest.approx(full.totals.tokens, rel=0.1)
         assert summary.known_share == pytest.approx(full.known_share, abs=0.05)
         assert summary.totals.cells_without_counts is None
-        assert any("does not say how many genes cells express (schema 1.0)" in one for one in summary.warnings)
+        assert any("does not state how many genes cells express (schema 1.0)" in one for one in summary.warnings)
         assert pq.read_table(context.folder.obs_ids)["zero_counts"].null_count == 180
         fill(context)
         assert finish_array(context).totals.cells == 180
@@ -161,7 +161,7 @@ def test_var_alone_without_nnz(project: Project) -> None:
     tiny(project)
     drop(str(project.census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "var"), "nnz")
     with project.context("tiny") as context:
-        assert survey(context).summary.totals.cells_without_counts == 0
+        assert draft_plan(context).summary.totals.cells_without_counts == 0
 
 
 def test_joinids_far_apart_take_no_memory(project: Project) -> None:
@@ -186,7 +186,7 @@ def test_joinids_far_apart_take_no_memory(project: Project) -> None:
 
 
 def widen(uri: str, domain: list[int]) -> None:
-    """Replace an array by one of before SOMA 1.15: its shape is as large as its type allows."""
+    """Replace an array by one from before SOMA 1.15, whose shape is as large as its type allows."""
     with tiledbsoma.open(uri) as array:
         content = array.read().tables().concat()
     old = tiledb.ArraySchema.load(uri)
@@ -209,7 +209,7 @@ def test_shapes_of_before_soma_1_15(project: Project) -> None:
     widen(str(measurement / "feature_dataset_presence_matrix"), [2**31 - 3, 2**31 - 3])
     with project.context("tiny") as context:
         assert context.release.counts.shape[1] > N_GENES
-        keys = survey(context).keys
+        keys = draft_plan(context).keys
     assert keys is not None
     assert keys.any(axis=1).all()
 
@@ -224,4 +224,4 @@ def test_a_gene_twice_that_the_checkpoint_does_not_know(project: Project) -> Non
     tiny(project, change=twice)
     with project.context("tiny") as context:
         assert context.genes.repeated() == ["ENSG00000000000"]
-        assert isinstance(survey(context).summary.totals, PlanTotals)
+        assert isinstance(draft_plan(context).summary.totals, PlanTotals)

@@ -1,4 +1,4 @@
-"""The three steps on a tiny project: resume, recompute, verification, identity, precision."""
+"""A tiny project goes from plan to array: resume, recompute, verification, identity, precision."""
 
 import json
 from dataclasses import replace
@@ -239,7 +239,7 @@ def test_a_damaged_verification_verifies_nothing_and_is_made_anew(project: Proje
 
 @pytest.mark.parametrize("joinids", [[3, 2], [3, 3], [-1, 3], [3, 200], []])
 def test_a_write_takes_only_ascending_joinids_of_the_census(project: Project, joinids: list[int]) -> None:
-    """TileDB's own checks are off: they cost a third of a write."""
+    """TileDB's own checks are off, because they take a third of a write."""
     tiny(project)
     with project.context("tiny") as context:
         make_plan(context)

@@ -1,4 +1,4 @@
-"""Cells of an earlier release: which are reused, that nothing else is, and that they arrive as they were."""
+"""Exactly the unchanged cells of an earlier release are reused, with unchanged values."""
 
 import itertools
 import json
@@ -18,10 +18,10 @@ from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.copy_shard import CopySummary, copy_shard
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import array_state, finish_array
-from census_tf_dagster.pipeline.plan_release import make_plan, survey
+from census_tf_dagster.pipeline.plan_release import draft_plan, make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
-from census_tf_dagster.store.write_notes import NoteBook, Written
+from census_tf_dagster.store.write_notes import NoteWriter, Written
 from tests.support.builders import value_of
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
 from tests.support.releases import EARLIER, Contents, TwoReleases, fill_planned, two_releases, verify_earlier
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.takes(260)
 
 
 def reused_joinids(context: ReleaseContext) -> np.ndarray:
-    """What the written plan copies, ascending."""
+    """Return the joinids that the written plan copies, ascending."""
     plan = read_plan(context.store, context.folder.plan)
     copied = [batch for batch in plan.megabatches if batch.reused]
     return np.sort(np.concatenate([np.empty(0, np.int64), *plan.read_ids(context.store, copied)]))
@@ -43,7 +43,7 @@ def planned_reuse(releases: TwoReleases) -> np.ndarray:
 
 
 def run(context: ReleaseContext, *, copy_first: bool) -> tuple[int, int]:
-    """Take all shards to their end; return how many cells were computed, and copied."""
+    """Finish all shards; return the numbers of computed and of copied cells."""
     computed = copied = 0
     for shard in range(context.settings.shards):
         steps: list[Callable[[], None]] = []
@@ -64,7 +64,7 @@ def run(context: ReleaseContext, *, copy_first: bool) -> tuple[int, int]:
 
 @pytest.mark.parametrize("copy_first", [True, False])
 def test_a_release_pays_only_for_its_new_cells(project: Project, copy_first: bool) -> None:
-    """The later array equals a full recompute; what was computed is exactly what is new or revised."""
+    """The later array equals a full recomputation, and exactly the new and revised cells were computed."""
     releases = two_releases(project, megabatch_size=24)
     project.add_set("whole", organism="homo_sapiens", gene_order="vocabulary")
     with project.context("reusing", EARLIER) as context:
@@ -80,7 +80,7 @@ def test_a_release_pays_only_for_its_new_cells(project: Project, copy_first: boo
         assert "reuses 160 cells (72.7%;" in summary.reuse()
         assert np.array_equal(reused_joinids(context), unchanged)
         assert run(context, copy_first=copy_first) == (60, 160)
-        # Whoever came last has read every shard back.
+        # The last run of each shard has read it back.
         assert finish_array(context).read_again == ()
         assert array_state(context) == "verified"
         found = read_array(context.folder.array, project.folder)
@@ -106,7 +106,7 @@ def test_a_cell_that_was_set_aside_earlier_is_computed(project: Project) -> None
             kept = ids[ids != lost]
             reasons = {lost: "for a test"} if lost in ids else {}
             values = value_of(kept, 16)
-            NoteBook(context.store, context.folder, plan, batch.shard).note(Written.of(batch, kept, values, reasons))
+            NoteWriter(context.store, context.folder, plan, batch.shard).note(Written.of(batch, kept, values, reasons))
             array.write(kept, values)
         assert finish_array(context).set_aside == {lost: "for a test"}
     with project.context("reusing") as context:
@@ -147,7 +147,7 @@ def test_with_the_order_of_the_release_unchanged_all_is_reused(project: Project)
 
 
 def of_one_dataset(contents: Contents) -> np.ndarray:
-    """Cells of a dataset that both releases have."""
+    """Return cells of a dataset that both releases have."""
     first = contents.cells["dataset_id"].eq(contents.cells["dataset_id"][np.flatnonzero(contents.rows < 20)[0]])
     return np.flatnonzero(first)
 
@@ -183,7 +183,7 @@ def double_one_count(contents: Contents) -> np.ndarray:
 
 
 def drop_one_gene(contents: Contents) -> np.ndarray:
-    """One count less in one cell; another keeps the gene in the dataset, and `raw_sum` stays."""
+    """Move a count within a cell: another cell keeps the gene in the dataset, and `raw_sum` stays."""
     cells = of_one_dataset(contents)
     counts = contents.counts
     often = np.bincount(counts[cells].indices, minlength=counts.shape[1])
@@ -198,7 +198,7 @@ def drop_one_gene(contents: Contents) -> np.ndarray:
 
 
 def add_a_gene(contents: Contents) -> np.ndarray:
-    """A gene that no cell of the dataset had: its sequence of genes is another one, for all of its cells."""
+    """A gene that is new in a dataset changes its sequence of genes, for all its cells."""
     cells = of_one_dataset(contents)
     lil = contents.counts.tolil()
     known = [i for i, gene in enumerate(contents.genes["feature_id"]) if int(gene[4:]) >= 6]
@@ -216,14 +216,14 @@ def empty_joinid(contents: Contents) -> np.ndarray:
 
 
 def repeat_a_cell(contents: Contents) -> np.ndarray:
-    """Two cells of the same key: nobody knows which one is meant."""
+    """Two cells with the same key are ambiguous, so both are computed."""
     one, other = cells = of_one_dataset(contents)[:2]
     for name in contents.cells.columns:
         contents.cells.loc[other, name] = contents.cells.loc[one, name]
     lil = contents.counts.tolil()
     lil[other] = lil[one]
     contents.counts = lil.tocsr()
-    # The dataset keeps all its genes only if some other cell has them: otherwise all of it is computed, too.
+    # The dataset keeps all its genes only if another cell has them. Otherwise all its cells are computed, too.
     return cells
 
 
@@ -281,10 +281,10 @@ def test_an_array_of_another_identity_is_passed_over(verified: TwoReleases, name
     with verified.project.context("reusing", EARLIER) as context:
         root, right = Path(context.folder.root), getattr(context.identity, name)
     with verified.project.context("reusing") as context:
-        assert survey(context).summary.cells_reused == 160
+        assert draft_plan(context).summary.cells_reused == 160
         rewrite_identity(root, **{name: 17 if isinstance(right, int) else "another"})
         try:
-            summary = survey(context).summary
+            summary = draft_plan(context).summary
         finally:
             rewrite_identity(root, **{name: right})
     assert (summary.cells_reused, summary.totals.source) == (0, None)
@@ -293,7 +293,7 @@ def test_an_array_of_another_identity_is_passed_over(verified: TwoReleases, name
 
 
 def test_what_of_an_identity_decides_values_is_known() -> None:
-    """A field that is added to the identity counts as deciding values, until someone says otherwise."""
+    """A new field of the identity counts as deciding values, unless it is listed as not doing so."""
     assert VALUES == [
         "organism",
         "gene_order",
@@ -315,7 +315,7 @@ def unverify(context: ReleaseContext, plan: Plan) -> str:
 
 def forget_keys(context: ReleaseContext, plan: Plan) -> str:
     Path(plan.keys).unlink()
-    return "planned without `reuse`, so without keys"
+    return "its plan was made without `reuse`, so it has no keys"
 
 
 def lose_plan(context: ReleaseContext, plan: Plan) -> str:
@@ -375,7 +375,7 @@ def test_a_source_that_was_damaged_is_named_and_planning_again_computes(project:
                 unverify(earlier, read_plan(earlier.store, earlier.folder.plan))
             else:
                 rewrite_identity(root, mod=7)
-        with pytest.raises(UserError, match="Materialize obs_id_plan of this release again: its plan then computes"):
+        with pytest.raises(UserError, match=r"materialize obs_id_plan of this release again. Its new plan computes"):
             copy_shard(context, 1)
         summary = make_plan(context)
         assert summary.cells_reused == 0 or damage == "another identity"
@@ -386,7 +386,7 @@ def test_a_source_that_was_damaged_is_named_and_planning_again_computes(project:
 
 
 def test_resume_reads_metadata_alone_though_ranges_overlap(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second cell is new, so that each range of copies overlaps ranges of computed cells."""
+    """Make every second cell new, so that each range of copies overlaps ranges of computed cells."""
 
     def alternate(later: Contents) -> None:
         unknown = np.arange(0, len(later.rows), 2)
@@ -439,7 +439,7 @@ def test_whoever_ends_last_reads_the_shard_back(project: Project) -> None:
 
 
 def test_a_plan_without_reuse_is_as_it_was(project: Project) -> None:
-    """The hash, and the files byte for byte, of a set that has `reuse` and finds nothing to reuse."""
+    """A set with `reuse` that finds nothing to reuse has the same plan hash and files, byte for byte."""
     two_releases(project)
     project.add_set("whole", organism="homo_sapiens", gene_order="vocabulary", megabatch_size=16)
     files = {}
@@ -466,7 +466,7 @@ def test_planning_again_gives_the_same_plan(project: Project) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("storage_precision", ["float32", "bfloat16"])
 def test_two_releases_of_many_cells(project: Project, storage_precision: str) -> None:
-    """50,000 cells and more in each: 80 % of the datasets stay, the rest is revised, withdrawn, new."""
+    """Each release has 50,000 cells or more; 80 % of the datasets stay, others are revised, withdrawn or new."""
     each = 5000
     releases = two_releases(project, cells_each=each, megabatch_size=4096, storage_precision=storage_precision)
     project.add_set(

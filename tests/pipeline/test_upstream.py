@@ -1,4 +1,4 @@
-"""Which program is upstream's command, and how long it is waited for."""
+"""Upstream's command is recognised, and waiting for it is limited."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support.project import RELEASE, Project, UpstreamCommand
 
 
 def program(folder: Path, python: str | None, name: str = "transcriptformer") -> Path:
-    """Make a program with a Python beside it, which is a shell script."""
+    """Make a program beside a shell script with the name python."""
     folder.mkdir()
     for file, text in ((name, "exit 0"), ("python", python)):
         if text is not None:
@@ -30,7 +30,7 @@ KNOWS_ITS_VERSION = 'case "$2" in *metadata*) echo transcriptformer 0.6.1;; *) e
 @pytest.mark.parametrize(
     ("python", "name", "message"),
     [
-        (HANGS, "transcriptformer", "did not say within 1 s which version of transcriptformer it has"),
+        (HANGS, "transcriptformer", "did not report within 1 s which version of transcriptformer it has"),
         ("yes | head -100000", "transcriptformer", "is another program .the Python beside it says 'y'"),
         ("echo no such package >&2; exit 1", "transcriptformer", "says 'no such package'"),
         (None, "transcriptformer", "no Python beside it can be run"),

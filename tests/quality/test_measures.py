@@ -1,4 +1,4 @@
-"""Samples, coverage and figures, each against something computed in another way."""
+"""Samples, coverage and figures equal values that are computed in another way."""
 
 import itertools
 import pickle
@@ -31,7 +31,7 @@ def test_a_sample_is_the_same_every_time_and_in_runs_that_lie_in_one_tile() -> N
         assert all(
             length == sample.RUN or run == (count - 1) // sample.RUN for run, length in zip(runs, lengths, strict=True)
         )
-    # From all over the plan: no tenth of it is without a cell.
+    # The sample covers the whole plan: every tenth of it has a cell.
     tenths = [sum(sizes[i : i + 300]) for i in range(0, 3000, 300)]
     assert min(tenths) > sample.SAMPLE_CELLS / 20
 
@@ -63,8 +63,8 @@ def test_columns_are_encoded_whatever_their_chunks_and_dictionaries() -> None:
 def test_neighbours_are_those_of_the_largest_centred_cosine() -> None:
     embeddings = np.random.default_rng(0).normal(3, 1, size=(1200, 20)).astype(np.float32)
     found = measures.find_neighbours(embeddings)
-    judge = NearestNeighbors(n_neighbors=16, metric="cosine").fit(embeddings - embeddings.mean(axis=0))
-    distances, indices = judge.kneighbors()
+    reference = NearestNeighbors(n_neighbors=16, metric="cosine").fit(embeddings - embeddings.mean(axis=0))
+    distances, indices = reference.kneighbors()
     assert np.allclose(found.distances, distances[:, :15], atol=1e-5)
     assert np.mean(found.indices == indices[:, :15]) > 0.999
 
@@ -88,7 +88,7 @@ def test_neighbours_share_a_type_where_types_lie_together() -> None:
     assert found.share > 0.95
     assert found.baseline == pytest.approx(sum((labels == name).mean() ** 2 for name in np.unique(labels)), abs=0.01)
     assert verdicts.of_neighbours(found).passed
-    # The same cells, each with another's embedding.
+    # These are the same cells, each with the embedding of another one.
     shuffled = agreement(np.random.default_rng(1).permutation(embeddings), labels)
     assert abs(shuffled.share - shuffled.baseline) < 0.02
     verdict = verdicts.of_neighbours(shuffled)
@@ -97,7 +97,7 @@ def test_neighbours_share_a_type_where_types_lie_together() -> None:
 
 
 def test_what_a_dataset_brings_by_itself_counts_nothing() -> None:
-    """Two datasets lie apart, and hold types in other shares; within each nothing tells types from each other."""
+    """Two separate datasets have different shares of types; within each, embeddings do not depend on the type."""
     rng = np.random.default_rng(0)
     dataset = np.repeat([0, 1], 400)
     embeddings = (10 * dataset[:, None] + rng.normal(size=(800, 32))).astype(np.float32)

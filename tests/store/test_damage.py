@@ -1,4 +1,4 @@
-"""An array whose files or values change after they were verified: it is noticed, and running the shard again mends it."""
+"""Files or values of an array that change after verification: runs notice it, and running the shard again mends it."""
 
 import json
 import os
@@ -34,7 +34,7 @@ CELL = 57
 
 @pytest.fixture
 def finished(project: Project) -> Iterator[ReleaseContext]:
-    """A finished array of 200 cells in four shards of megabatches of 16."""
+    """Make a finished array of 200 cells in four shards, with megabatches of 16 cells."""
     tiny(project)
     with project.context("tiny") as context:
         fill(context)
@@ -67,14 +67,14 @@ def folder_of(context: ReleaseContext) -> Path:
 def put(
     context: ReleaseContext, joinids: list[int], features: list[int], values: list[float], timestamp: int | None = None
 ) -> None:
-    """Commit some values as any program might."""
+    """Commit values as any program could."""
     columns = {"soma_dim_0": joinids, "soma_dim_1": features, "soma_data": np.array(values, np.float32)}
     with tiledbsoma.open(context.folder.array, "w", tiledb_timestamp=timestamp) as array:
         array.write(pa.table(columns))
 
 
 def wrong(context: ReleaseContext, *, full: bool = False) -> dict[str, str]:
-    """What is found wrong, by rule."""
+    """Return what is wrong, by rule."""
     try:
         findings = verify_array(context, full=full)
     except RuleError as error:
@@ -164,7 +164,7 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
     shard = shard_of(finished)
     damage(finished)
     if damage in UNOPENABLE:
-        with pytest.raises(UserError, match=rf"They are of shards \[{shard}\]\."):
+        with pytest.raises(UserError, match=rf"They belong to shards \[{shard}\]\."):
             wrong(finished)
     else:
         assert wrong(finished, full=damage in SEEN_BY_READING) != {}
@@ -188,7 +188,7 @@ def test_cells_of_nobody_go_when_a_shard_runs_again(project: Project) -> None:
         before = read_array(context.folder.array, project.folder)
         put(context, [57, 58], [3, 4], [0.125, 0.25])
         assert "1 cells are in the array but not planned, joinids [57]" in wrong(context)["cells"]
-        # Without the stray fragment each megabatch is right: nothing is computed.
+        # Without the stray fragment each megabatch is right, so nothing is computed.
         assert fill_shard(context, shard_of(context, 58)) == 0
         assert wrong(context) == {}
         after = read_array(context.folder.array, project.folder)
@@ -212,7 +212,7 @@ def test_a_real_shard_mends_itself(project: Project) -> None:
 def test_values_of_a_run_that_ended_before_the_verification_are_held_to_its_note(
     finished: ReleaseContext, project: Project
 ) -> None:
-    """Damage between the commit and the first reading is no different from damage after it."""
+    """Damage between the commit and the first reading is handled like damage after it."""
     before = read_array(finished.folder.array, project.folder)
     Path(finished.folder.verification(planned(finished).totals.plan, shard_of(finished))).unlink()
     later_value(finished)
@@ -231,9 +231,9 @@ def test_a_damaged_verification_is_written_anew_by_running_the_shard(finished: R
 
 
 def renamed_into_the_future(folder: Path, hours: int) -> None:
-    """Make all that TileDB has written below a folder as new as if the writer's clock had been ahead."""
+    """Give all files of TileDB below a folder the names that a writer with a fast clock would give."""
     for path in sorted(folder.rglob("__*"), key=lambda one: len(one.parts), reverse=True):
-        # Fragments name their schema; TileDB does not ask when it was written.
+        # Fragments name their schema, and TileDB ignores when that was written.
         found = re.fullmatch(r"__(\d{13})_(\d{13})_(.*)", path.name)
         if found and path.parent.name != "__schema":
             first, last = (int(found[i]) + hours * 3_600_000 for i in (1, 2))
@@ -262,7 +262,7 @@ DATA_FILES = ("a0.tdb", "d0.tdb", "d1.tdb")
 
 
 def stored(context: ReleaseContext) -> pa.Table | None:
-    """All that the array holds, in order; None when TileDB cannot read it."""
+    """Return all values of the array, in order; None if TileDB cannot read it."""
     try:
         with tiledbsoma.open(context.folder.array) as array:
             return array.read().tables().concat().sort_by([("soma_dim_0", "ascending"), ("soma_dim_1", "ascending")])
@@ -271,7 +271,7 @@ def stored(context: ReleaseContext) -> pa.Table | None:
 
 
 def damage_at_random(project: Project, trials: int, seed: int) -> str:
-    """Change random bytes of data files, many times: 1, 3, or 200 of them. Return what became of that."""
+    """Change 1, 3 or 200 random bytes of data files, many times; return the number of each outcome."""
     tiny(project, cells=96, shards=2)
     rng = random.Random(seed)
     differed = unreadable = unchanged = 0

@@ -1,4 +1,4 @@
-"""`inspect`, `remove`, `canary` and `launch --dry-run` as an operator types them."""
+"""`inspect`, `remove`, `canary` and `launch --dry-run` work as an operator types them."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_canary_judges_by_fp32_and_keeps_only_its_rate(project: Project) -> None
     assert found["assays"] == 4
     assert found["release_cells"] == 200
     assert found["release_hours"] > 0
-    # Nothing but its rate, which the next plan's cost is told with.
+    # The canary stores nothing but its rate, from which the next plan's cost follows.
     assert [path.name for path in (project.folder / "store").rglob("*") if path.is_file()] == ["canary.json"]
     shown = project.command("launch", "tiny", RELEASE, "--dry-run")
     assert "(rate: measured: the canary of this set on CPU)" in shown.stdout
@@ -74,7 +74,7 @@ def test_canary_of_fp32_wants_upstream(project: Project) -> None:
     tiny(project)
     done = project.command("canary", "tiny", RELEASE)
     assert done.returncode == 1
-    assert "name it with --upstream" in done.stderr
+    assert "pass its path with --upstream" in done.stderr
     absent = project.command("canary", "tiny", RELEASE, "--upstream", "nowhere/transcriptformer")
     assert absent.stderr.startswith("error: --upstream nowhere/transcriptformer: there is no such file")
     unknown = project.command("canary", "else", RELEASE)
@@ -111,4 +111,4 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(project: Project) 
     assert f"compute {done.cells} of their {done.cells} cells" in again.stdout
     beyond = project.command("launch", "tiny", RELEASE, "--dry-run", "--shards", "7")
     assert beyond.returncode == 1
-    assert "shard 7 is not in the plan, which has 4 (0 to 3)" in beyond.stderr
+    assert "shard 7 is not in the plan; expected a shard from 0 to 3" in beyond.stderr

@@ -1,4 +1,4 @@
-"""The reader that docs/read.md gives to consumers: right values, little memory."""
+"""The reader in docs/read.md gives right values and needs little memory."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ print(json.dumps({"joinids": joinids.tolist(), "right": bool((embeddings == expe
 
 @pytest.fixture(scope="module")
 def array(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 3/4 of the cells: every fourth is not there."""
+    """Write three of every four cells; the fourth is absent."""
     uri, storage = tmp_path_factory.mktemp("page") / "embeddings", Storage()
     identity = Identity(
         census_uri="census",

@@ -62,7 +62,7 @@ def environment(cache: pytest.Cache, name: str, packages: list[str]) -> Path:
 
 
 def some_spleen(organism: Organism) -> None:
-    """The curators' tool draws cells of the spleen."""
+    """Set the tissue of every second cell to spleen, because the curators' tool draws cells of the spleen."""
     organism.cells["tissue"] = np.where(np.arange(len(organism.cells)) % 2, "spleen", "lung")
 
 

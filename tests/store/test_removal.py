@@ -1,4 +1,4 @@
-"""Removing what a store holds: never under a worker, and finished by the same command when it was cut short."""
+"""A removal never happens under a worker, and the same command finishes an interrupted one."""
 
 import json
 import os
@@ -17,7 +17,13 @@ from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.inventory import inspect_store, remove_release
-from census_tf_dagster.store.removal import begin, begun, finish, noticing_removal, require_quiet
+from census_tf_dagster.store.removal import (
+    delete_marked,
+    mark_for_removal,
+    noticing_removal,
+    removal_word,
+    require_quiet,
+)
 from tests.support.builders import age, fill, tiny
 from tests.support.moto_servers import client
 from tests.support.project import RELEASE, Project
@@ -29,7 +35,7 @@ DAY = 86400
 
 @pytest.fixture
 def root(project: Project) -> Path:
-    """The folder of an array that was finished an hour ago."""
+    """Return the folder of an array that was finished an hour ago."""
     tiny(project, cells=40, shards=2)
     with project.context("tiny") as context:
         fill(context)
@@ -45,7 +51,7 @@ def remove(root: Path) -> str:
 
 
 def cut_short(root: Path, seed: int) -> None:
-    """Delete some of the files, as a removal that was killed has done."""
+    """Delete some of the files, like a killed removal."""
     rng = random.Random(seed)
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.parent.name != "removal"]
     for path in rng.sample(files, rng.randrange(1, len(files))):
@@ -60,7 +66,7 @@ def test_what_is_being_written_is_not_removed(project: Project, root: Path) -> N
     before = sorted(root.rglob("*"))
     done = project.command("remove", "tiny", RELEASE, root.name, "--confirm", root.name)
     assert done.returncode == 1
-    assert "so a worker may be at work there; expected 15 min without a write. Nothing was removed." in done.stderr
+    assert "so a worker may be using it; expected 15 min without a write. Nothing was removed." in done.stderr
     assert sorted(root.rglob("*")) == before
     age(root)
     done = project.command("remove", "tiny", RELEASE, root.name, "--confirm", root.name)
@@ -70,11 +76,11 @@ def test_what_is_being_written_is_not_removed(project: Project, root: Path) -> N
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(project: Project, root: Path, seed: int) -> None:
-    begin(Storage(), str(root))
+    mark_for_removal(Storage(), str(root))
     cut_short(root, seed)
     (holding,) = inspect_store(str(root.parents[2]), Storage())
     assert (holding.state, holding.identity) == ("removing", root.name)
-    unfinished = r"was begun and not finished\. Finish it: "
+    unfinished = r"was started but not finished.*Finish it: "
     with project.context("tiny") as context, pytest.raises(UserError, match=unfinished) as told:
         make_plan(context)
     assert f"remove tiny {RELEASE} {root.name} --confirm {root.name}" in str(told.value)
@@ -95,14 +101,14 @@ def test_any_rest_is_shown_and_removed(root: Path, seed: int) -> None:
 
 
 def test_a_rest_that_is_written_to_again_is_left_alone(root: Path) -> None:
-    begin(Storage(), str(root))
+    mark_for_removal(Storage(), str(root))
     require_quiet(Storage(), str(root))
     late = root / "embeddings" / "late"
     late.write_text("a commit")
     os.utime(late, (time.time() + 60,) * 2)
     with pytest.raises(UserError, match="was written to 0 s ago"):
         remove(root)
-    assert begun(Storage(), str(root)) == ""
+    assert removal_word(Storage(), str(root)) == ""
     age(root)
     remove(root)
     assert not root.exists()
@@ -116,10 +122,10 @@ def test_a_worker_is_told_that_its_folder_was_removed(project: Project) -> None:
 
         def remove_under_it(_: object) -> None:
             if root.exists():
-                begin(context.store, context.folder.root)
-                finish(context.store, context.folder.root)
+                mark_for_removal(context.store, context.folder.root)
+                delete_marked(context.store, context.folder.root)
 
-        message = "was removed while this run worked in it .*, and what it had committed is gone"
+        message = "was removed .* while this run used it; .* committed embeddings are gone"
         with pytest.raises(UserError, match=message), noticing_removal(context.store, context.folder):
             embed_shard(context, 0, report=remove_under_it)
 
@@ -143,8 +149,8 @@ def test_pruning_that_was_cut_short_is_finished_by_the_same_command(project: Pro
     word = project.command("prune").stdout.split("--confirm ")[1].strip()
     first, second, third = (str(store / "tiny" / one / root.name) for one in ("2023-05-15", "2024-07-01", "2025-01-30"))
     for one in (first, second, third):
-        begin(Storage(), one, word)
-    finish(Storage(), first)
+        mark_for_removal(Storage(), one, word)
+    delete_marked(Storage(), first)
     cut_short(Path(second), seed=1)
     shown = project.command("prune")
     assert "2 arrays" in shown.stdout
@@ -167,7 +173,7 @@ def test_thousands_of_objects_on_s3(s3: str) -> None:
     storage = Storage(S3Settings("us-east-1", s3))
     with pytest.raises(UserError, match="was written to"):
         remove_release("s3://store", storage, *root.split("/"), root[-12:])
-    begin(storage, f"s3://store/{root}")
+    mark_for_removal(storage, f"s3://store/{root}")
     (holding,) = inspect_store("s3://store", storage)
     assert (holding.state, holding.bytes > 1100) == ("removing", True)
     remove_release("s3://store", storage, *root.split("/"), root[-12:])

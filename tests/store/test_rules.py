@@ -1,4 +1,4 @@
-"""Every rule of a finished array, broken on purpose; and what a set says of itself when it publishes."""
+"""A broken rule of a finished array is always found; a published set has the right metadata."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ RULES = ["schema", "shape", "storage_version", "cells", "features", "values", "p
 
 @pytest.fixture
 def finished(project: Project) -> Iterator[ReleaseContext]:
-    """A published array of every second cell, 100 of 200."""
+    """Make a published array of every second cell, 100 of 200."""
     tiny(project, mod=2, publication=PUBLICATION)
     with project.context("tiny") as context:
         fill(context)
@@ -44,7 +44,7 @@ def finished(project: Project) -> Iterator[ReleaseContext]:
 
 
 def broken(context: ReleaseContext) -> dict[str, tuple[str, ...]]:
-    """What each rule finds wrong, of those that find anything."""
+    """Return the faults of each broken rule."""
     try:
         findings = verify_array(context)
     except RuleError as error:
@@ -57,7 +57,7 @@ def opened(context: ReleaseContext) -> EmbeddingsArray:
 
 
 def put(context: ReleaseContext, joinids: list[int], features: list[int], values: list[float]) -> None:
-    """Commit some values as any program might, past all of our own checks."""
+    """Commit values as any program could, without this project's checks."""
     table = pa.table(
         {
             "soma_dim_0": pa.array(joinids, pa.int64()),
@@ -119,7 +119,7 @@ def longer(context: ReleaseContext) -> None:
 
 DAMAGES: list[tuple[Callable[[ReleaseContext], None], dict[str, str]]] = [
     (infinite, {"values": "2 cells have values that are not finite, joinids [4, 8]"}),
-    (zero, {"values": "1 cells have nothing but zeros, though START is always pooled, joinids [4]"}),
+    (zero, {"values": "1 cells have only zeros, which cannot be, because START is always pooled, joinids [4]"}),
     (many_infinite, {"values": f"30 cells have values that are not finite, joinids {list(range(0, 20, 2))}"}),
     (unplanned, {"cells": "2 cells are in the array but not planned, joinids [7, 199]"}),
     (missing, {"cells": "planned cells are missing, joinids ["}),
@@ -149,7 +149,7 @@ def test_damage_is_found_and_named(
 
 
 def test_files_that_were_replaced_under_the_same_names_are_found(finished: ReleaseContext) -> None:
-    """They leave all that TileDB says of its fragments as it was, but for their sizes."""
+    """Such values change nothing in TileDB's description of its fragments except their sizes."""
     good = opened(finished).fragments()[2]
     ids = np.arange(good.first, good.last + 1, 2)
     put(finished, np.repeat(ids, 16).tolist(), list(range(16)) * len(ids), [np.nan] * len(ids) * 16)
@@ -158,7 +158,7 @@ def test_files_that_were_replaced_under_the_same_names_are_found(finished: Relea
     shutil.rmtree(fragments / good.name)
     (fragments / bad.name).rename(fragments / good.name)
     (commits / f"{bad.name}.wrt").unlink()
-    # What was gathered of the fragments' metadata says the old file sizes.
+    # The consolidated metadata of fragments still has the old file sizes.
     shutil.rmtree(Path(finished.folder.array) / "__fragment_meta")
     found = broken(finished)
     assert found.keys() == {"values"}
@@ -166,7 +166,7 @@ def test_files_that_were_replaced_under_the_same_names_are_found(finished: Relea
 
 
 def replace_array(context: ReleaseContext, **options: Any) -> None:
-    """Put another array in the place of ours, with the metadata of ours."""
+    """Replace the array by another one with the same metadata."""
     with tiledbsoma.open(context.folder.array) as array:
         metadata = {key: value for key, value in array.metadata.items() if not key.startswith("soma_")}
         table = array.read().tables().concat()
@@ -216,7 +216,7 @@ def with_info(context: ReleaseContext, change: Callable[[dict[str, Any]], Any]) 
 
 INFOS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda _: None, "CxG_embedding_info is missing"),
-    (lambda _: "{", "CxG_embedding_info is no JSON"),
+    (lambda _: "{", "CxG_embedding_info is not JSON"),
     (lambda info: json.dumps([info]), "CxG_embedding_info is a list; expected an object"),
     (lambda info: json.dumps({**info, "n_embeddings": 99}), "n_embeddings is 99; expected 100"),
     (lambda info: json.dumps({**info, "n_features": 2048}), "n_features is 2048; expected 16"),
@@ -256,7 +256,7 @@ def test_another_storage_version_is_said_at_planning_and_refused_at_the_end(
 ) -> None:
     monkeypatch.setattr(OrganismRelease, "storage_version", lambda _: 21)
     assert broken(finished)["storage_version"] == (
-        "the array has storage version 22, the Census 21 (docs/publish.md says what can be done)",
+        "the array has storage version 22; expected 21, as the Census has (see docs/publish.md)",
     )
     with pytest.raises(RuleError, match="storage version 22"):
         finish_array(finished)
@@ -295,7 +295,7 @@ def test_checks_in_dagster_name_the_cells(project: Project) -> None:
     def evaluations() -> dict[str, dg.AssetCheckEvaluation]:
         latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
         found = {key.name: record.event.dagster_event for key, record in latest.items() if record.event}
-        # A check whose step was not run is only planned.
+        # A check whose step did not run is only planned.
         return {
             name: event.asset_check_evaluation_data
             for name, event in found.items()
@@ -307,12 +307,12 @@ def test_checks_in_dagster_name_the_cells(project: Project) -> None:
         assert run({asset})
         assert {name for name, one in evaluations().items() if one.passed} == {*RULES, "verified"}
         infinite(context)
-        # The asset is not materialized then, and says why as its checks' results.
+        # Then the asset is not materialized, and the results of its checks say why.
         assert not run({asset})
         failed = {name: one for name, one in evaluations().items() if not one.passed}
         assert failed.keys() == {"values"}
         assert "2 cells have values that are not finite, joinids [4, 8]" in str(failed["values"].description)
-        # By command, the same.
+        # The command does the same.
         for more in ([], ["--full"]):
             done = project.command("verify", "tiny", RELEASE, *more)
             assert done.returncode == 1, done.stderr

@@ -1,4 +1,4 @@
-"""Plans and arrays on S3: the whole context, many writers, a server that fails, and disks that do."""
+"""Plans and arrays work on S3 with many writers, a failing server and failing disks."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def finish(worker: subprocess.Popen[str]) -> int:
 
 
 def require_all_cells(context: ReleaseContext, endpoint: str, scratch: Path, cells: int) -> None:
-    """Read all back in a fresh process: every cell once, with the values that the workers wrote."""
+    """Read everything back in a new process: every cell once, with the values that the workers wrote."""
     stored = read_array(context.folder.array, scratch, reader_config(endpoint))
     assert np.array_equal(stored.ids, np.arange(cells))
     assert stored.stored_values == cells * 16
@@ -74,7 +74,7 @@ def test_whole_job_with_an_anonymous_census_and_a_signed_store(
         key = iam.create_access_key(UserName="worker")["AccessKey"]
         allowed = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}'
         iam.put_user_policy(UserName="worker", PolicyName="store", PolicyDocument=allowed)
-        # From here on the server refuses what is not signed with that key.
+        # From here on, the server refuses requests that are not signed with that key.
         requests.post(f"{private}/moto-api/reset-auth", data=b"0", timeout=10).raise_for_status()
         on_s3(project, private)
         project.env |= {
@@ -91,7 +91,7 @@ def test_whole_job_with_an_anonymous_census_and_a_signed_store(
         assert project.command("release", "add", RELEASE).returncode == 0
         refused = project.materialize("tiny/obs_id_plan", RELEASE)
         assert refused.returncode != 0
-        assert "is denied with the credentials found here" in refused.stderr
+        assert "is denied with the credentials of this environment" in refused.stderr
         assert "access to s3://the-store/some/prefix" in refused.stderr
 
         project.env["AWS_SECRET_ACCESS_KEY"] = key["SecretAccessKey"]
@@ -166,7 +166,7 @@ def test_requests_that_fail_are_tried_again_twenty_times(project: Project, s3: s
 
 
 def outage(project: Project, s3: str, kind: str, patience: float) -> None:
-    """Cut a store off in the middle of a shard; see the failure, mend it, see the rest done."""
+    """Cut off a store in the middle of a shard; the shard fails, and finishes after the store is back."""
     tiny(project, shards=1, megabatch_size=10)
     with s3_proxy(s3, project.folder) as proxy:
         on_s3(project, proxy.endpoint)
@@ -183,7 +183,7 @@ def outage(project: Project, s3: str, kind: str, patience: float) -> None:
             assert time.monotonic() - began < patience
             assert worker.returncode != 0
             assert "StoreError" in errors
-            assert "What is committed stays: run this again" in errors
+            assert "Expected a writable store: run this again" in errors
             proxy.outage.unlink()
             there = len(array.fragments())
             assert 1 <= there < 20
@@ -204,7 +204,7 @@ def test_other_outages(project: Project, s3: str, kind: str) -> None:
 
 def test_a_bucket_that_cannot_be_made(s3: str, tmp_path: Path) -> None:
     storage = Storage(S3Settings(REGION, s3))
-    with pytest.raises(UserError, match=r"there is no bucket 'b' for s3://b/x, and it cannot be made"):
+    with pytest.raises(UserError, match=r"there is no bucket 'b' for s3://b/x, and it cannot be created"):
         storage.make_place("s3://b/x")
     storage.make_place("s3://a-bucket/x")
     storage.make_place("s3://a-bucket/y")
@@ -244,7 +244,7 @@ exec {python} -W ignore -m tests.store.test_s3 {folder}
 
 
 def disk_driver(folder: Path) -> None:
-    """Fill a store until its disk is full; give it room; finish. Runs where the disk is mounted."""
+    """Fill a store until its disk is full, free space, and finish. This runs where the disk is mounted."""
     store = folder / "store"
     with Project(folder).context("tiny") as context:
         make_plan(context)

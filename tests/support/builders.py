@@ -18,7 +18,7 @@ from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.mending import mend_shard
 from census_tf_dagster.store.verification import require_shard
-from census_tf_dagster.store.write_notes import NoteBook, Written, read_notes
+from census_tf_dagster.store.write_notes import NoteWriter, Written, read_notes
 from tests.support.project import RELEASE, Project
 
 N_GENES = 120
@@ -73,7 +73,7 @@ def fill_shard(context: ReleaseContext, shard: int) -> int:
     """Write as a shard does, with values of `value_of`. Return how many megabatches were repaired."""
     plan = read_plan(context.store, context.folder.plan)
     array = EmbeddingsArray.repair(context.folder.array, context.store, context.identity)
-    notebook = NoteBook(context.store, context.folder, plan, shard)
+    notebook = NoteWriter(context.store, context.folder, plan, shard)
 
     def commit(some: Sequence[Megabatch]) -> None:
         with array.writing() as write:

@@ -94,7 +94,7 @@ class Operator:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.project.command(*arguments, "--url", self.url)
 
-    def begin(self, name: str, *arguments: str) -> "Begun":
+    def begin(self, name: str, *arguments: str) -> "BackgroundCommand":
         out = self.project.folder / f"{name}.out"
         command = [sys.executable, "-m", "census_tf_dagster", *arguments, "--url", self.url]
         with out.open("w") as file:
@@ -102,7 +102,7 @@ class Operator:
                 command, cwd=self.project.folder, env=self.project.env, stdout=file, stderr=subprocess.STDOUT
             )
         self.begun.append(process)
-        return Begun(process, out)
+        return BackgroundCommand(process, out)
 
     def status(self, name: str) -> dict[str, Any]:
         """The JSON of one release."""
@@ -125,8 +125,8 @@ class Operator:
 
 
 @dataclass
-class Begun:
-    """A command in the background. Its output goes to a file."""
+class BackgroundCommand:
+    """A command that runs in the background; its output goes to a file."""
 
     process: subprocess.Popen[bytes]
     out: Path
