@@ -54,7 +54,10 @@ def add_commands(commands: Commands) -> None:
         "--cells", type=int, default=256, help="approximate number of cells, the same from each assay (default: 256)"
     )
     canary.add_argument(
-        "--upstream", type=Path, help="upstream's transcriptformer command, installed in its own environment"
+        "--upstream",
+        type=Path,
+        help="upstream's transcriptformer command in another environment (default: the one beside this Python or on "
+        "the PATH)",
     )
     canary.set_defaults(run=_canary)
     add_json(check, canary)
@@ -87,9 +90,10 @@ def _check(arguments: argparse.Namespace) -> int:
 def _canary(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.definitions import deployed_context
     from census_tf_dagster.pipeline.canary import run_canary
+    from census_tf_dagster.pipeline.upstream import find_upstream
 
     with deployed_context(arguments.set, arguments.release) as context:
-        result = run_canary(context, arguments.cells, arguments.upstream, print_progress)
+        result = run_canary(context, arguments.cells, arguments.upstream or find_upstream(), print_progress)
     if arguments.json:
         print(json.dumps(asdict(result)))
         return

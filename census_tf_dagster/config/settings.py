@@ -37,3 +37,8 @@ class SetSettings:
     reuse: bool = False
     fractional_counts: Literal["embed", "set_aside"] = "embed"
     owners: tuple[str, ...] = ()
+
+    @property
+    def may_lack_upstream(self) -> bool:
+        """Whether a shard is fine without upstream on its machine: a set on the CPU is a small trial."""
+        return self.device == "cpu"

@@ -109,7 +109,9 @@ def assess(context: ReleaseContext, say: Callable[[str], None] = lambda _: None)
             "gene_ids_fit_counts": verdicts.of_genes(
                 look_at_genes(context.genes, context.settings.organism, outside.expressing, len(outside.rows))
             ),
-            "same_as_upstream": verdicts.of_comparisons(_comparisons(context, plan)),
+            "same_as_upstream": verdicts.of_comparisons(
+                _comparisons(context, plan), may_lack_upstream=context.settings.may_lack_upstream
+            ),
         }
     window = context.checkpoint.shape.seq_len
     with clock.part("pictures"):
@@ -175,10 +177,8 @@ def _drift(context: ReleaseContext, distribution: Distribution) -> verdicts.Verd
 def _previous(context: ReleaseContext) -> tuple[str, Distribution] | None:
     """Find the latest earlier release of this set with a report on the same model."""
     mine = vars(context.identity)
-    # {store}/{set}/{release}/{identity}
-    of_set = context.folder.root.rsplit("/", 2)[0]
     earlier: list[tuple[str, str, str, str]] = []
-    for release in context.store.list(of_set):
+    for release in context.store.list(context.folder.set_folder):
         for folder in context.store.list(release):
             qc = f"{folder.rstrip('/')}/qc"
             about = read_about(context.store, qc)

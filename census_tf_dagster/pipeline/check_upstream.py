@@ -18,14 +18,13 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.upstream import upstream_running
 from census_tf_dagster.quality.sample import SEED, read_embeddings
-from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
+from census_tf_dagster.quality.upstream_comparison import NOT_INSTALLED, UpstreamComparison
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.write_notes import read_notes
 
 CELLS = 8
 PATIENCE_SECONDS = 1800.0
 """How long upstream may take. A process that hangs must not occupy a GPU node."""
-NOT_INSTALLED = "transcriptformer is not installed on the worker; docs/quality.md explains how to install it."
 
 
 @contextmanager

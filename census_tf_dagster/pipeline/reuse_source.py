@@ -40,23 +40,22 @@ NO_SOURCE = FoundSource(None, "", ())
 
 def find_source(context: ReleaseContext) -> FoundSource:
     """Search the arrays of the set's earlier releases, newest first. Reads only metadata."""
-    set_folder = context.folder.root.rsplit("/", 2)[0]
     candidates: list[tuple[str, str, Identity]] = []
     passed_over: list[str] = []
-    for release_folder in context.store.list(set_folder):
+    for release_folder in context.store.list(context.folder.set_folder):
         for entry in context.store.list(release_folder.rstrip("/")):
-            name = "/".join(entry.rstrip("/").rsplit("/", 2)[1:])
-            root = f"{set_folder}/{name}"
+            earlier = ReleaseFolder(f"{context.folder.set_folder}/{ReleaseFolder(entry.rstrip('/')).name}")
+            root = earlier.root
             try:
                 identity = _stored_identity(context, root)
             except UserError as error:
-                passed_over.append(f"{name}: {error}")
+                passed_over.append(f"{earlier.name}: {error}")
                 continue
             if identity is not None and identity.census_build_date < context.identity.census_build_date:
                 candidates.append((identity.census_build_date, root, identity))
     for _, root, identity in sorted(candidates, key=lambda candidate: candidate[:2], reverse=True):
-        name = "/".join(root.rsplit("/", 2)[1:])
         folder = ReleaseFolder(root)
+        name = folder.name
         try:
             if differing := context.identity.values_differ(identity):
                 passed_over.append(f"{name}: other {', '.join(differing)}")
@@ -74,7 +73,7 @@ def find_source(context: ReleaseContext) -> FoundSource:
                 f"{name}: its plan was made without `reuse`, so it has no keys; materialize its obs_id_plan again"
             )
         else:
-            source = Source(release=root.rsplit("/", 2)[1], root=root, identity=identity.digest)
+            source = Source(release=folder.release, root=root, identity=identity.digest)
             return FoundSource(source, plan.keys, tuple(passed_over), tuple(all_set_aside(array, plan, folder)))
     return FoundSource(None, "", tuple(passed_over))
 

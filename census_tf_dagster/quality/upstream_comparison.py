@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from census_tf_dagster.io.storage import Storage
 
+NOT_INSTALLED = "transcriptformer is not installed on the worker; docs/quality.md explains how to install it."
+
 
 @dataclass(frozen=True)
 class UpstreamComparison:

@@ -15,7 +15,7 @@ from census_tf_dagster.config.thresholds import (
     MOST_SPREAD,
 )
 from census_tf_dagster.quality.measures import Agreement, Dimensions, Drift
-from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
+from census_tf_dagster.quality.upstream_comparison import NOT_INSTALLED, UpstreamComparison
 
 NAMED = 10
 
@@ -124,10 +124,14 @@ def of_genes(evidence: GeneEvidence) -> Verdict:
     return Verdict(not evidence.doubts, str(evidence), figures=figures)
 
 
-def of_comparison(comparison: UpstreamComparison) -> Verdict:
-    """Check the comparison of a shard with upstream's own code."""
+def of_comparison(comparison: UpstreamComparison, *, may_lack_upstream: bool = False) -> Verdict:
+    """Check the comparison of a shard with upstream's own code.
+
+    `may_lack_upstream`: upstream that is not installed is no reason to warn.
+    """
     if comparison.not_done:
-        return Verdict(False, f"Not done: {comparison.not_done}")
+        fine = may_lack_upstream and comparison.not_done == NOT_INSTALLED
+        return Verdict(fine, f"Not done: {comparison.not_done}")
     figures: dict[str, float | int | str] = {
         "cells": len(comparison.joinids),
         "worst_cell": comparison.worst_cell,
@@ -143,8 +147,8 @@ def of_comparison(comparison: UpstreamComparison) -> Verdict:
     return Verdict(comparison.worst_cell <= comparison.bound, text, grave=True, figures=figures)
 
 
-def of_comparisons(comparisons: Sequence[UpstreamComparison | None]) -> Verdict:
-    """Check the comparisons of all shards of a release together."""
+def of_comparisons(comparisons: Sequence[UpstreamComparison | None], *, may_lack_upstream: bool = False) -> Verdict:
+    """Check the comparisons of all shards of a release together; `may_lack_upstream` as in `of_comparison`."""
     done = {
         comparison.shard: comparison for comparison in comparisons if comparison is not None and not comparison.not_done
     }
@@ -164,5 +168,5 @@ def of_comparisons(comparisons: Sequence[UpstreamComparison | None]) -> Verdict:
         reasons = sorted({comparison.not_done for comparison in comparisons if comparison and comparison.not_done})
         why = f" {reasons[0]}" if reasons else ""
         text = f"{missing} of {len(comparisons)} shards were not compared with upstream's own code.{why}"
-        return Verdict(False, text, figures=figures)
+        return Verdict(may_lack_upstream and reasons == [NOT_INSTALLED] and all(comparisons), text, figures=figures)
     return Verdict(True, f"All {len(done)} shards agree with upstream's own code.", figures=figures)

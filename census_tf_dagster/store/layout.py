@@ -23,6 +23,21 @@ class ReleaseFolder:
         return cls(f"{store}/{set_name}/{release}/{identity.digest[:12]}")
 
     @property
+    def set_folder(self) -> str:
+        """Folder of the set, with one folder for each release."""
+        return self.root.rsplit("/", 2)[0]
+
+    @property
+    def release(self) -> str:
+        """Name of the release."""
+        return self.root.rsplit("/", 2)[1]
+
+    @property
+    def name(self) -> str:
+        """``{release}/{identity}``, to tell a person."""
+        return "/".join(self.root.rsplit("/", 2)[1:])
+
+    @property
     def store(self) -> str:
         """Address of the store."""
         return self.root.rsplit("/", 3)[0]
@@ -30,7 +45,7 @@ class ReleaseFolder:
     @property
     def canary(self) -> str:
         """File with the rate that the set's last canary measured."""
-        return f"{self.root.rsplit('/', 2)[0]}/canary.json"
+        return f"{self.set_folder}/canary.json"
 
     @property
     def plan(self) -> str:

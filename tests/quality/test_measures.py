@@ -15,7 +15,7 @@ from census_tf_dagster.quality import measures, sample, verdicts
 from census_tf_dagster.quality.coverage import JoinidSet, _encoded
 from census_tf_dagster.quality.measures import Distribution
 from census_tf_dagster.quality.projection import project
-from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
+from census_tf_dagster.quality.upstream_comparison import NOT_INSTALLED, UpstreamComparison
 
 
 def test_a_sample_is_the_same_every_time_and_in_runs_that_lie_in_one_tile() -> None:
@@ -204,6 +204,13 @@ def test_a_release_agrees_with_upstream_when_each_shard_does() -> None:
     assert verdicts.of_comparison(good).passed
     assert (verdicts.of_comparison(wrong).passed, verdicts.of_comparison(wrong).grave) == (False, True)
     assert (verdicts.of_comparison(absent).passed, verdicts.of_comparison(absent).grave) == (False, False)
+    lacking = comparison(3, not_done=NOT_INSTALLED)
+    assert not verdicts.of_comparison(lacking).passed
+    assert verdicts.of_comparison(lacking, may_lack_upstream=True).passed
+    assert not verdicts.of_comparison(absent, may_lack_upstream=True).passed
+    for others, passed in (([], True), ([good], True), ([absent], False), ([wrong], False), ([None], False)):
+        assert verdicts.of_comparisons([lacking, *others], may_lack_upstream=True).passed is passed
+    assert not verdicts.of_comparisons([lacking, good]).passed
 
 
 def test_a_comparison_is_read_back_and_anything_else_is_none(tmp_path: Path) -> None:
