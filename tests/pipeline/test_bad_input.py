@@ -121,7 +121,7 @@ def test_an_obs_without_the_checkpoints_column(project: Project) -> None:
     state = torch.load(weights, weights_only=True)
     state["aux_embeddings.platform.weight"] = state.pop("aux_embeddings.assay.weight")
     torch.save(state, weights)
-    plan_is_refused(project, r"lacks the column 'platform' that the checkpoint .* conditions on")
+    plan_is_refused(project, r"lacks the column 'platform'; expected it, because the checkpoint .* conditions on it")
 
 
 def rewrite_var(project: Project, edit: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
