@@ -31,7 +31,6 @@ from census_tf_dagster.io.s3 import StoreError
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.fragments import (
     FRAGMENT_FILES,
-    DamagedFragmentsError,
     Fragment,
     last_timestamp,
     name_of,
@@ -68,6 +67,27 @@ def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
         },
         attrs={"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD, _MD5]}},
     )
+
+
+class DamagedFragmentsError(UserError):
+    """Committed fragments are damaged, so TileDB cannot open the array.
+
+    Attributes
+    ----------
+    array
+        The array with these fragments.
+    reasons
+        The fault of each, by its name.
+    """
+
+    def __init__(self, array: "EmbeddingsArray", reasons: Mapping[str, str]) -> None:
+        first, reason = next(iter(reasons.items()))
+        super().__init__(
+            f"{len(reasons)} fragments of the array at {array.uri} are damaged, e.g. {first}: {reason}. Expected "
+            "complete fragments: run the shard that wrote them again. It removes them, and computes their cells again."
+        )
+        self.array = array
+        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True)

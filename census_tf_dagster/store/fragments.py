@@ -1,43 +1,15 @@
-"""Describes fragments, the files that TileDB makes from a write, and the error about damaged ones.
+"""Describes fragments, the files that TileDB makes from a write.
 
-Listing and removing fragments belongs in `array`.
+Listing and removing fragments belongs in `array`, and so does the error about damaged ones.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from census_tf_dagster.errors import UserError
-
-if TYPE_CHECKING:
-    from census_tf_dagster.store.array import EmbeddingsArray
 
 _TIMES = re.compile(r"__\d+_(?P<last>\d+)_[0-9a-f]{32}.*")
 """Pattern of the names that TileDB gives to fragments and metadata below an array."""
 FRAGMENT_FILES = frozenset({"__fragment_metadata.tdb", "a0.tdb", "d0.tdb", "d1.tdb"})
 """Files of a complete fragment: its metadata, the values, the two coordinates."""
-
-
-class DamagedFragmentsError(UserError):
-    """Committed fragments are damaged, so TileDB cannot open the array.
-
-    Attributes
-    ----------
-    array
-        The array with these fragments.
-    reasons
-        The fault of each, by its name.
-    """
-
-    def __init__(self, array: "EmbeddingsArray", reasons: Mapping[str, str]) -> None:
-        first, reason = next(iter(reasons.items()))
-        super().__init__(
-            f"{len(reasons)} fragments of the array at {array.uri} are damaged, e.g. {first}: {reason}. Expected "
-            "complete fragments: run the shard that wrote them again. It removes them, and computes their cells again."
-        )
-        self.array = array
-        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from pydantic import TypeAdapter, ValidationError
 from census_tf_dagster.census.plan import Plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.storage import Storage
-from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.array import DamagedFragmentsError, EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
-from census_tf_dagster.store.fragments import DamagedFragmentsError, Fragment
+from census_tf_dagster.store.fragments import Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.readback import Problems, ReadBack, read_back
 from census_tf_dagster.store.write_notes import Notes, Written, read_notes
