@@ -61,7 +61,7 @@ def test_upstream_is_waited_for_no_longer_than_said(project: Project, tmp_path: 
     with project.context("tiny") as context:
         cells = read_cells(context.release, np.arange(3), context.checkpoint.aux_column)
         with (
-            pytest.raises(UserError, match="took more than 0 s for 3 cells, and was ended"),
+            pytest.raises(UserError, match="took more than 0 s for 3 cells and was ended"),
             upstream_running(context, cells, command) as answer,
         ):
             answer(0.2)

@@ -51,7 +51,7 @@ def test_inspect_shows_what_is_there_and_remove_asks_twice(project: Project) -> 
     assert not folder.exists()
 
 
-def test_canary_judges_by_fp32_and_keeps_only_its_rate(project: Project) -> None:
+def test_canary_compares_with_fp32_and_keeps_only_its_rate(project: Project) -> None:
     tiny(project, compute_precision="bf16")
     done = project.command("canary", "tiny", RELEASE, "--cells", "40", "--json")
     assert done.returncode == 0, done.stderr
