@@ -31,8 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def upstream_command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UpstreamCommand:
     command = request.config.getoption("--upstream") or find_upstream()
     if command is None:
-        pytest.skip("upstream is not in this environment, and no --upstream is given")
-    assert command.exists(), f"--upstream {command} does not exist"
+        pytest.skip(
+            "transcriptformer is not installed here; `make test` installs it, or name it with --upstream=COMMAND"
+        )
+    assert command.exists(), (
+        f"--upstream: no such file: {command}; `make test` makes .venv-upstream, or leave the option out"
+    )
     return UpstreamCommand(command.absolute(), tmp_path_factory.mktemp("upstream"))
 
 

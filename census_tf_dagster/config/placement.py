@@ -1,6 +1,7 @@
 """The nodes on which the shards of a set run, and the tags with which Dagster's launchers choose them.
 
-``placement.yaml`` in the folder of sets holds the deployment's defaults. A set's own YAML replaces single entries.
+``placement.yaml`` in the folder of sets holds the deployment's defaults. A set's own YAML replaces whole
+entries of the first level.
 `run_coordinator` copies the tags from the asset to each of its runs; nothing here talks to Dagster.
 """
 
@@ -96,7 +97,7 @@ class Kubernetes(_Strict):
 
 
 class Placement(_Strict):
-    """The node that a shard needs. Every entry is optional, so a set's own placement names only what differs."""
+    """The node that a shard needs. A set's own placement names only the entries that differ, each as a whole."""
 
     gpus: int = Field(default=1, ge=0, le=16, description="GPUs of each shard.")
     cpu: float | None = Field(default=None, gt=0, le=4096, allow_inf_nan=False, description="CPU cores of each shard.")
@@ -104,7 +105,7 @@ class Placement(_Strict):
     disk_gib: int | None = Field(default=None, ge=1, le=65536, description="Disk of each shard, in GiB.")
     purchase: Purchase = Field(default="on_demand", description="How the nodes are bought.")
     gpu_type: GpuType | None = Field(
-        default=None, description="GPU type of these nodes. Its speed is assumed until one was measured."
+        default=None, description="GPU type of these nodes. Costs assume a speed for it until one has been measured."
     )
     usd_per_gpu_hour: float | None = Field(
         default=None,
