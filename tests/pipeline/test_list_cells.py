@@ -89,7 +89,7 @@ def test_labels_that_a_column_does_not_have_are_named_with_the_nearest(project: 
             dry_run(context, None, recompute=False)
         )
     with pytest.raises(
-        UserError, match=r"no cell has tissue 'lungs'; the nearest are 'lung'.* has 200 cells"
+        UserError, match=r"no cell has tissue 'lungs'; the nearest are 'lung'.* of the organism's 200 cells"
     ) as caught:
         planned(project, f"tissue == 'lungs' and donor_id in [{', '.join(map(repr, map(str, range(4000))))}]")
     assert len(str(caught.value)) < 600
