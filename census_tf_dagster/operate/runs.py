@@ -149,7 +149,7 @@ def materializations(
     node = expect(answer["assetNodeOrError"], "AssetNode", f"{remote_set.name}/{asset}")
     return {
         one["partition"]: Materialization(
-            run_id=answer["runId"],
+            run_id=one["runId"],
             at=float(one["timestamp"]) / 1000,
             numbers={entry["label"]: int(entry["intRepr"]) for entry in one["metadataEntries"] if "intRepr" in entry},
             paths={entry["label"]: entry["path"] for entry in one["metadataEntries"] if "path" in entry},
