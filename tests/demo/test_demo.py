@@ -82,9 +82,9 @@ def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
     array, shards = (dg.AssetKey(["demo_human", name]) for name in ("embeddings_array", "shard_embeddings"))
     with dg.DagsterInstance.from_config(str(demo / "demo-data" / "dagster_home")) as instance:
         assert not instance.nux_enabled, "no newsletter over the first page"
-        (record,) = instance.fetch_observations(array, limit=10).records
-        assert record.asset_observation is not None
-        shown = record.asset_observation.metadata
+        # On a slow machine, shards that ran for more than half a minute have also recorded the release's progress.
+        observed = [record.asset_observation for record in instance.fetch_observations(array, limit=100).records]
+        (shown,) = [one.metadata for one in observed if one is not None and "coverage_by_tissue" in one.metadata]
         for picture in folder.glob("*.png"):
             encoded = base64.b64encode(picture.read_bytes()).decode()
             assert shown[picture.stem].value == f"![{picture.stem}](data:image/png;base64,{encoded})"
