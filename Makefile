@@ -16,10 +16,10 @@ ui: $(VENV)/.worker  ## open Dagster's web interface, on the demo unless DAGSTER
 	DAGSTER_HOME="$(DAGSTER_HOME)" $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
 test: $(VENV)/.dev $(UPSTREAM)/.ready lint  ## run everything that CI runs
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not soak and not gpu" --upstream=$(UPSTREAM)/bin/transcriptformer tests
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not soak" --upstream=$(UPSTREAM)/bin/transcriptformer tests
 
 test-fast: $(VENV)/.dev  ## run the quick tests of the data plane
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak and not gpu and not upstream and not takes" \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak and not upstream and not takes" \
 	    $(addprefix tests/,census inference io quality store)
 
 soak: $(VENV)/.dev $(UPSTREAM)/.ready  ## run the long, seeded trials

@@ -179,8 +179,8 @@ def _resized(name: str, wanted: str, own: str) -> str:
         if _within(asked, config):
             return json.dumps(config, sort_keys=True)
     raise UserError(
-        f"the run's own tag {name} is {own}, but its asset's is {wanted or 'not set'}, so the run would move to "
-        f"another node. Expected tags that change sizes only ({', '.join(SIZES)}; in dagster-k8s/config the resources "
+        f"the run's own tag {name} is {own}, but its asset's placement says {wanted or 'nothing'}. Expected tags that "
+        f"change sizes only ({', '.join(SIZES)}; in dagster-k8s/config the resources "
         f"{', '.join(SIZE_RESOURCES)}). Change the set's placement instead."
     )
 

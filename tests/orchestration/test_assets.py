@@ -58,7 +58,8 @@ def test_a_running_shard_shows_itself(deployment: Deployment, monkeypatch: pytes
     assert records[0].asset_observation.metadata["seconds_left"].value == 0
 
 
-def test_observations_are_throttled(deployment: Deployment) -> None:
+def test_observations_are_throttled(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_embeddings, "OBSERVE_EVERY_SECONDS", 3600.0)
     assert deployment.run("obs_id_plan", RELEASE).success
     assert deployment.run("shard_embeddings", f"{RELEASE}|1").success
     key = dg.AssetKey(["tiny", "shard_embeddings"])
