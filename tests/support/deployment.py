@@ -20,7 +20,7 @@ from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
 from tests.support.project import RELEASE, Project
 
-POLL = 0.7
+POLL = 2.0
 """Seconds between two polls. Each poll takes CPU from the servers that it waits for."""
 QUICK = "tests.support.quick_definitions"
 """Definitions whose sensors look every 5 s."""
