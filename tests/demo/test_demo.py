@@ -196,7 +196,7 @@ def test_wrong_h5ad_arguments(tmp_path: Path, argument: str) -> None:
     command = [sys.executable, "-m", "census_tf_dagster", "demo", "--h5ad", argument]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: --h5ad '{argument}'")
+    assert done.stderr.startswith(f"error: --h5ad is '{argument}'")
     assert not (tmp_path / "demo-data").exists()
 
 
