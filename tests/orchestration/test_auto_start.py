@@ -32,7 +32,7 @@ SHARDS = 2
 TICKS = """query Ticks($selector: SensorSelector!) {
   sensorOrError(sensorSelector: $selector) {
     __typename
-    ... on Sensor { sensorState { ticks(limit: 50) { tickId status skipReason requestedAssetMaterializationCount } } }
+    ... on Sensor { sensorState { ticks(limit: 1000) { tickId status skipReason requestedAssetMaterializationCount } } }
   }
 }"""
 

@@ -227,7 +227,7 @@ def test_what_a_user_has_to_mend_is_not_retried(story: Story) -> None:
     (run,) = [run for run, _ in story.tasks() if run["tags"].get("ecs/memory") == "61440"]
     assert (run["status"], run["tags"]["dagster/will_retry"]) == ("FAILURE", "false")
     (task,) = [task for _, task in story.tasks() if task.run_id == run["runId"]]
-    assert b"takes it to the deployment's GPU nodes" in _said(task)
+    assert b"send the work to the deployment's GPU nodes" in _said(task)
 
 
 def test_never_more_gpu_runs_than_the_cap(story: Story) -> None:
