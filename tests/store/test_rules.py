@@ -267,7 +267,7 @@ def test_a_set_without_publication_finishes(project: Project, monkeypatch: pytes
     tiny(project)
     with project.context("tiny") as context:
         assert make_plan(context).storage_versions == (22, 21)
-        assert "storage version: 22, the Census has 21" in describe(dry_run(context, None, recompute=False))
+        assert "storage version: 22; the Census has 21" in describe(dry_run(context, None, recompute=False))
         fill(context)
         assert finish_array(context).published is None
         assert array_state(context) == "verified"
