@@ -23,7 +23,7 @@ from tests.support.project import RELEASE, Project
 POLL = 2.0
 """Seconds between two polls. Each poll takes CPU from the servers that it waits for."""
 QUICK = "tests.support.quick_definitions"
-"""Definitions whose sensors look every 5 s."""
+"""Definitions whose sensors look every 10 s."""
 PATIENCE = 600.0
 """The longest wait, in seconds, on a busy machine."""
 

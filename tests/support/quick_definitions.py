@@ -4,7 +4,7 @@ from census_tf_dagster.orchestration import automation
 from census_tf_dagster.orchestration.sensors import lost_runs
 
 for module in (automation, lost_runs):
-    module.EVERY_SECONDS = 5
+    module.EVERY_SECONDS = 10
 
 from census_tf_dagster.definitions import defs  # noqa: E402
 
