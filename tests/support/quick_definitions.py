@@ -1,4 +1,4 @@
-"""The package's definitions, with sensors that run as often as Dagster's daemon looks: every 5 s, not 30 s."""
+"""The package's definitions, with sensors that look every 10 s instead of every 30."""
 
 from census_tf_dagster.orchestration import automation
 from census_tf_dagster.orchestration.sensors import lost_runs
