@@ -79,7 +79,7 @@ def test_packages_that_are_installed_for_all_can_be_imported(environment: dict[s
     packages = sysconfig.get_path("purelib")
     theirs = Path(environment["PYTHONPATH"]) / PACKAGE / "theirs.py"
     theirs.write_text("import numba\n@numba.njit(cache=True)\ndef one():\n    return 1\n")
-    code = "import sys, pathlib\nfrom census_tf_dagster import compiled\n{}from census_tf_dagster import theirs"
+    code = "import sys, pathlib\nfrom census_tf_dagster.io import compiled\n{}from census_tf_dagster import theirs"
     keep = "compiled.keep_below(pathlib.Path(sys.argv[1]))\n"
     found = []
     for text in (code.format(""), code.format(keep)):
