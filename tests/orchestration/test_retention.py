@@ -131,7 +131,7 @@ def test_a_wrong_policy_names_the_entry(tmp_path: Path) -> None:
         ("policy: expire\nreleases: 0", "retention.yaml:2: releases is 0"),
         ("after: 3", "retention.yaml:1: after"),
         ("[", "retention.yaml:1: this is not valid YAML"),
-        ("", "It should be one mapping; docs/releases.md shows it"),
+        ("", "It should be one mapping; docs/releases.md shows an example"),
     ):
         (tmp_path / "retention.yaml").write_text(text)
         with pytest.raises(UserError) as caught:
