@@ -300,7 +300,9 @@ def test_an_array_that_is_not_verified_is_not_assessed(project: Project) -> None
     tiny(project)
     with project.context("tiny") as context:
         make_plan(context)
-        with pytest.raises(UserError, match="the array is unverified; expected verified: materialize embeddings_array first"):
+        with pytest.raises(
+            UserError, match="the array is unverified; expected verified: materialize embeddings_array first"
+        ):
             assess(context)
 
 
