@@ -40,21 +40,20 @@ NO_SOURCE = FoundSource(None, "", ())
 
 def find_source(context: ReleaseContext) -> FoundSource:
     """Search the arrays of the set's earlier releases, newest first. Reads only metadata."""
-    candidates: list[tuple[str, str, Identity]] = []
+    candidates: list[tuple[ReleaseFolder, Identity]] = []
     passed_over: list[str] = []
     for release_folder in context.store.list(context.folder.set_folder):
         for entry in context.store.list(release_folder.rstrip("/")):
             earlier = ReleaseFolder(f"{context.folder.set_folder}/{ReleaseFolder(entry.rstrip('/')).name}")
-            root = earlier.root
             try:
-                identity = _stored_identity(context, root)
+                identity = _stored_identity(context, earlier)
             except UserError as error:
                 passed_over.append(f"{earlier.name}: {error}")
                 continue
             if identity is not None and identity.census_build_date < context.identity.census_build_date:
-                candidates.append((identity.census_build_date, root, identity))
-    for _, root, identity in sorted(candidates, key=lambda candidate: candidate[:2], reverse=True):
-        folder = ReleaseFolder(root)
+                candidates.append((earlier, identity))
+    candidates.sort(key=lambda candidate: (candidate[1].census_build_date, candidate[0].root), reverse=True)
+    for folder, identity in candidates:
         name = folder.name
         try:
             if differing := context.identity.values_differ(identity):
@@ -73,7 +72,7 @@ def find_source(context: ReleaseContext) -> FoundSource:
                 f"{name}: its plan was made without `reuse`, so it has no keys; materialize its obs_id_plan again"
             )
         else:
-            source = Source(release=folder.release, root=root, identity=identity.digest)
+            source = Source(release=folder.release, root=folder.root, identity=identity.digest)
             return FoundSource(source, plan.keys, tuple(passed_over), tuple(all_set_aside(array, plan, folder)))
     return FoundSource(None, "", tuple(passed_over))
 
@@ -88,7 +87,7 @@ def open_source(context: ReleaseContext, source: Source) -> EmbeddingsArray:
     """
     folder = ReleaseFolder(source.root)
     try:
-        identity = _stored_identity(context, source.root)
+        identity = _stored_identity(context, folder)
         if identity is None:
             raise UserError("the array is missing")
         if identity.digest != source.identity:
@@ -112,12 +111,11 @@ def source_error(source: Source, problem: str) -> UserError:
     )
 
 
-def _stored_identity(context: ReleaseContext, root: str) -> Identity | None:
+def _stored_identity(context: ReleaseContext, folder: ReleaseFolder) -> Identity | None:
     """Read the identity of the array below a folder; None if the folder has no array of this project."""
-    array = ReleaseFolder(root).array
-    if not context.store.holds_files(array):
+    if not context.store.holds_files(folder.array):
         return None
-    _, stored = EmbeddingsArray.look(array, context.store)
+    _, stored = EmbeddingsArray.look(folder.array, context.store)
     try:
         return Identity(**json.loads(stored)) if stored else None
     except (ValueError, TypeError) as error:

@@ -35,7 +35,7 @@ class ReleaseFolder:
     @property
     def name(self) -> str:
         """``{release}/{identity}``, to tell a person."""
-        return "/".join(self.root.rsplit("/", 2)[1:])
+        return self.root.removeprefix(f"{self.set_folder}/")
 
     @property
     def store(self) -> str:
