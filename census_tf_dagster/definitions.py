@@ -27,6 +27,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -172,7 +173,9 @@ def deployed_context(set_name: str, release: str) -> Iterator["ReleaseContext"]:
         yield opened
 
 
+# In the process of a run, Dagster calls this six times. It reloads a code location in a new process.
 @dg.definitions
+@cache
 def defs() -> dg.Definitions:
     """Return the definitions that Dagster's tools load."""
     kinds = read_kinds(os.environ.get("CENSUS_TF_RELEASES", "lts"))

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 
 _kept_nowhere: list[Any] = []
 
@@ -48,6 +50,13 @@ def keep_below(cache: Path) -> None:
     if _kept_nowhere or not _has_place(numba.njit):
         numba.config.CACHE_DIR = str(cache / "numba")  # type: ignore[attr-defined]
         _kept_nowhere[:] = [dispatcher for dispatcher in _kept_nowhere if not _keep(dispatcher)]
+
+
+def keep_compiled(module: ModuleType) -> None:
+    """Keep the compiled functions of a module of another package, which does not ask numba to keep them."""
+    for value in vars(module).values():
+        if isinstance(value, Dispatcher):
+            _keep(value)
 
 
 def _has_place(function: Any) -> bool:

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import numpy.typing as npt
 
+from census_tf_dagster.io.compiled import keep_compiled
 from census_tf_dagster.quality.measures import SEED, Embeddings, Neighbours
 
 LEAST_CELLS = 10
@@ -40,9 +41,11 @@ def project(embeddings: Embeddings, neighbours: Neighbours) -> npt.NDArray[np.fl
         # which only later additions would need.
         warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
         warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
-        # The import is here because it compiles for ten seconds.
+        # The import is here because it takes seconds. Without a cache, UMAP compiles for more than ten.
         import umap
 
+        for module in (umap.umap_, umap.layouts, umap.utils):
+            keep_compiled(module)
         layout = umap.UMAP(
             n_neighbors=known[0].shape[1],
             min_dist=0.3,

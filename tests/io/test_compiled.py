@@ -111,6 +111,21 @@ def test_numbas_own_place_comes_first(environment: dict[str, str], tmp_path: Pat
     assert not (tmp_path / "cache").exists()
 
 
+def test_functions_of_packages_that_keep_none(environment: dict[str, str], tmp_path: Path) -> None:
+    theirs = Path(environment["PYTHONPATH"]) / PACKAGE / "theirs.py"
+    theirs.write_text("import numba\n@numba.njit\ndef one():\n    return 1\n")
+    code = """
+import sys
+from census_tf_dagster import theirs
+from census_tf_dagster.io.compiled import keep_compiled
+keep_compiled(theirs)
+assert theirs.one() == 1
+print(sum(theirs.one.stats.cache_hits.values()))
+"""
+    environment["NUMBA_CACHE_DIR"] = str(tmp_path / "numba")
+    assert [run(environment, code) for _ in range(2)] == ["0", "1"]
+
+
 def test_a_full_disk_is_no_error(environment: dict[str, str], tmp_path: Path) -> None:
     full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
     assert [found_in_cache(environment, tmp_path / "cache", before=full) for _ in range(2)] == [0, 0]
