@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import umap
 from sklearn.neighbors import NearestNeighbors
 
 from census_tf_dagster.io.storage import Storage
@@ -188,6 +187,8 @@ def test_a_picture_of_the_plane_is_the_same_every_time_and_keeps_neighbours() ->
     first, second = (project(embeddings, neighbours) for _ in range(2))
     assert np.array_equal(first, second)
     # A later process does not compile for ten seconds.
+    import umap
+
     assert umap.umap_.smooth_knn_dist.stats.cache_path
     near = NearestNeighbors(n_neighbors=5).fit(first).kneighbors(return_distance=False)
     assert np.mean(labels[near] == labels[:, None]) > 0.95
