@@ -43,9 +43,9 @@ if [ "$model" = exemplar ] && [[ $parts == *tests* ]]; then
         tests/inference/test_equality_built.py || failed=1
 fi
 if [[ $parts == *engine* ]]; then
-    python3 -m benchmarks.engine --device "$device" --models "$model" --upstream "$upstream_command" --json "${small[@]}"
+    python3 -m benchmarks.inference.engine --device "$device" --models "$model" --upstream "$upstream_command" --json "${small[@]}"
 fi
 if [ "$model" = exemplar ] && [[ $parts == *end_to_end* ]]; then
-    python3 -m benchmarks.end_to_end --device "$device" --upstream "$upstream_command" --json "${small[@]}"
+    python3 -m benchmarks.pipeline.end_to_end --device "$device" --upstream "$upstream_command" --json "${small[@]}"
 fi
 exit "$failed"

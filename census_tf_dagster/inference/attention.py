@@ -29,7 +29,7 @@ MASK_BLOCK = 128
 """Queries and keys per block of FlexAttention's mask. This is FlexAttention's default."""
 FLOAT32_TILES = {"BLOCK_M": 32, "BLOCK_N": 16}
 """Queries and keys per tile in float32. For heads 128 wide, torch's own tiles take more shared memory than an A10G, L4
-or L40S has, and spill about a kilobyte of registers on every GPU (`benchmarks/kernels.py`)."""
+or L40S has, and spill about a kilobyte of registers on every GPU (`benchmarks/inference/kernels.py`)."""
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -118,7 +118,8 @@ def packed_terms(bias: Tensor, offsets: npt.NDArray[np.int64], softcap: float) -
     def with_counts(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head, query
         score = score + bias[key]
-        # This is softcap * tanh(score / softcap). Triton's tanh branches at each score (`benchmarks/kernels.py`).
+        # This is softcap * tanh(score / softcap). Triton's tanh branches at each score
+        # (`benchmarks/inference/kernels.py`).
         return softcap - 2 * softcap / (1 + torch.exp2(score * exponent)) if softcap > 0 else score
 
     partly, partly_index, whole, whole_index = (

@@ -1,6 +1,6 @@
 """Measure what verifying an array costs: reading a shard back, the last asset, and reading everything again.
 
-    python -m benchmarks.finalise [--quick] [--json]
+    python -m benchmarks.store.finalise [--quick] [--json]
 
 The last asset uses the shards' verifications. The arrays are 100,000 cells x 2,048 in megabatches of 16,384, and an
 array of 5,000 fragments; local disk, bfloat16 storage. Each step runs in a process of its own, so that its peak memory

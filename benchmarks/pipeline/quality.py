@@ -1,6 +1,6 @@
 """Measure what the quality report of a finished array costs: time, peak memory, and how they grow with the array.
 
-    python -m benchmarks.quality [--quick] [--json]
+    python -m benchmarks.pipeline.quality [--quick] [--json]
 
 100,000 and 1,000,000 synthetic cells x 2,048 features, 100 expressed genes a cell of 20,000, 100 cell types in 50
 datasets; bfloat16 storage, megabatches of 16,384, local disk. The report is made in a process of its own, so that its
@@ -133,7 +133,7 @@ def main() -> None:
     for cells in (2_000, 20_000) if arguments.quick else (100_000, 1_000_000):
         with tempfile.TemporaryDirectory() as place:
             for step in ("build", "run"):
-                command = [sys.executable, "-m", "benchmarks.quality", "--step", step, place, str(cells)]
+                command = [sys.executable, "-m", "benchmarks.pipeline.quality", "--step", step, place, str(cells)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             answers[cells] = json.loads(done.stdout.splitlines()[-1])
     small, large = answers.values()

@@ -1,6 +1,6 @@
 """Measure a worker at the true size of a model: how soon it computes, and how much memory it takes.
 
-    python -m benchmarks.worker [--quick] [--json] [--model metazoa] [--device cuda]
+    python -m benchmarks.inference.worker [--quick] [--json] [--model metazoa] [--device cuda]
 
 One shard of two megabatches (of 16,384 cells by default), 60,000 genes, median 1,800 expressed, embeddings of 2,048
 values, random weights in the full width, depth and vocabulary of the model. So that a CPU can do it, the vocabulary has
@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def step(**request: Any) -> Any:
-            command = [sys.executable, "-m", "benchmarks.worker", "--step", folder, json.dumps(request)]
+            command = [sys.executable, "-m", "benchmarks.inference.worker", "--step", folder, json.dumps(request)]
             return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
         step(step="build", model=model, cells=2 * megabatch, layers=layers)

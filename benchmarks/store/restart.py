@@ -1,6 +1,6 @@
 """Measure how long it takes to find out how far a shard is: restart of a finished and of a half-done shard.
 
-    python -m benchmarks.restart [--quick] [--json]
+    python -m benchmarks.store.restart [--quick] [--json]
 
 The plan has the real size (one shard of 1.7 million cells, megabatches of 16,384), and the array its real number of
 fragments. There are 8 features a cell, because fragments are counted from metadata and their size does not matter.

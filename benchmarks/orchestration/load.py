@@ -1,6 +1,6 @@
 """Measure how long the definitions take to load in webserver, daemon and code location, and how much memory that takes.
 
-    python -m benchmarks.load [--quick] [--json]
+    python -m benchmarks.orchestration.load [--quick] [--json]
 
 Each load is a fresh process, after one that fills the disk's cache. For comparison, the program also shows what
 importing Dagster alone takes.

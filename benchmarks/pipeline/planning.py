@@ -1,6 +1,6 @@
 """Measure planning: time and peak memory, with and without an earlier release to reuse.
 
-    python -m benchmarks.planning [--quick] [--json] [--largest CELLS]
+    python -m benchmarks.pipeline.planning [--quick] [--json] [--largest CELLS]
 
 Three plans, each in a process of its own: 2 million cells against an earlier 1.8 million, 20 million against 18
 million, and as many as the largest release (162 million) with nothing to reuse. The last runs once without `reuse` and
@@ -208,7 +208,7 @@ def plan(folder: Path, release: int, *, reuse: bool, verified: bool) -> dict[str
 
 def step(*arguments: object) -> dict[str, Any]:
     """Run a step in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.planning", "--step", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.pipeline.planning", "--step", *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     answer = done.stdout.splitlines()[-1]
     print(*arguments[1:], answer, file=sys.stderr)

@@ -1,6 +1,6 @@
 """Measure how long the shards of a release take from the backfill to the queue, and the memory of webserver and daemon.
 
-    python -m benchmarks.queueing [--quick] [--json] [--repeats N]
+    python -m benchmarks.orchestration.queueing [--quick] [--json] [--repeats N]
 
 Runs deploy/ecs/dagster.yaml on a real PostgreSQL with a real webserver and a real daemon (with the doubles of the
 tests, so from a checkout with the `dev` extra). Nothing is launched: the limit on runs is 0, so every shard ends in the

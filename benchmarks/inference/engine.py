@@ -1,6 +1,6 @@
 """Measure compute alone: this project's engine against upstream's `run_inference`, on the same cells and checkpoint.
 
-    python -m benchmarks.engine [--quick] [--json] [--upstream COMMAND] [--device cuda]
+    python -m benchmarks.inference.engine [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
 The weights are random, in the shapes of the three models on a GPU, an eighth as wide on a CPU. There are three mixes of
 cell lengths. Ours and upstream take turns. Cells are tokenized beforehand. Upstream's seconds are those of its

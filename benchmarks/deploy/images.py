@@ -1,6 +1,6 @@
 """Measure the sizes of the images and of their layers, and how long a change of code takes to rebuild.
 
-    sudo python -m benchmarks.images    # with buildah; BASE as for deploy/images/build.sh
+    sudo python -m benchmarks.deploy.images    # with buildah; BASE as for deploy/images/build.sh
 
 Builds from a copy of the checkout's tracked files. If buildah's store already has the packages, `first` is short. To
 see how long a first build takes, run `buildah rmi --all` before.

@@ -1,6 +1,6 @@
 """Measure what checksums of megabatches and files cost a shard: its CPU time with and without them.
 
-    python -m benchmarks.checksums [--quick] [--json]
+    python -m benchmarks.store.checksums [--quick] [--json]
 
 Does all the work of a shard except the model: it reads and tokenizes counts of a Census of 60,000 genes megabatch by
 megabatch, rounds and writes made-up values of 2,048 features, and reads everything back. *Without* means that no

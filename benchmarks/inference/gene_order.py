@@ -1,6 +1,6 @@
 """Measure what the order of genes changes: embeddings of real cells in the release's order and in the vocabulary's.
 
-    python -m benchmarks.gene_order [--quick] [--json] FILE.h5ad [FILE.h5ad ...]
+    python -m benchmarks.inference.gene_order [--quick] [--json] FILE.h5ad [FILE.h5ad ...]
 
 The vocabulary lists the file's genes in a seeded random order. The weights are random, of one small model (the softcap
 bends its attention scores, as in the demo's model), float32 on the CPU. One run has the window of the published models.

@@ -1,6 +1,6 @@
 """Measure tokenizing: this project's tokenizer against upstream's dataset, on the same counts.
 
-    python -m benchmarks.tokens [--quick] [--json] [--upstream COMMAND]
+    python -m benchmarks.inference.tokens [--quick] [--json] [--upstream COMMAND]
 
 Cells of median 1,800 expressed genes on axes of 20,000 and 60,000 genes, nine tenths of which are in the vocabulary.
 Each has one thread and one process. Figures are CPU seconds, so other work on the machine counts little. Upstream gets
@@ -98,7 +98,7 @@ def measure(folder: Path, genes: int, rounds: int, upstream_path: Path | None) -
     """Measure both in turn, each round in fresh processes; assert that their arrays are identical."""
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "upstream": []}
     for _ in range(rounds):
-        command = [sys.executable, "-m", "benchmarks.tokens", "--step", str(folder), str(genes)]
+        command = [sys.executable, "-m", "benchmarks.inference.tokens", "--step", str(folder), str(genes)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=thread_environment(1))
         found["ours"].append(json.loads(done.stdout.splitlines()[-1]))
         if upstream_path:

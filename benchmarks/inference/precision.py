@@ -1,6 +1,6 @@
 """Measure the error of each compute precision, and of upstream's default, against upstream in float32.
 
-    python -m benchmarks.precision [--quick] [--json] [--upstream COMMAND] [--device cuda]
+    python -m benchmarks.inference.precision [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
 The weights are random, in tf_exemplar's shape on a GPU, an eighth as wide on a CPU. Upstream's default is fp16 autocast
 (``16-mixed``). The relative RMS is the RMS of the difference over the RMS of the reference. The centred cosine is each
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Shape, Upstream, arguments_parser, errors, sample, table, upstream_python
-from benchmarks.engine import load_engine
+from benchmarks.inference.engine import load_engine
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 

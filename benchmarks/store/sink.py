@@ -1,6 +1,6 @@
 """Measure committing embeddings: this project's write against the reference workflow's, on the same values.
 
-    python -m benchmarks.sink [--quick] [--json]
+    python -m benchmarks.store.sink [--quick] [--json]
 
 The reference workflow (tools/models/transcriptformer in chanzuckerberg/cellxgene-census) writes a COO tensor of a scipy
 matrix into an array with tiledbsoma's default filters. Interleaved, one thread each. Values are normal around a mean

@@ -1,6 +1,6 @@
 """Measure what copying reused cells costs, in a shard whose datasets are in another order than in the earlier array.
 
-    python -m benchmarks.copying [--quick] [--json]
+    python -m benchmarks.pipeline.copying [--quick] [--json]
 
 65,536 cells x 2,048 in megabatches of 16,384, bfloat16 storage, local disk. The first case keeps the cells of a dataset
 together and changes the order of datasets (2,048 cells each). The second shuffles every cell, which is the worst case.
@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from benchmarks.common import arguments_parser, peak_gib, spread, table
-from benchmarks.finalise import build, identity
+from benchmarks.store.finalise import build, identity
 from census_tf_dagster.census.plan import Megabatch, Source, plan_totals, read_plan, with_checksums, write_plan
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.pipeline.context import ReleaseContext

@@ -1,6 +1,6 @@
 """Measure the peak memory of one shard run against the number of cells in the shard.
 
-    python -m benchmarks.memory [--quick] [--json]
+    python -m benchmarks.pipeline.memory [--quick] [--json]
 
 Each size runs in a process of its own, with another for the device, whose peak is added. The cells come from a
 synthetic Census of 60,000 genes, median 1,800 expressed, in megabatches of 1,024 cells. The model is one small layer at
@@ -94,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for cells in sizes:
             for step in ("build", "run"):
-                command = [sys.executable, "-m", "benchmarks.memory", "--step", step, folder, str(cells)]
+                command = [sys.executable, "-m", "benchmarks.pipeline.memory", "--step", step, folder, str(cells)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
     print(" cells  seconds  shard's process  device's process  sum of the peaks, GiB")

@@ -1,6 +1,6 @@
 """Measure the way from a Census to an array: one shard run of ours against the reference workflow's loop.
 
-    python -m benchmarks.end_to_end [--quick] [--json] [--upstream COMMAND] [--device cuda]
+    python -m benchmarks.pipeline.end_to_end [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
 The reference workflow runs as its users run it. Both embed the same cells of a synthetic Census of 60,000 genes, median
 1,800 expressed. The vocabulary of tf_exemplar's shape has the genes that are expressed most. The weights are random, in
@@ -149,11 +149,11 @@ def main() -> None:
         settings |= {"megabatches": arguments.megabatches, "megabatch_size": -(-cells // arguments.megabatches)}
         settings |= {"batch_size": arguments.batch_size or (48 if on_gpu else 4), "features": shape.width}
         for number in range(arguments.rounds):
-            command = [sys.executable, "-m", "benchmarks.end_to_end", "--step"]
+            command = [sys.executable, "-m", "benchmarks.pipeline.end_to_end", "--step"]
             found["ours"].append(timed_run(command, settings, folder / f"ours-{number}"))
             if upstream_path:
                 settings["array"] = str(folder / f"array-{number}")
-                command = [str(upstream_path), str(Path(__file__).with_name("reference_workflow.py")), "loop"]
+                command = [str(upstream_path), str(Path(__file__).parents[1] / "reference_workflow.py"), "loop"]
                 found["reference workflow"].append(timed_run(command, settings, folder / f"reference-{number}"))
         difference = None
         if upstream_path:

@@ -1,6 +1,6 @@
 """Measure what many fragments cost a reader, locally and over the S3 protocol, and what consolidating them changes.
 
-    python -m benchmarks.fragments [--fragments 10 100 ...] [--quick] [--json]
+    python -m benchmarks.store.fragments [--fragments 10 100 ...] [--quick] [--json]
 
 50,000 cells x 64 features in 10 to 5,000 fragments. A fresh process opens the array, reads 10,000 contiguous cells and
 10,000 random ones, and lists the fragments as a shard does. There are four states: as written, with commits

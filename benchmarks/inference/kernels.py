@@ -1,6 +1,6 @@
 """Show what the GPU's kernels compile to, for GPUs that are not here: registers, shared memory, instructions.
 
-    python -m benchmarks.kernels [--quick] [--json] [--capabilities 80 86 89 90]
+    python -m benchmarks.inference.kernels [--quick] [--json] [--capabilities 80 86 89 90]
 
 Needs torch for CUDA, 2.11 or later, and gcc, but no GPU and no driver: a library that the program builds answers what
 torch asks of CUDA while it compiles. The program compiles a layer of tf_exemplar at its true width, as a worker does,
@@ -225,7 +225,15 @@ def main() -> None:
                     cache = f"{place}/{capability}-{precision}-{way}"
                     env = {**os.environ, "LD_PRELOAD": str(stub), "TORCHINDUCTOR_CACHE_DIR": cache}
                     env["TRITON_CACHE_DIR"] = f"{cache}/triton"
-                    step = [sys.executable, "-m", "benchmarks.kernels", "--step", str(capability), precision, way]
+                    step = [
+                        sys.executable,
+                        "-m",
+                        "benchmarks.inference.kernels",
+                        "--step",
+                        str(capability),
+                        precision,
+                        way,
+                    ]
                     done = subprocess.run(step, env=env, capture_output=True, text=True)
                     if done.returncode:
                         raise RuntimeError(done.stderr[-6000:])

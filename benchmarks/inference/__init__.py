@@ -1,0 +1,1 @@
+"""Programs that measure the model and the way from counts to its input."""

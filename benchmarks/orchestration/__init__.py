@@ -1,0 +1,1 @@
+"""Programs that measure Dagster with this project's definitions."""

@@ -1,0 +1,1 @@
+"""Programs that measure whole steps of a release."""

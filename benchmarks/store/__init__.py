@@ -1,0 +1,1 @@
+"""Programs that measure writing, checking and reading the array."""
