@@ -69,7 +69,7 @@ def load_settings(folder: Path) -> dict[str, SetSettings]:
     """Load the settings of every set below `folder`, by name."""
     deployment = read_placement(folder)
     with _component_tree(folder) as tree:
-        return {found.name: found.settings(deployment) for found in tree.get_all_components(of_type=EmbeddingSet)}
+        return {found.name: found.placed(deployment) for found in tree.get_all_components(of_type=EmbeddingSet)}
 
 
 @contextmanager

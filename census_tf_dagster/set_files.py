@@ -184,7 +184,7 @@ def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
         remedy = f"Change or add it in this set's placement, or in {folder / placement.FILE}."
         return [document.problem(own, what, remedy)]
     try:
-        one.settings(read_placement(folder))
+        one.placed(read_placement(folder))
     except UserError:
         what = f"attributes.auto_start is {show(attributes['auto_start'])}; the price of a GPU hour is unknown"
         remedy = f"Set usd_per_gpu_hour in {folder / placement.FILE}, or in this set's own placement."

@@ -65,7 +65,7 @@ def run(folder: Path, started: float, megabatch: int, device: str) -> dict[str, 
         found.setdefault("computing_after", time.monotonic() - summary.times.stages["write"].busy - counters["elapsed"])
         found["device_gib"] = children_peak_gib()
 
-    with release_context(declared.settings(), RELEASE, census, store) as context:
+    with release_context(declared, RELEASE, census, store) as context:
         planning.make_plan(context)
         planned = time.monotonic()
         summary = embed_shard(context, 0, report=first)

@@ -72,7 +72,7 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     )
     census = CensusResource(location=str(Path(request["census"]).parent / "{release}"))
     store = StoreResource(location=str(folder / "store"), cache=str(folder / "cache"))
-    with release_context(declared.settings(), RELEASE, census, store) as context:
+    with release_context(declared, RELEASE, census, store) as context:
         make_plan(context)
         seconds = {"start-up": time.monotonic() - request["started"]}
         summary = embed_shard(context, 0)

@@ -48,16 +48,10 @@ def run(folder: Path, cells: int) -> dict[str, float]:
         name=f"cells_{cells}",
         organism="homo_sapiens",
         checkpoint=str(folder / "checkpoint"),
-        pretrained_embeddings=(),
         shards=1,
-        value_filter=None,
-        mod=1,
         megabatch_size=MEGABATCH,
-        batch_size=None,
         compute_precision="fp32",
-        storage_precision="bfloat16",
         device="cpu",
-        publication=None,
     )
     census = CensusResource(location=str(folder / str(cells) / "{release}"))
     store = StoreResource(location=str(folder / "store"))

@@ -43,16 +43,8 @@ def context(place: Path) -> Any:
         name="synthetic",
         organism="homo_sapiens",
         checkpoint=str(place / "checkpoint"),
-        pretrained_embeddings=(),
         shards=4,
-        value_filter=None,
-        mod=1,
-        megabatch_size=16_384,
-        batch_size=None,
-        compute_precision="fp16",
-        storage_precision="bfloat16",
         device="cpu",
-        publication=None,
     )
     census = CensusResource(location=str(place / "census" / "{release}"))
     return release_context(settings, RELEASE, census, StoreResource(location=str(place / "store")))

@@ -1,4 +1,4 @@
-"""The names of our assets, checks, sensors and tags in Dagster. Each name is written once, here.
+"""The names of our assets, checks, sensors, tags and metadata in Dagster. Each name is written once, here.
 
 This module imports nothing, so that the commands for a running deployment can use the names without Dagster.
 """
@@ -29,3 +29,25 @@ WILL_RETRY_TAG, RETRIED_BY_TAG = "dagster/will_retry", "dagster/auto_retry_run_i
 """Dagster's own tags: a failed run will be retried, and the id of the retry."""
 NO_RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
 """Dagster's own tag. ``false`` on a run: Dagster retries it when its worker is lost, not when an asset raises."""
+
+_SPELLINGS = {
+    "usd": "USD",
+    "gpu": "GPU",
+    "gpus": "GPUs",
+    "gib": "GiB",
+    "ids": "IDs",
+    "umap": "UMAP",
+    "census": "Census",
+}
+
+
+def title_of(key: str) -> str:
+    """Return the title under which people see a key of metadata: ``GPU hours`` for ``gpu_hours``."""
+    words = key.split("_")
+    first = words[0] if words[0] in _SPELLINGS else words[0].capitalize()
+    return " ".join(_SPELLINGS.get(word, word) for word in (first, *words[1:]))
+
+
+def key_of(title: str) -> str:
+    """Return the key of a title. This undoes `title_of`."""
+    return title.lower().replace(" ", "_")

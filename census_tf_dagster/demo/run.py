@@ -22,6 +22,7 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint, build_pretrained
 from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad, synthetic_organism
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.worker_process import WorkerProcess
+from census_tf_dagster.orchestration.metadata import values_of
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
@@ -172,8 +173,7 @@ def _materialize_everything() -> list[Mapping[str, Any]]:
                 tags=WorkerProcess.this("").tags(),
                 run_config={"loggers": {"console": {"config": {"log_level": "ERROR"}}}},
             )
-            metadata = result.asset_materializations_for_node(key.to_python_identifier())[0].metadata
-            return {name: value.value for name, value in metadata.items()}
+            return values_of(result.asset_materializations_for_node(key.to_python_identifier())[0].metadata)
 
         for name in sorted({asset.key.path[0] for asset in assets}):
             started = time.monotonic()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from census_tf_dagster.config.dagster_names import SHARDS
+from census_tf_dagster.config.dagster_names import SHARDS, key_of
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import Run
@@ -55,8 +55,10 @@ def progress_of(deployment: Deployment, remote_set: RemoteSet, running: Sequence
 
 def _read(entries: Sequence[dict[str, object]], at: float) -> ShardProgress:
     values = {
-        str(entry["label"]): next((entry[kind] for kind in ("intRepr", "floatValue", "text") if kind in entry), None)
+        key_of(str(entry["label"])): entry[kind]
         for entry in entries
+        for kind in ("intRepr", "floatValue", "text")
+        if kind in entry
     }
     return ShardProgress(
         cells_done=int(str(values.get("cells_done", 0))),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from census_tf_dagster.config.dagster_names import ASKED_AGAIN, RECOMPUTE_TAG, RETRIED_BY_TAG, WILL_RETRY_TAG
+from census_tf_dagster.config.dagster_names import ASKED_AGAIN, RECOMPUTE_TAG, RETRIED_BY_TAG, WILL_RETRY_TAG, key_of
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.worker_process import WorkerProcess
 from census_tf_dagster.operate.graphql import Deployment, expect
@@ -151,13 +151,14 @@ def materializations(
         one["partition"]: Materialization(
             run_id=one["runId"],
             at=float(one["timestamp"]) / 1000,
-            numbers={entry["label"]: int(entry["intRepr"]) for entry in one["metadataEntries"] if "intRepr" in entry},
-            paths={entry["label"]: entry["path"] for entry in one["metadataEntries"] if "path" in entry},
-            figures={entry["label"]: entry["floatValue"] for entry in one["metadataEntries"] if "floatValue" in entry},
-            texts={entry["label"]: entry["text"] for entry in one["metadataEntries"] if "text" in entry},
+            numbers={name: int(entry["intRepr"]) for name, entry in entries.items() if "intRepr" in entry},
+            paths={name: entry["path"] for name, entry in entries.items() if "path" in entry},
+            figures={name: entry["floatValue"] for name, entry in entries.items() if "floatValue" in entry},
+            texts={name: entry["text"] for name, entry in entries.items() if "text" in entry},
         )
         for one in node["latestMaterializationByPartition"]
         if one is not None
+        for entries in [{key_of(entry["label"]): entry for entry in one["metadataEntries"]}]
     }
 
 

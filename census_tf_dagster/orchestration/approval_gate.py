@@ -3,7 +3,6 @@
 The asset `approval` and the shards use it. The arithmetic of costs belongs to `config.cost`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +14,7 @@ from census_tf_dagster.config.dagster_names import APPROVAL, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, final_failure
 from census_tf_dagster.orchestration.automation import CONDITION_TAG
+from census_tf_dagster.orchestration.metadata import values_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def last_shards(instance: dg.DagsterInstance, settings: SetSettings) -> list[Thr
     """Return the throughput of a set's last shards, from the metadata of their materializations."""
     records = instance.fetch_materializations(asset_key(settings, SHARDS), limit=LAST_SHARDS).records
     found = [record.asset_materialization for record in records]
-    return [one for event in found if event and (one := Throughput.of(_values(event.metadata)))]
+    return [one for event in found if event and (one := Throughput.of(values_of(event.metadata)))]
 
 
 def cost_metadata(cost: Cost, settings: SetSettings) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def approved(instance: dg.DagsterInstance, settings: SetSettings, release: str) 
     wanted = dg.AssetRecordsFilter(asset_key=asset_key(settings, APPROVAL), asset_partitions=[release])
     for record in instance.fetch_materializations(wanted, limit=1).records:
         event = record.asset_materialization
-        figures = _values(event.metadata) if event else {}
+        figures = values_of(event.metadata) if event else {}
         if "plan" in figures and "tokens_to_compute" in figures:
             at = datetime.fromtimestamp(record.timestamp, UTC).isoformat(timespec="seconds")
             by = str(figures.get("approved_by", "unknown"))
@@ -104,7 +104,3 @@ def require_approval(
             f"plan {plan} of {settings.name} {release} ({tokens:,} tokens) is not approved; {was}. To approve and "
             f"continue, run `census-tf-dagster launch {settings.name} {release}`."
         )
-
-
-def _values(metadata: Mapping[str, dg.MetadataValue[Any]]) -> dict[str, Any]:
-    return {name: value.value for name, value in metadata.items()}

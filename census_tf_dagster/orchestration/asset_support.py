@@ -11,6 +11,7 @@ from census_tf_dagster.config.dagster_names import NO_RETRY_TAG
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import NUMERIC_VERSION
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def asset_of(settings: SetSettings, name: str) -> AssetArguments:
         "owners": list(settings.owners),
         "code_version": CODE_VERSION,
         "tags": _asset_tags(settings),
-        "metadata": _asset_metadata(settings),
+        "metadata": titled(_asset_metadata(settings)),
     }
 
 

@@ -15,6 +15,7 @@ from census_tf_dagster.config.dagster_names import ARRAY, PLAN, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.durations import duration
 from census_tf_dagster.orchestration.asset_support import asset_key
+from census_tf_dagster.orchestration.metadata import titled, values_of
 
 RELEASE_EVERY_SECONDS = 60.0
 """The progress of a release is reported at most this often."""
@@ -51,16 +52,19 @@ def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release
         asset_key=array,
         partition=release,
         description="Progress of this release, from its running shards.",
-        metadata={
-            "cells_done": cells,
-            "cells": planned,
-            "done": f"{cells / planned:.1%}" if planned else "unknown",
-            "cells_per_second": round(rate, 1),
-            "time_left": duration((planned - cells) / rate) if rate else "unknown",
-            "shards_done": f"{len(done)} of {settings.shards}",
-            "shards_running": len(running),
-            "limited_by": ", ".join(f"{stage} in {count} shards" for stage, count in limits.most_common()) or "unknown",
-        },
+        metadata=titled(
+            {
+                "cells_done": cells,
+                "cells": planned,
+                "done": f"{cells / planned:.1%}" if planned else "unknown",
+                "cells_per_second": round(rate, 1),
+                "time_left": duration((planned - cells) / rate) if rate else "unknown",
+                "shards_done": f"{len(done)} of {settings.shards}",
+                "shards_running": len(running),
+                "limited_by": ", ".join(f"{stage} in {count} shards" for stage, count in limits.most_common())
+                or "unknown",
+            }
+        ),
     )
 
 
@@ -75,8 +79,7 @@ def _observations(
     wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
     for record in instance.fetch_observations(wanted, limit=limit).records:
         if record.asset_observation is not None and record.partition_key is not None:
-            metadata = record.asset_observation.metadata
-            yield record.timestamp, record.partition_key, {name: one.value for name, one in metadata.items()}
+            yield record.timestamp, record.partition_key, values_of(record.asset_observation.metadata)
 
 
 def _materialized(
@@ -88,7 +91,4 @@ def _materialized(
     for record in instance.fetch_materializations(wanted, limit=2 * len(partitions)).records:
         if record.asset_materialization and record.partition_key and record.partition_key not in seen:
             seen.add(record.partition_key)
-            yield (
-                record.partition_key,
-                {name: one.value for name, one in record.asset_materialization.metadata.items()},
-            )
+            yield record.partition_key, values_of(record.asset_materialization.metadata)

@@ -92,7 +92,7 @@ def spending_of(project: Project, text: str, **attributes: object) -> Spending:
     project.add_set("one", organism="homo_sapiens", **attributes)
     path = project.folder / "sets" / "one" / "defs.yaml"
     document = yaml.safe_load(path.read_text().replace("attributes:\n", f"attributes:\n{text}", 1))
-    return EmbeddingSet(**document["attributes"]).settings(Placement(usd_per_gpu_hour=3.0, fleet_gpus=8)).spending
+    return EmbeddingSet(**document["attributes"]).placed(Placement(usd_per_gpu_hour=3.0, fleet_gpus=8)).spending
 
 
 @pytest.mark.parametrize(
@@ -120,4 +120,4 @@ def test_a_sets_own_price_replaces_the_deployments(project: Project) -> None:
 def test_a_budget_needs_a_price() -> None:
     one = EmbeddingSet(name="one", organism="homo_sapiens", checkpoint="x", auto_start={"budget": 5.0})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the price of a GPU hour is unknown; set usd_per_gpu_hour"):
-        one.settings()
+        one.placed()

@@ -15,7 +15,7 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from census_tf_dagster.config.dagster_names import VERIFIED_CHECK
+from census_tf_dagster.config.dagster_names import VERIFIED_CHECK, title_of
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.synthetic import UNLISTED_ASSAY, organism_from_h5ad, synthetic_organism
 from census_tf_dagster.errors import UserError
@@ -84,11 +84,11 @@ def test_the_demo_shows_what_its_embeddings_are_worth(demo: Path) -> None:
         assert not instance.nux_enabled, "no newsletter over the first page"
         # On a slow machine, shards that ran for more than half a minute have also recorded the release's progress.
         observed = [record.asset_observation for record in instance.fetch_observations(array, limit=100).records]
-        (shown,) = [one.metadata for one in observed if one is not None and "coverage_by_tissue" in one.metadata]
+        (shown,) = [one.metadata for one in observed if one is not None and "Coverage by tissue" in one.metadata]
         for picture in folder.glob("*.png"):
             encoded = base64.b64encode(picture.read_bytes()).decode()
-            assert shown[picture.stem].value == f"![{picture.stem}](data:image/png;base64,{encoded})"
-        table = shown["coverage_by_tissue"]
+            assert shown[title_of(picture.stem)].value == f"![{picture.stem}](data:image/png;base64,{encoded})"
+        table = shown["Coverage by tissue"]
         assert isinstance(table, dg.TableMetadataValue)
         tissues = table.records
         assert sum(row.data["embedded"] for row in tissues) == sum(row.data["cells"] for row in tissues) == 400

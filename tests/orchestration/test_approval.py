@@ -12,6 +12,7 @@ import yaml
 from census_tf_dagster.config.cost import utc_now
 from census_tf_dagster.definitions import build_definitions, census_resource, load_sets, store_resource
 from census_tf_dagster.orchestration.automation import CONDITION_TAG
+from census_tf_dagster.orchestration.metadata import values_of
 from census_tf_dagster.orchestration.partitions import RELEASES
 from tests.support.builders import tiny
 from tests.support.project import RELEASE, Project
@@ -62,7 +63,7 @@ class Gate:
 
 def figures(result: Any, asset: str) -> dict[str, Any] | None:
     events = result.asset_materializations_for_node(f"tiny__{asset}")
-    return {name: value.value for name, value in events[0].metadata.items()} if events else None
+    return values_of(events[0].metadata) if events else None
 
 
 def reason(result: Any) -> str:

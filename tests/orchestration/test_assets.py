@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 
 from census_tf_dagster.orchestration.assets import shard_embeddings
+from census_tf_dagster.orchestration.metadata import values_of
 from tests.support.builders import tiny
 from tests.support.census_edits import set_counts
 from tests.support.in_process import Deployment
@@ -30,7 +31,7 @@ def everything(deployment: Deployment) -> None:
 
 def metadata(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
     (event,) = result.asset_materializations_for_node(f"tiny__{asset}")
-    return {name: value.value for name, value in event.metadata.items()}
+    return values_of(event.metadata)
 
 
 def test_the_plan_shows_what_the_shards_will_do(deployment: Deployment) -> None:
@@ -50,12 +51,12 @@ def test_a_running_shard_shows_itself(deployment: Deployment, monkeypatch: pytes
     result = deployment.run("shard_embeddings", f"{RELEASE}|1")
     shown = metadata(result, "shard_embeddings")
     records = deployment.instance.fetch_observations(dg.AssetKey(["tiny", "shard_embeddings"]), limit=10).records
-    done = [record.asset_observation.metadata["cells_done"].value for record in reversed(records)]
+    done = [values_of(record.asset_observation.metadata)["cells_done"] for record in reversed(records)]
     assert len(done) == shown["megabatches"]
     assert done == sorted(done)
     assert done[-1] == shown["cells"]
     assert {record.asset_observation.partition for record in records} == {f"{RELEASE}|1"}
-    assert records[0].asset_observation.metadata["seconds_left"].value == 0
+    assert records[0].asset_observation.metadata["Seconds left"].value == 0
 
 
 def test_observations_are_throttled(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,16 +101,14 @@ def test_cells_that_are_set_aside_are_listed(deployment: Deployment, project: Pr
     set_counts(project, [5], -1.0)
     result = deployment.run("shard_embeddings", f"{RELEASE}|0")
     assert result.success
-    (materialization,) = result.asset_materializations_for_node("tiny__shard_embeddings")
-    assert materialization.metadata["cells_set_aside"].value == 1
-    (one,) = materialization.metadata["set_aside"].value
+    shown = metadata(result, "shard_embeddings")
+    assert shown["cells_set_aside"] == 1
+    (one,) = shown["set_aside"]
     assert re.fullmatch(r"joinid 5: X/raw holds -\d+\.0, which is not a count", one)
     assert deployment.run("shard_embeddings", f"{RELEASE}|1").success
-    (materialization,) = deployment.run("embeddings_array", RELEASE).asset_materializations_for_node(
-        "tiny__embeddings_array"
-    )
-    assert materialization.metadata["cells_set_aside"].value == 1
-    assert materialization.metadata["cells"].value == materialization.metadata["cells_planned"].value - 1
+    shown = metadata(deployment.run("embeddings_array", RELEASE), "embeddings_array")
+    assert shown["cells_set_aside"] == 1
+    assert shown["cells"] == shown["cells_planned"] - 1
 
 
 def test_an_array_is_not_materialized_before_all_shards_are_there(deployment: Deployment) -> None:

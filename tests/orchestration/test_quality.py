@@ -15,6 +15,7 @@ import tiledbsoma
 from PIL import Image
 
 from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.config.dagster_names import title_of
 from census_tf_dagster.demo.census import Organism, build_census
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
 from census_tf_dagster.errors import UserError
@@ -346,11 +347,11 @@ def test_dagster_shows_pictures_tables_and_checks(deployment: Deployment) -> Non
     assert observation is not None
     assert observation.partition == RELEASE
     for name in PICTURES:
-        value = observation.metadata[name]
+        value = observation.metadata[title_of(name)]
         assert isinstance(value, dg.MarkdownMetadataValue)
         assert value.value is not None
         assert value.value.startswith(f"![{name}](data:image/png;base64,iVBORw0KGgo")
-    table = observation.metadata["coverage_by_tissue"]
+    table = observation.metadata["Coverage by tissue"]
     assert isinstance(table, dg.TableMetadataValue)
     assert {"tissue_general", "cells", "planned", "embedded", "embedded_share"} == set(table.records[0].data)
     assert sum(row.data["cells"] for row in table.records) == CELLS

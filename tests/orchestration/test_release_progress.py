@@ -12,23 +12,26 @@ from census_tf_dagster.operate.observations import ShardProgress, progress_of
 from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import Run
 from census_tf_dagster.orchestration import release_progress as progress
+from census_tf_dagster.orchestration.metadata import titled, values_of
 from census_tf_dagster.orchestration.release_progress import observe_release
 from tests.support.builders import tiny
 from tests.support.deployment import running_locally
 from tests.support.project import RELEASE, Project
 
-SETTINGS = EmbeddingSet(name="tiny", organism="homo_sapiens", checkpoint="x", shards=12).settings()
+SETTINGS = EmbeddingSet(name="tiny", organism="homo_sapiens", checkpoint="x", shards=12)
 SHARDS, ARRAY, PLAN = (dg.AssetKey(["tiny", name]) for name in ("shard_embeddings", "embeddings_array", "obs_id_plan"))
 
 
 def tell(instance: dg.DagsterInstance, shard: int, done: int, rate: float, limit: str, release: str = RELEASE) -> None:
     metadata = {"cells_done": done, "cells": 100, "cells_per_second": rate, "seconds_left": 1, "limited_by": limit}
     partition = f"{release}|{shard:02d}"
-    instance.report_runless_asset_event(dg.AssetObservation(SHARDS, partition=partition, metadata=metadata))
+    instance.report_runless_asset_event(dg.AssetObservation(SHARDS, partition=partition, metadata=titled(metadata)))
 
 
 def materialize(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str, cells: int) -> None:
-    instance.report_runless_asset_event(dg.AssetMaterialization(key, partition=partition, metadata={"cells": cells}))
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(key, partition=partition, metadata=titled({"cells": cells}))
+    )
 
 
 def shown(instance: dg.DagsterInstance) -> dict[str, Any] | None:
@@ -37,7 +40,7 @@ def shown(instance: dg.DagsterInstance) -> dict[str, Any] | None:
         return None
     instance.report_runless_asset_event(found)
     assert (found.asset_key, found.partition) == (ARRAY, RELEASE)
-    return {name: one.value for name, one in found.metadata.items()}
+    return values_of(found.metadata)
 
 
 def test_a_release_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +81,7 @@ def test_status_asks_each_running_shard_for_its_last_word(project: Project) -> N
     with dg.instance_for_test(temp_dir=project.env["DAGSTER_HOME"]) as instance:
         for done in (5, 9):
             metadata = {"cells_done": done, "cells": 50, "cells_per_second": 2.5, "limited_by": "read"}
-            event = dg.AssetObservation(SHARDS, partition=partition, metadata=metadata)
+            event = dg.AssetObservation(SHARDS, partition=partition, metadata=titled(metadata))
             instance.report_runless_asset_event(event)
         record = instance.fetch_observations(SHARDS, limit=1).records[0]
     with running_locally(project, daemon=False) as operator:

@@ -207,7 +207,7 @@ def test_a_release_that_is_retracted_after_it_was_added_warns(
 
 def planned(instance: dg.DagsterInstance, days: float | str, partition: str = OLD) -> None:
     """Store a plan that says how long the fleet needs."""
-    metadata = {"days_with_the_fleet": days}
+    metadata = {"Days with the fleet": days}
     instance.report_runless_asset_event(dg.AssetMaterialization(PLAN, partition=partition, metadata=metadata))
 
 

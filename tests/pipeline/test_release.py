@@ -78,7 +78,7 @@ def test_resume_after_consolidation_and_under_another_plan(project: Project) -> 
     tiny(project)
     with project.context("tiny") as context:
         run_all(context)
-        wider = replace(context, settings=replace(context.settings, shards=2, megabatch_size=37))
+        wider = replace(context, settings=context.settings.model_copy(update={"shards": 2, "megabatch_size": 37}))
         make_plan(wider)
         assert [embed_shard(wider, shard).megabatches_computed for shard in range(2)] == [0, 0]
         finish_array(wider)
@@ -150,7 +150,7 @@ def test_bfloat16_storage_is_the_default_and_within_half_a_step(project: Project
     with project.context("tiny") as context:
         run_all(context)
         exact = read_array(context.folder.array, project.folder)
-        rounded_job = replace(context.settings, storage_precision="bfloat16")
+        rounded_job = context.settings.model_copy(update={"storage_precision": "bfloat16"})
     project.add_set("rounded", organism="homo_sapiens", megabatch_size=16, storage_precision="bfloat16")
     with project.context("rounded") as context:
         assert context.settings.storage_precision == rounded_job.storage_precision
@@ -192,7 +192,7 @@ def test_two_identities_of_a_set_stand_side_by_side(project: Project) -> None:
     tiny(project)
     with project.context("tiny") as context:
         make_plan(context)
-        changed = replace(context.settings, mod=2)
+        changed = context.settings.model_copy(update={"mod": 2})
     with project.context("tiny") as context:
         first = context.folder.root
     (project.folder / "sets" / "tiny" / "defs.yaml").unlink()

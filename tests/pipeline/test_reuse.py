@@ -459,7 +459,7 @@ def test_planning_again_gives_the_same_plan(project: Project) -> None:
         assert make_plan(context) == make_plan(context)
         plan = read_plan(context.store, context.folder.plan)
         assert plan.totals == make_plan(context).totals
-        wider = replace(context, settings=replace(context.settings, shards=2))
+        wider = replace(context, settings=context.settings.model_copy(update={"shards": 2}))
         assert make_plan(wider).totals.plan != plan.totals.plan
 
 

@@ -15,6 +15,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.orchestration.approval_gate import approved, cost_metadata, last_shards
 from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_context
 from census_tf_dagster.orchestration.automation import is_automatic, whenever_planned
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
@@ -61,7 +62,7 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
             cost = estimate(opened, tokens_left(opened, found), last_shards(context.instance, settings))
         figures = {"plan": plan, **cost_metadata(cost, settings)}
         if not is_automatic(context.run.tags):
-            yield dg.MaterializeResult(metadata={"approved_by": config.by or "a person, in Dagster", **figures})
+            yield dg.MaterializeResult(metadata=titled({"approved_by": config.by or "a person, in Dagster", **figures}))
             return
         earlier = approved(context.instance, settings, release)
         if earlier and earlier.covers(plan, cost.tokens):
@@ -73,7 +74,7 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
         if not against:
             budget = settings.spending.budget_usd
             by = "auto_start: on" if budget is None else f"auto_start: within the budget of {budget:,.2f} USD a release"
-            yield dg.MaterializeResult(metadata={"approved_by": by, **figures})
+            yield dg.MaterializeResult(metadata=titled({"approved_by": by, **figures}))
             return
         question = (
             f"The shards of {settings.name} {release} wait for your approval: {'; '.join(against)}. The work: {cost}. "
@@ -86,7 +87,7 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
                 asset_key=key,
                 partition=release,
                 description=question,
-                metadata={"waits_for_approval": question, **figures},
+                metadata=titled({"waits_for_approval": question, **figures}),
             )
         )
 

@@ -16,6 +16,7 @@ from census_tf_dagster.orchestration.asset_support import (
 )
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import evaluations
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import BY_RELEASE, RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
@@ -61,22 +62,24 @@ def build_embeddings_array(settings: SetSettings) -> dg.AssetsDefinition:
                         context.log_event(evaluation)
                 raise final_failure(str(error)) from error
         return dg.MaterializeResult(
-            metadata={
-                "cells": summary.cells,
-                "cells_planned": summary.totals.cells,
-                "cells_set_aside": len(summary.set_aside),
-                "set_aside": [f"{cells} cells: {why}" for why, cells in summary.reasons()],
-                "rows": summary.shape[0],
-                "features": summary.shape[1],
-                "fragments": summary.fragments,
-                "excess_fragments": summary.excess_fragments,
-                "shards_read_again": len(summary.read_again),
-                "plan": summary.totals.plan,
-                "identity": summary.identity,
-                "published": published_as(summary.published),
-                "array": dg.MetadataValue.path(summary.uri),
-                **console_link(summary.uri, store),
-            },
+            metadata=titled(
+                {
+                    "cells": summary.cells,
+                    "cells_planned": summary.totals.cells,
+                    "cells_set_aside": len(summary.set_aside),
+                    "set_aside": [f"{cells} cells: {why}" for why, cells in summary.reasons()],
+                    "rows": summary.shape[0],
+                    "features": summary.shape[1],
+                    "fragments": summary.fragments,
+                    "excess_fragments": summary.excess_fragments,
+                    "shards_read_again": len(summary.read_again),
+                    "plan": summary.totals.plan,
+                    "identity": summary.identity,
+                    "published": published_as(summary.published),
+                    "array": dg.MetadataValue.path(summary.uri),
+                    **console_link(summary.uri, store),
+                }
+            ),
         )
 
     return embeddings_array

@@ -10,6 +10,7 @@ from census_tf_dagster.orchestration.approval_gate import cost_metadata, last_sh
 from census_tf_dagster.orchestration.asset_support import asset_of, console_link, partition_context
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
@@ -69,35 +70,37 @@ def build_obs_id_plan(settings: SetSettings) -> dg.AssetsDefinition:
             context.log.warning(warning)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(totals.plan),
-            metadata={
-                "cells": totals.cells,
-                "primary_cells": totals.primary_cells,
-                "duplicate_cells": totals.cells - totals.primary_cells,
-                "cells_without_counts": "unknown" if (zeros := totals.cells_without_counts) is None else zeros,
-                "tokens": totals.tokens,
-                "cells_to_compute": totals.cells_to_compute,
-                "tokens_to_compute": totals.tokens_to_compute,
-                "cells_reused": totals.cells_reused,
-                "tokens_reused": totals.tokens_reused,
-                "reused_from": totals.source.root if totals.source else "nothing",
-                **cost_metadata(cost, settings),
-                "release_deleted_from": str((listed and listed.deleted_from) or "stays"),
-                "shards": totals.shards,
-                "megabatches": totals.megabatches,
-                "bytes_to_write": summary.estimated_bytes,
-                "expressed_genes": summary.expressed_genes,
-                "expressed_genes_known": summary.known_genes,
-                "expressed_entries_known_share": summary.known_share,
-                "storage_version": ours,
-                "storage_version_census": theirs,
-                "gene_ids": summary.gene_check,
-                "warnings": "\n\n".join(summary.warnings) or "none",
-                "plan": totals.plan,
-                "identity": summary.identity,
-                "folder": dg.MetadataValue.path(summary.root),
-                "census": dg.MetadataValue.path(opened.release.uri),
-                **console_link(summary.root, store),
-            },
+            metadata=titled(
+                {
+                    "cells": totals.cells,
+                    "primary_cells": totals.primary_cells,
+                    "duplicate_cells": totals.cells - totals.primary_cells,
+                    "cells_without_counts": "unknown" if (zeros := totals.cells_without_counts) is None else zeros,
+                    "tokens": totals.tokens,
+                    "cells_to_compute": totals.cells_to_compute,
+                    "tokens_to_compute": totals.tokens_to_compute,
+                    "cells_reused": totals.cells_reused,
+                    "tokens_reused": totals.tokens_reused,
+                    "reused_from": totals.source.root if totals.source else "nothing",
+                    **cost_metadata(cost, settings),
+                    "release_deleted_from": str((listed and listed.deleted_from) or "stays"),
+                    "shards": totals.shards,
+                    "megabatches": totals.megabatches,
+                    "bytes_to_write": summary.estimated_bytes,
+                    "expressed_genes": summary.expressed_genes,
+                    "expressed_genes_known": summary.known_genes,
+                    "expressed_entries_known_share": summary.known_share,
+                    "storage_version": ours,
+                    "storage_version_census": theirs,
+                    "gene_ids": summary.gene_check,
+                    "warnings": "\n\n".join(summary.warnings) or "none",
+                    "plan": totals.plan,
+                    "identity": summary.identity,
+                    "folder": dg.MetadataValue.path(summary.root),
+                    "census": dg.MetadataValue.path(opened.release.uri),
+                    **console_link(summary.root, store),
+                }
+            ),
         )
 
     return obs_id_plan

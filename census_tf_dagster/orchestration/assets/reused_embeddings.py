@@ -11,6 +11,7 @@ from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, p
 from census_tf_dagster.orchestration.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import BY_RELEASE, COPIES, shard_partitions
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
@@ -56,7 +57,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
             context.log.info(f"copied {done:,} of {progress.cells:,} cells, {rate:.0f} cells/s")
             if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
                 observed = time.monotonic()
-                metadata = {"cells_done": done, "cells": progress.cells, "cells_per_second": rate}
+                metadata = titled({"cells_done": done, "cells": progress.cells, "cells_per_second": rate})
                 context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
 
         with partition_context(settings, release, census, store) as opened:
@@ -65,18 +66,20 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
                 # Check again: the array may have been verified between the first commit and the last.
                 report_if_stale(context, settings, release, opened)
         return dg.MaterializeResult(
-            metadata={
-                "cells": summary.cells,
-                "cells_copied": summary.cells_copied,
-                "megabatches": summary.megabatches,
-                "megabatches_copied": summary.megabatches_copied,
-                "cells_per_second": round(summary.cells_per_second(), 2),
-                "source": summary.source.root if summary.source and summary.cells else "nothing to copy",
-                "plan": summary.plan,
-                "seconds_work": round(summary.seconds, 3),
-                "seconds_verification": round(summary.verification_seconds, 3),
-                "verified": summary.verified,
-            }
+            metadata=titled(
+                {
+                    "cells": summary.cells,
+                    "cells_copied": summary.cells_copied,
+                    "megabatches": summary.megabatches,
+                    "megabatches_copied": summary.megabatches_copied,
+                    "cells_per_second": round(summary.cells_per_second(), 2),
+                    "source": summary.source.root if summary.source and summary.cells else "nothing to copy",
+                    "plan": summary.plan,
+                    "seconds_work": round(summary.seconds, 3),
+                    "seconds_verification": round(summary.verification_seconds, 3),
+                    "verified": summary.verified,
+                }
+            )
         )
 
     return reused_embeddings

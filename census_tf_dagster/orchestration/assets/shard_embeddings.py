@@ -22,6 +22,7 @@ from census_tf_dagster.orchestration.asset_support import (
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.quality import shard_check, shard_check_spec
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import BY_RELEASE, shard_partitions
 from census_tf_dagster.orchestration.release_progress import observe_release
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
@@ -93,7 +94,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                     "time_left": duration(left),
                     "limited_by": limit,
                 }
-                context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
+                context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=titled(metadata)))
                 if (whole := observe_release(context.instance, settings, release)) is not None:
                     context.log_event(whole)
 
@@ -108,13 +109,13 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 summary = embed_shard(opened, shard, recompute=config.recompute, upstream=upstream, report=show)
             except SetAsideError as error:
                 # An automatic retry would meet the same cells.
-                metadata = {"set_aside": error.details}
+                metadata = titled({"set_aside": error.details})
                 raise final_failure(str(error), metadata) from error
             if summary.megabatches_computed:
                 # Check again: the array may have been verified between the first commit and the last.
                 report_if_stale(context, settings, release, opened)
         return dg.MaterializeResult(
-            metadata=_figures(summary, settings.spending.usd_per_gpu_hour),
+            metadata=titled(_figures(summary, settings.spending.usd_per_gpu_hour)),
             check_results=[shard_check(settings, summary.comparison)],
         )
 

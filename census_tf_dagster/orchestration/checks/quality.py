@@ -23,6 +23,7 @@ from census_tf_dagster.config.thresholds import (
     upstream_bound,
 )
 from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import RELEASES, shard_partitions
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
@@ -83,7 +84,7 @@ def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
                     verdicts = dict.fromkeys(CHECKS, Verdict(False, said))
                 else:
                     verdicts = dict(report.verdicts)
-                    metadata = {**shown(report), "folder": dg.MetadataValue.path(opened.folder.qc)}
+                    metadata = titled({**shown(report), "folder": dg.MetadataValue.path(opened.folder.qc)})
                     run.log_event(dg.AssetObservation(asset_key=asset, partition=run.partition_key, metadata=metadata))
             for name, verdict in verdicts.items():
                 if dg.AssetCheckKey(asset, name) in run.selected_asset_check_keys:
@@ -159,5 +160,5 @@ def _result(asset: dg.AssetKey, name: str, verdict: "Verdict") -> dg.AssetCheckR
         passed=verdict.passed,
         severity=dg.AssetCheckSeverity.ERROR if verdict.grave else dg.AssetCheckSeverity.WARN,
         description=verdict.text,
-        metadata=verdict.figures,
+        metadata=titled(verdict.figures),
     )

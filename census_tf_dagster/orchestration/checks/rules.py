@@ -15,6 +15,7 @@ import dagster as dg
 from census_tf_dagster.config.dagster_names import ARRAY, VERIFIED_CHECK
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
+from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
@@ -66,7 +67,7 @@ def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
             with partition_context(settings, context.op_execution_context.partition_key, census, store) as opened:
                 state = array_state(opened)
             return dg.AssetCheckResult(
-                passed=state == "verified", description=MEANING[state], metadata={"state": state}
+                passed=state == "verified", description=MEANING[state], metadata=titled({"state": state})
             )
 
     return verified
@@ -87,7 +88,7 @@ def report_if_stale(
             check_name=VERIFIED_CHECK,
             passed=False,
             description=MEANING["stale"],
-            metadata={"state": "stale"},
+            metadata=titled({"state": "stale"}),
             partition=release,
         )
     )

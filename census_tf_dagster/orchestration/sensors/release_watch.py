@@ -13,6 +13,7 @@ import dagster as dg
 
 from census_tf_dagster.config.cost import utc_now
 from census_tf_dagster.errors import DirectoryError, UserError
+from census_tf_dagster.orchestration.metadata import titled, values_of
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource
 
@@ -133,7 +134,9 @@ def predicted_finish(instance: dg.DagsterInstance, plans: Sequence[dg.AssetKey])
         records = instance.fetch_materializations(key, limit=PLANS_LOOKED_AT).records
         events = [event for record in records if (event := record.asset_materialization)]
         values = [
-            event.metadata["days_with_the_fleet"].value for event in events if event.partition == events[0].partition
+            values_of(event.metadata)["days_with_the_fleet"]
+            for event in events
+            if event.partition == events[0].partition
         ]
         days += [value for value in values if isinstance(value, float)]
     return utc_now() + timedelta(days=max(days)) if days else None
@@ -191,7 +194,7 @@ def build_release_watch(kinds: Kinds, plans: Sequence[dg.AssetKey]) -> dg.Defini
     def observations(found: Assessment) -> list[dg.AssetObservation]:
         return [
             dg.AssetObservation(
-                key, partition=name, description=f"WARNING: the release was {why}", metadata={"retracted": why}
+                key, partition=name, description=f"WARNING: the release was {why}", metadata=titled({"retracted": why})
             )
             for name, why in found.retracted
             for key in plans
