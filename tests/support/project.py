@@ -23,6 +23,7 @@ from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
 from census_tf_dagster.orchestration.asset_support import release_context
 from census_tf_dagster.pipeline.context import ReleaseContext
+from tests.support.warm_processes import run_module
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -174,28 +175,27 @@ class Project:
         # Not by changing this process's environment: TileDB's threads read it.
         census = census_resource(self.env)
         store = store_resource(self.env).model_copy(update={"cache": str(self.folder / "cache")})
-        with release_context(EmbeddingSet(**attributes).settings(), release, census, store) as context:
+        with release_context(EmbeddingSet(**attributes).placed(), release, census, store) as context:
             yield context
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m census_tf_dagster` with these arguments."""
-        return self._run(sys.executable, "-m", "census_tf_dagster", *arguments)
+        return run_module("census_tf_dagster", arguments, self.folder, self.env)
 
     def materialize(self, asset: str, partition: str, config: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `dagster asset materialize` as the README does."""
         extra = ["--config-json", config] if config else []
-        return self._run(*self._materialize_command(asset, partition), *extra)
+        return run_module("dagster", [*self._materialize_arguments(asset, partition), *extra], self.folder, self.env)
 
     def start_materialize(self, asset: str, partition: str, output: IO[str]) -> subprocess.Popen[str]:
         """Start `dagster asset materialize` and return at once."""
-        command = self._materialize_command(asset, partition)
+        command = [str(Path(sys.executable).with_name("dagster")), *self._materialize_arguments(asset, partition)]
         return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=output, stderr=output, text=True)
 
     @staticmethod
-    def _materialize_command(asset: str, partition: str) -> list[str]:
-        dagster = str(Path(sys.executable).with_name("dagster"))
+    def _materialize_arguments(asset: str, partition: str) -> list[str]:
         module = ["-m", "census_tf_dagster.definitions"]
-        return [dagster, "asset", "materialize", *module, "--select", asset, "--partition", partition]
+        return ["asset", "materialize", *module, "--select", asset, "--partition", partition]
 
     def materialize_all(self, name: str, shards: int = 4) -> None:
         """Materialize the plan, all shards and the array. Each must succeed."""
@@ -210,6 +210,3 @@ class Project:
         """Return the path of a set's only array."""
         (found,) = (self.folder / "store" / name / RELEASE).glob("*/embeddings")
         return found
-
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True)
