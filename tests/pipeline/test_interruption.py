@@ -1,10 +1,9 @@
 """Workers that die, stop, or run twice; and megabatches that cannot be embedded."""
 
+import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,25 +23,16 @@ from tests.support.builders import tiny
 from tests.support.census_edits import rewrite, set_counts
 from tests.support.processes import children, gone_within
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
+from tests.support.warm_processes import WarmProcess
 
 pytestmark = pytest.mark.takes(240)
 
 CELLS = 400
 
 
-def start(project: Project, name: str = "tiny", pause: float = 0.0) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.support.shard_driver",
-        str(project.folder),
-        name,
-        "0",
-        str(pause),
-    ]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+def start(project: Project, name: str = "tiny", pause: float = 0.0) -> WarmProcess:
+    arguments = [str(project.folder), name, "0", str(pause)]
+    return WarmProcess("tests.support.shard_driver", arguments, REPOSITORY, os.environ)
 
 
 def add_and_plan(project: Project, name: str) -> int:
@@ -78,7 +68,6 @@ def kill_at_random_moments(project: Project, kills: int, seed: int) -> None:
         done = False
         while not done:
             with start(project, name, pause=0.02) as worker:
-                assert worker.stdout is not None
                 assert worker.stdout.readline() == "started\n"
                 output = ""
                 if delivered + killed < kills:
@@ -112,12 +101,10 @@ def test_sigterm_to_the_command_commits_nothing_partial_and_ends_as_interrupted(
     assert project.command("release", "add", RELEASE).returncode == 0
     with project.context("tiny") as context:
         total = make_plan(context).totals.megabatches
-    log = project.folder / "log"
-    with log.open("w") as output:
-        worker = project.start_materialize("tiny/shard_embeddings", f"{RELEASE}|0", output)
+    with project.start_materialize("tiny/shard_embeddings", f"{RELEASE}|0") as worker:
         deadline = time.monotonic() + 120
-        while "cells/s" not in log.read_text():
-            assert worker.poll() is None, log.read_text()[-3000:]
+        while "cells/s" not in worker.errors.read_text():
+            assert worker.poll() is None, worker.errors.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
         worker.send_signal(signal.SIGTERM)

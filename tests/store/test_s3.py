@@ -24,29 +24,19 @@ from tests.support.builders import fill, tiny, value_of
 from tests.support.moto_servers import REGION, client, moto_server, s3_proxy, upload
 from tests.support.on_s3 import on_s3, reader_config
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
+from tests.support.warm_processes import WarmProcess
 
 pytestmark = pytest.mark.takes(700)
 
 SECRET = "a-secret-that-nobody-may-see"
 
 
-def start_worker(project: Project, shard: int, *more: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.support.s3_driver",
-        str(project.folder),
-        "tiny",
-        str(shard),
-        *more,
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=project.env, **pipes)  # type: ignore[call-overload,no-any-return]
+def start_worker(project: Project, shard: int, *more: str) -> WarmProcess:
+    arguments = [str(project.folder), "tiny", str(shard), *more]
+    return WarmProcess("tests.support.s3_driver", arguments, REPOSITORY, project.env)
 
 
-def finish(worker: subprocess.Popen[str]) -> int:
+def finish(worker: WarmProcess) -> int:
     """Wait for a worker to succeed; return how many megabatches it committed."""
     output, errors = worker.communicate()
     assert worker.returncode == 0, errors[-3000:]
@@ -97,9 +87,9 @@ def test_whole_job_with_an_anonymous_census_and_a_signed_store(
         project.env["AWS_SECRET_ACCESS_KEY"] = key["SecretAccessKey"]
         planned = project.materialize("tiny/obs_id_plan", RELEASE)
         assert planned.returncode == 0, planned.stderr[-3000:]
-        with (project.folder / "log").open("w") as log:
-            shards = [project.start_materialize("tiny/shard_embeddings", f"{RELEASE}|{i}", log) for i in range(2)]
-            assert [shard.wait() for shard in shards] == [0, 0], (project.folder / "log").read_text()[-3000:]
+        shards = [project.start_materialize("tiny/shard_embeddings", f"{RELEASE}|{i}") for i in range(2)]
+        said = [shard.communicate() for shard in shards]
+        assert [shard.wait() for shard in shards] == [0, 0], said
         done = project.materialize("tiny/embeddings_array", RELEASE)
         assert done.returncode == 0, done.stderr[-3000:]
         listed = project.command("inspect")
@@ -174,7 +164,6 @@ def outage(project: Project, s3: str, kind: str, patience: float) -> None:
             make_plan(context)
             array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
             worker = start_worker(project, 0)
-            assert worker.stdout is not None
             assert worker.stdout.readline().startswith("committed")
             proxy.outage.write_text(kind)
             began = time.monotonic()

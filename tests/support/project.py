@@ -3,12 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import anndata
 import numpy as np
@@ -23,7 +22,7 @@ from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
 from census_tf_dagster.orchestration.asset_support import release_context
 from census_tf_dagster.pipeline.context import ReleaseContext
-from tests.support.warm_processes import run_module
+from tests.support.warm_processes import WarmProcess, run_module
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -83,19 +82,6 @@ def load_engine(checkpoint: Checkpoint, genes: Sequence[str], precision: str = "
     return Engine.load(prepared, genes, **{"device": DEVICE, **options})
 
 
-READER = """
-import sys, json, numpy as np, tiledbsoma
-uri, out, config = sys.argv[1:]
-with tiledbsoma.open(uri, context=tiledbsoma.SOMATileDBContext(tiledb_config=json.loads(config))) as array:
-    table = array.read().tables().concat()
-    ids, position = np.unique(table["soma_dim_0"].to_numpy(), return_inverse=True)
-    values = np.full((len(ids), array.shape[1]), np.nan, np.float32)
-    values[position, table["soma_dim_1"].to_numpy()] = table["soma_data"].to_numpy()
-    np.savez(out, ids=ids, values=values, stored=len(table), shape=array.shape,
-             metadata=json.dumps({k: v for k, v in array.metadata.items() if isinstance(v, str)}))
-"""
-
-
 @dataclass(frozen=True)
 class StoredArray:
     """An array, as a fresh process read it with tiledbsoma alone."""
@@ -110,9 +96,9 @@ class StoredArray:
 def read_array(uri: str | Path, scratch: Path, config: dict[str, str] | None = None) -> StoredArray:
     """Read a whole array in a fresh process, with TileDB's configuration where it is not a local one."""
     out = scratch / "array.npz"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READER, str(uri), str(out), json.dumps(config or {})], check=True
-    )
+    arguments = [str(uri), str(out), json.dumps(config or {})]
+    done = run_module("tests.support.array_reader", arguments, REPOSITORY, os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
     with np.load(out) as found:
         return StoredArray(
             ids=found["ids"],
@@ -187,10 +173,9 @@ class Project:
         extra = ["--config-json", config] if config else []
         return run_module("dagster", [*self._materialize_arguments(asset, partition), *extra], self.folder, self.env)
 
-    def start_materialize(self, asset: str, partition: str, output: IO[str]) -> subprocess.Popen[str]:
+    def start_materialize(self, asset: str, partition: str) -> WarmProcess:
         """Start `dagster asset materialize` and return at once."""
-        command = [str(Path(sys.executable).with_name("dagster")), *self._materialize_arguments(asset, partition)]
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=output, stderr=output, text=True)
+        return WarmProcess("dagster", self._materialize_arguments(asset, partition), self.folder, self.env)
 
     @staticmethod
     def _materialize_arguments(asset: str, partition: str) -> list[str]:
