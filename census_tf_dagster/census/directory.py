@@ -1,8 +1,8 @@
 """Reads the Census release directory: which releases exist, how long they stay, and which were withdrawn.
 
-cellxgene_census's own function reads the directory. It runs in a separate process, because it waits forever for a
-server that does not answer, and follows aliases that name each other without end. So the caller (a sensor in Dagster's
-code server) gets an answer in time and imports little.
+cellxgene_census's own function is not used here: it waits forever for a server that does not answer, follows aliases
+that name each other without end, and importing it takes seconds, while a sensor in Dagster's code server needs an
+answer in time.
 
 Opening a release belongs in `release`.
 """
@@ -10,16 +10,25 @@ Opening a release belongs in `release`.
 import calendar
 import json
 import re
-import subprocess
-import sys
+import time
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 from urllib.parse import urlparse
 
+import requests
+import urllib3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from census_tf_dagster.errors import DirectoryError, UserError
+
+PUBLIC_DIRECTORY = "https://census.cellxgene.cziscience.com/cellxgene-census/v1/release.json"
+"""The directory that cellxgene_census reads (`_release_directory.CELL_CENSUS_RELEASE_DIRECTORY_URL`)."""
+
+USER_AGENT = "census-tf-dagster"
+
+MOST_BYTES, CHUNK_BYTES = 16 * 2**20, 2**16
+"""The directory has some ten thousand bytes."""
 
 PATIENCE_SECONDS = 45.0
 """How long to wait for the directory. Dagster gives a sensor 60 seconds."""
@@ -149,7 +158,7 @@ def read_directory(url: str = "", patience: float = PATIENCE_SECONDS) -> Directo
     Parameters
     ----------
     url
-        Address of the directory; empty: the one that cellxgene_census uses.
+        Address of the directory; empty: `PUBLIC_DIRECTORY`.
     patience
         Seconds that reading may take.
 
@@ -166,24 +175,44 @@ def read_directory(url: str = "", patience: float = PATIENCE_SECONDS) -> Directo
             "CENSUS_TF_CENSUS_DIRECTORY."
         )
     where = f" at {url}" if url else ""
-    command = [sys.executable, "-W", "ignore", "-m", __name__, url]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)  # noqa: S603
-    except subprocess.TimeoutExpired as error:
+        entries = json.loads(_fetch(url or PUBLIC_DIRECTORY, time.monotonic() + patience))
+    except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError) as error:
         raise DirectoryError(f"{UNREACHABLE}{where}: no answer in {patience:.0f} s{ELSEWHERE}.") from error
-    try:
-        answer = json.loads(done.stdout)
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise DirectoryError(f"{UNREACHABLE}{where}: {type(error).__name__}: {error}{ELSEWHERE}.") from error
     except ValueError as error:
-        raise DirectoryError(f"the Census release directory{where} could not be read: {done.stderr[-1000:]}") from error
-    if "unreachable" in answer:
-        raise DirectoryError(f"{UNREACHABLE}{where}: {answer['unreachable']}{ELSEWHERE}.")
-    if "malformed" in answer:
-        raise DirectoryError(f"the Census release directory{where} is malformed: {answer['malformed']}")
-    return parse_directory(answer["directory"])
+        raise DirectoryError(f"the Census release directory{where} is malformed: it is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        kind = type(entries).__name__
+        raise DirectoryError(
+            f"the Census release directory{where} is malformed: its JSON is a {kind}, not an object of releases"
+        )
+    return parse_directory(entries)
+
+
+def _fetch(url: str, deadline: float) -> bytes:
+    """Return the content of a small page.
+
+    `requests` limits the time of each read, not of the whole, so that a server which sends a byte now and then would
+    hold the caller for ever.
+    """
+    read = b""
+    left = deadline - time.monotonic()
+    with requests.get(url, headers={"User-Agent": USER_AGENT}, stream=True, timeout=left) as answer:
+        answer.raise_for_status()
+        # `iter_content` would wait until a part is complete.
+        while part := answer.raw.read1(CHUNK_BYTES, decode_content=True):
+            read += part
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if len(read) > MOST_BYTES:
+                raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    return read
 
 
 def parse_directory(entries: dict[str, Any]) -> Directory:
-    """Check the entries that cellxgene_census read from the directory, one by one; aliases are left out.
+    """Check the entries of the directory, one by one. Aliases are left out: names that are no day, and texts.
 
     Raises
     ------
@@ -192,9 +221,10 @@ def parse_directory(entries: dict[str, Any]) -> Directory:
     """
     releases: list[ListedRelease] = []
     malformed: list[str] = []
-    for name in sorted((name for name in entries if NAME.fullmatch(name)), reverse=True):
+    dated = {name: value for name, value in entries.items() if NAME.fullmatch(name) and not isinstance(value, str)}
+    for name in sorted(dated, reverse=True):
         try:
-            releases.append(_release(name, _Entry.model_validate(entries[name])))
+            releases.append(_release(name, _Entry.model_validate(dated[name])))
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
             malformed.append(f"{name}: {wrong}")
@@ -225,26 +255,3 @@ def _release(name: str, entry: _Entry) -> ListedRelease:
 def _months_later(day: date, months: int) -> date:
     year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
     return date(year, month + 1, min(day.day, calendar.monthrange(year, month + 1)[1]))
-
-
-def _ask(url: str) -> dict[str, Any]:
-    """Ask for the directory, in the process that `read_directory` starts."""
-    import requests
-    from cellxgene_census import _release_directory as upstream
-    from cellxgene_census import get_census_version_directory
-
-    if url:
-        # cellxgene_census has no argument for the address, only this variable.
-        upstream.CELL_CENSUS_RELEASE_DIRECTORY_URL = url
-    try:
-        return {"directory": get_census_version_directory(lts=None, retracted=None)}
-    except requests.exceptions.JSONDecodeError as error:
-        return {"malformed": f"it is not JSON ({error})"}
-    except requests.RequestException as error:
-        return {"unreachable": f"{type(error).__name__}: {error}"}
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        return {"malformed": f"its JSON has another structure ({type(error).__name__}: {error})"}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_ask(sys.argv[1])))

@@ -8,8 +8,9 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from cellxgene_census import _release_directory
 
-from census_tf_dagster.census.directory import ListedRelease, parse_directory, read_directory
+from census_tf_dagster.census.directory import PUBLIC_DIRECTORY, ListedRelease, parse_directory, read_directory
 from census_tf_dagster.config.cost import utc_now
 from census_tf_dagster.errors import DirectoryError, UserError
 from census_tf_dagster.orchestration.resources import CensusResource
@@ -136,7 +137,11 @@ def test_an_outage_is_a_skip_with_its_cause(server: DirectoryServer, instance: d
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [(b"<html>", "it is not JSON"), (b"[]", "its JSON has another structure"), (b"{}", "It lists: nothing")],
+    [
+        (b"<html>", "it is not JSON"),
+        (b"[]", "its JSON is a list"),
+        (b"{}", "It lists: nothing"),
+    ],
 )
 def test_a_malformed_answer_is_a_skip_with_its_reason(
     server: DirectoryServer, instance: dg.DagsterInstance, body: bytes, message: str
@@ -166,9 +171,27 @@ def test_entries_are_checked(entries: dict[str, Any], message: str) -> None:
 
 
 def test_aliases_that_name_each_other_do_not_hold_anyone_up(server: DirectoryServer) -> None:
-    server.body = b'{"a": "b", "b": "a"}'
-    with pytest.raises(DirectoryError, match="no answer in 5 s"):
-        read_directory(server.url, patience=5)
+    server.lists(r2025_11_08=entry(NEW), r2025_11_01="2025-11-02", r2025_11_02="2025-11-01", a="b", b="a")
+    assert [found.name for found in read_directory(server.url, patience=5).releases] == [NEW]
+
+
+def test_a_server_that_sends_a_byte_now_and_then(server: DirectoryServer) -> None:
+    server.lists(r2025_11_08=entry(NEW))
+    server.pause = 0.2
+    until = time.monotonic() + 30
+    with pytest.raises(DirectoryError, match="no answer in 2 s"):
+        read_directory(server.url, patience=2)
+    assert time.monotonic() < until
+
+
+def test_an_endless_answer(server: DirectoryServer) -> None:
+    server.body = b" " * 17 * 2**20
+    with pytest.raises(DirectoryError, match="it has more than 16,777,216 bytes"):
+        read_directory(server.url)
+
+
+def test_the_address_is_that_of_the_censuss_own_package() -> None:
+    assert PUBLIC_DIRECTORY == _release_directory.CELL_CENSUS_RELEASE_DIRECTORY_URL
 
 
 def test_a_malformed_entry_is_told_and_the_others_count(server: DirectoryServer, instance: dg.DagsterInstance) -> None:

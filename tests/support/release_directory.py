@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
@@ -37,6 +37,8 @@ class DirectoryServer:
     status: int = 200
     silent: bool = False
     looks: int = 0
+    pause: float = 0.0
+    """Seconds between two bytes."""
     over: Event = field(default_factory=Event)
 
     @property
@@ -62,7 +64,13 @@ def directory_server() -> Iterator[DirectoryServer]:
                 return
             self.send_response(state.status)
             self.end_headers()
-            self.wfile.write(state.body)
+            if not state.pause:
+                self.wfile.write(state.body)
+                return
+            with suppress(OSError):
+                for byte in state.body:
+                    self.wfile.write(bytes([byte]))
+                    state.over.wait(state.pause)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
