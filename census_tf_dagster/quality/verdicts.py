@@ -28,6 +28,8 @@ class Verdict:
     ----------
     passed
         Whether the check passes. It also passes if there is nothing to compare.
+    compared
+        Whether there was something to compare. If not, `passed` only means that nobody needs to look.
     text
         The reason, for a person.
     grave
@@ -39,6 +41,7 @@ class Verdict:
     passed: bool
     text: str
     grave: bool = False
+    compared: bool = True
     figures: dict[str, float | int | str] = field(default_factory=dict)
 
 
@@ -52,7 +55,7 @@ def of_neighbours(agreement: Agreement | None) -> Verdict:
     ):
         few = agreement is not None and agreement.cells < LEAST_LABELLED
         why = f"fewer than {LEAST_LABELLED} cells of the sample have a cell type" if few else "cell types cannot differ"
-        return Verdict(True, f"Nothing to compare: {why}.")
+        return Verdict(True, f"Nothing to compare: {why}.", compared=False)
     figures: dict[str, float | int | str] = {
         "share": agreement.share,
         "share_shuffled": agreement.baseline,
@@ -95,9 +98,11 @@ def of_dimensions(dimensions: Dimensions) -> Verdict:
 def of_drift(drift: Drift | None, before: str | None) -> Verdict:
     """Check how far cell types have moved since an earlier release."""
     if before is None:
-        return Verdict(True, "Nothing to compare: no earlier release of this set has a report on the same checkpoint.")
+        text = "Nothing to compare: no earlier release of this set has a report on the same checkpoint."
+        return Verdict(True, text, compared=False)
     if drift is None:
-        return Verdict(True, f"Nothing to compare: the samples of this release and of {before} share no cell type.")
+        text = f"Nothing to compare: the samples of this release and of {before} share no cell type."
+        return Verdict(True, text, compared=False)
     figures: dict[str, float | int | str] = {
         "previous_release": before,
         "cell_types": drift.types,
@@ -131,7 +136,7 @@ def of_comparison(comparison: UpstreamComparison, *, may_lack_upstream: bool = F
     """
     if comparison.not_done:
         fine = may_lack_upstream and comparison.not_done == NOT_INSTALLED
-        return Verdict(fine, f"Not done: {comparison.not_done}")
+        return Verdict(fine, f"Not done: {comparison.not_done}", compared=False)
     figures: dict[str, float | int | str] = {
         "cells": len(comparison.joinids),
         "worst_cell": comparison.worst_cell,
@@ -168,5 +173,6 @@ def of_comparisons(comparisons: Sequence[UpstreamComparison | None], *, may_lack
         reasons = sorted({comparison.not_done for comparison in comparisons if comparison and comparison.not_done})
         why = f" {reasons[0]}" if reasons else ""
         text = f"{missing} of {len(comparisons)} shards were not compared with upstream's own code.{why}"
-        return Verdict(may_lack_upstream and reasons == [NOT_INSTALLED] and all(comparisons), text, figures=figures)
+        fine = may_lack_upstream and reasons == [NOT_INSTALLED] and all(comparisons)
+        return Verdict(fine, text, compared=bool(done), figures=figures)
     return Verdict(True, f"All {len(done)} shards agree with upstream's own code.", figures=figures)

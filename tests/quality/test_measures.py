@@ -215,6 +215,15 @@ def test_a_release_agrees_with_upstream_when_each_shard_does() -> None:
     for others, passed in (([], True), ([good], True), ([absent], False), ([wrong], False), ([None], False)):
         assert verdicts.of_comparisons([lacking, *others], may_lack_upstream=True).passed is passed
     assert not verdicts.of_comparisons([lacking, good]).passed
+    assert verdicts.of_comparison(good).compared
+    assert verdicts.of_comparisons([lacking, good]).compared
+    for verdict in (
+        verdicts.of_comparison(lacking, may_lack_upstream=True),
+        verdicts.of_comparisons([lacking], may_lack_upstream=True),
+        verdicts.of_drift(None, None),
+        verdicts.of_neighbours(None),
+    ):
+        assert (verdict.passed, verdict.compared) == (True, False)
 
 
 def test_a_comparison_is_read_back_and_anything_else_is_none(tmp_path: Path) -> None:

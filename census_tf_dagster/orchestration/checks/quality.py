@@ -81,7 +81,7 @@ def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
                     # A report that cannot be made does not change that the array is verified.
                     context.log.exception("the quality report could not be made")
                     said = f"Not checked: the quality report could not be made ({type(error).__name__}: {error})"
-                    verdicts = dict.fromkeys(CHECKS, Verdict(False, said))
+                    verdicts = dict.fromkeys(CHECKS, Verdict(False, said, compared=False))
                 else:
                     verdicts = dict(report.verdicts)
                     metadata = titled({**shown(report), "folder": dg.MetadataValue.path(opened.folder.qc)})
@@ -116,7 +116,7 @@ def shard_check(settings: SetSettings, comparison: "UpstreamComparison | None") 
     verdict = (
         of_comparison(comparison, may_lack_upstream=settings.may_lack_upstream)
         if comparison
-        else Verdict(True, "The shard has no cells.")
+        else Verdict(True, "The shard has no cells.", compared=False)
     )
     return _result(asset_key(settings, SHARDS), UPSTREAM_CHECK, verdict)
 
