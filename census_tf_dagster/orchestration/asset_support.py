@@ -1,5 +1,7 @@
 """What all assets share: keys, common arguments, the context of a release, and final failures."""
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -16,6 +18,9 @@ from census_tf_dagster.orchestration.resources import CensusResource, StoreResou
 
 if TYPE_CHECKING:
     from census_tf_dagster.pipeline.context import ReleaseContext
+
+RUN_IS_OVER = 3
+"""Exit status of a worker whose run has ended without it."""
 
 MODEL_PAGE = "https://github.com/czi-ai/transcriptformer"
 
@@ -131,6 +136,24 @@ def final_failure(description: str, metadata: Mapping[str, Any] | None = None) -
     context = dg.OpExecutionContext.get()
     context.instance.add_run_tags(context.run_id, {NO_RETRY_TAG: "false"})
     return dg.Failure(description, metadata=metadata, allow_retries=False)
+
+
+def stop_if_run_is_over(context: dg.AssetExecutionContext) -> None:
+    """End this process at once if its run has ended without it.
+
+    Dagster may declare a worker lost that is not, after an error of the cluster's API or a frozen node, and start
+    another one. An exception would report a second end of the run: a canceled run would count as failed, and Dagster
+    might retry it. What is committed stays, as after a kill.
+    """
+    try:
+        run = context.instance.get_run_by_id(context.run_id)
+    except Exception as error:
+        context.log.warning(f"Dagster's records cannot be read, so the worker goes on: {type(error).__name__}: {error}")
+        return
+    if run is not None and run.is_finished:
+        said = f"Run {run.run_id} has ended ({run.status.value}) without this worker, so the worker stops."
+        print(said, file=sys.stderr, flush=True)
+        os._exit(RUN_IS_OVER)
 
 
 def shard_of(context: dg.AssetExecutionContext, dimension: str) -> tuple[str, str, int]:

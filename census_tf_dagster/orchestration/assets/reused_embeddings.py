@@ -7,7 +7,13 @@ import dagster as dg
 
 from census_tf_dagster.config.dagster_names import PLAN, REUSED
 from census_tf_dagster.config.settings import SetSettings
-from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_context, shard_of
+from census_tf_dagster.orchestration.asset_support import (
+    asset_key,
+    asset_of,
+    partition_context,
+    shard_of,
+    stop_if_run_is_over,
+)
 from census_tf_dagster.orchestration.assets.shard_embeddings import OBSERVE_EVERY_SECONDS
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
@@ -51,6 +57,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
 
         def show(progress: "CopySummary") -> None:
             nonlocal observed
+            stop_if_run_is_over(context)
             if progress.megabatches_copied == 1:
                 report_if_stale(context, settings, release, opened)
             done, rate = progress.cells_before + progress.cells_copied, progress.cells_per_second()

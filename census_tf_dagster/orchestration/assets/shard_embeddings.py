@@ -18,6 +18,7 @@ from census_tf_dagster.orchestration.asset_support import (
     final_failure,
     partition_context,
     shard_of,
+    stop_if_run_is_over,
 )
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
 from census_tf_dagster.orchestration.checks.quality import shard_check, shard_check_spec
@@ -76,6 +77,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
 
         def show(progress: ShardSummary) -> None:
             nonlocal observed
+            stop_if_run_is_over(context)
             if progress.megabatches_computed == 1:
                 report_if_stale(context, settings, release, opened)
             done = progress.cells_before + progress.cells_computed
