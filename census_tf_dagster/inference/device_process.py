@@ -30,6 +30,7 @@ import torch
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.engine import Engine, PendingCells
 from census_tf_dagster.inference.packing import PackedCells
+from census_tf_dagster.inference.watchdog import Watchdog
 from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
 TRIES = 2
@@ -51,14 +52,16 @@ def main() -> None:
     threading.Thread(target=_read, args=(source, inbox, committed), daemon=True).start()
     threading.Thread(target=_write, args=(target, outbox), daemon=True).start()
     header, _ = inbox.get()
+    watchdog = Watchdog(header["device"])
     try:
-        engine = Engine.load(Path(header["prepared"]), header["genes"], header["device"], header["batch_size"])
+        with watchdog:
+            engine = Engine.load(Path(header["prepared"]), header["genes"], header["device"], header["batch_size"])
     except UserError as error:
         outbox.put(({"user_error": str(error)}, []))
         threading.Event().wait()
         raise AssertionError from error
     outbox.put((_about(engine), []))
-    _serve(engine, inbox, outbox, committed)
+    _serve(engine, inbox, outbox, committed, watchdog)
 
 
 def _read(source: BinaryIO, inbox: "queue.Queue[Message]", committed: threading.Semaphore) -> None:
@@ -89,7 +92,11 @@ def _about(engine: Engine) -> Header:
 
 
 def _serve(
-    engine: Engine, inbox: "queue.Queue[Message]", outbox: "queue.Queue[Message]", committed: threading.Semaphore
+    engine: Engine,
+    inbox: "queue.Queue[Message]",
+    outbox: "queue.Queue[Message]",
+    committed: threading.Semaphore,
+    watchdog: Watchdog,
 ) -> None:
     uncommitted = 0
     started = 0.0
@@ -109,7 +116,8 @@ def _serve(
             while uncommitted:
                 committed.acquire()
                 uncommitted -= 1
-        done = engine.step()
+        with watchdog:
+            done = engine.step()
         if done is None:
             continue
         key, tries = keys.pop(done)

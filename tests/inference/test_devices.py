@@ -15,6 +15,7 @@ import torch
 from census_tf_dagster.census.plan import read_plan
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference import devices
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import DeviceLostError, open_devices
@@ -149,3 +150,28 @@ def test_stages_are_counted(project: Project) -> None:
     assert summary.times.fill() == 1.0
     (counters,) = summary.times.counters.values()
     assert counters["tokens"] == summary.tokens_computed
+
+
+HUNG = """
+import os, sys, time
+from census_tf_dagster.inference import device_process, watchdog
+
+class Engine(device_process.Engine):
+    def step(self):
+        time.sleep(600)
+
+device_process.Engine = Engine
+device_process.Watchdog = lambda what: watchdog.Watchdog(what, longest=2.0)
+device_process.main()
+"""
+
+
+def test_a_device_that_hangs_is_a_lost_one(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = devices.subprocess.Popen
+    monkeypatch.setattr(
+        devices.subprocess, "Popen", lambda command, **more: popen([command[0], "-c", HUNG, *command[3:]], **more)
+    )
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        device.send(0, cells(3, seed=0))
+        with pytest.raises(DeviceLostError, match="the process of CPU ended with exit code 1"):
+            device.receive()
