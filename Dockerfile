@@ -1,7 +1,7 @@
 # Two images from one file (docs/images.md):
 #   control   for webserver, daemon, code server, and the runs of plans, arrays and checks; no torch
 #   worker    for shards: control, and the packages that a shard needs on a GPU
-# Build them with `make images`, or:  docker build --target worker -t census-tf-worker .
+# Build them with `make images`, or:  docker build --platform linux/amd64 --target worker -t census-tf-worker .
 #
 #   BASE          a Debian whose python3 is 3.11 or 3.12
 #   SETS          folder of this checkout to bake as the folder of sets; if you mount sets, you need no new image

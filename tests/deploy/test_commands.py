@@ -121,3 +121,87 @@ def test_kubernetes(tmp_path: Path) -> None:
 
 def test_the_choice() -> None:
     assert blocks(PAGES[2]) == []
+
+
+# What a reader may paste into zsh, the shell of macOS, as well as into bash.
+
+NOT_IN_ZSH = {
+    "read -p": r"\bread\s(?:[^|;&\n]*\s)?-\w*p",
+    "an unquoted pattern of files": r"[\[\]*?]",
+    "a list in a variable, which zsh does not split": r"\bfor \w+ in [^;\n]*\$(?![({])|\bfor \w+ in [^;\n]*\$\{",
+    "a comment, which an interactive zsh takes for arguments": r"(?:^|\s)#",
+    "a letter behind `$NAME:`, which zsh takes for a modifier": r"\$\w+:[A-Za-z&]",
+    "a variable that zsh has for itself": r"\b(?:path|status|argv|options|commands)=",
+    "history": r"!\w",
+}
+"""Names and patterns of what differs: zshbuiltins(1) `read -p`, and zshoptions(1) NOMATCH, SH_WORD_SPLIT, BANG_HIST and
+INTERACTIVE_COMMENTS; zshexpn(1) "Modifiers"; zshparam(1). The patterns look at commands without their quoted parts."""
+
+IN_QUOTES = re.compile(r"'[^']*'|\"(?:\\.|[^\"\\])*\"")
+
+
+def not_in_zsh(text: str) -> list[str]:
+    """What zsh does in another way than bash in a block of commands."""
+    bare = IN_QUOTES.sub("''", text)
+    # ${NAME##*/} and $((...)) have the same meaning in both, and `$@` and `$*` are no patterns.
+    bare = re.sub(r"\$\{\w+[#%]+[^}]*\}", "''", bare)
+    return [name for name, pattern in NOT_IN_ZSH.items() if re.search(pattern, bare, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_mean_the_same_in_zsh(page: str) -> None:
+    assert {one.text: found for one in blocks(page) if (found := not_in_zsh(one.text))} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('read -rs -p "password: " PASSWORD', "read -p"),
+        ("helm --set a.deployments[0].image=x", "an unquoted pattern of files"),
+        ("ls *.yaml", "an unquoted pattern of files"),
+        ("for one in $ALL; do echo; done", "a list in a variable, which zsh does not split"),
+        ("kubectl label node x a=b    # or c", "a comment, which an interactive zsh takes for arguments"),
+        ("docker push x/$NAME:latest", "a letter behind `$NAME:`, which zsh takes for a modifier"),
+        ("status=$(x)", "a variable that zsh has for itself"),
+    ],
+)
+def test_what_zsh_does_otherwise_is_found(text: str, wanted: str) -> None:
+    assert not_in_zsh(text) == [wanted]
+
+
+def test_what_both_shells_do_alike_is_not_found() -> None:
+    same = (
+        'aws --query \'a[0]\' "b[?c].d" s3://$BUCKET/x x-${TASK##*/} x/$TARGET:$VERSION; read -rs WORD; f() { g "$@"; }'
+    )
+    assert not_in_zsh(same) == []
+
+
+# Images.
+
+BUILDS = re.compile(r"^.*\b(?:docker|podman)\s+(?:buildx\s+)?build\s+(?=[-$.]).*$|^ *buildah build\s.*$", re.MULTILINE)
+"""A command that builds an image. Prose that only names `docker build` is none."""
+
+
+def image_builds() -> list[tuple[str, str]]:
+    """Every command that builds an image in a page, script, comment or Makefile: the file and the command."""
+    named = subprocess.check_output(["git", "ls-files", "-z"], cwd=REPOSITORY, text=True).split("\0")
+    found = []
+    for name in named:
+        if name.startswith(("tests/", "benchmarks/results/")) or not name or not (REPOSITORY / name).is_file():
+            continue
+        if (REPOSITORY / name).suffix in (".md", ".sh", ".yaml", ".py", "") and not (REPOSITORY / name).is_symlink():
+            text = (REPOSITORY / name).read_text(errors="replace").replace("\\\n", " ")
+            found += [(name, one[0]) for one in BUILDS.finditer(text)]
+    return found
+
+
+def test_images_are_built_for_the_nodes() -> None:
+    """A Mac with Apple's chip builds for arm64 by itself, and the nodes are amd64."""
+    builds = image_builds()
+    assert {name for name, _ in builds} >= {
+        "deploy/ecs/README.md",
+        "deploy/k8s/README.md",
+        "docs/images.md",
+        "deploy/images/build.sh",
+    }
+    assert [one for one in builds if "--platform linux/amd64" not in one[1]] == []

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.takes(260)
 
 CELLS, SHARDS = 480, 4
 FALSELY_LOST = 1
-STRIKES = {0: signal.SIGKILL, FALSELY_LOST: signal.SIGSTOP, 2: signal.SIGTERM}
-"""What happens to the first worker of a shard. The frozen one is declared lost, and thaws once another works on its
-shard."""
+STRIKES = {0: None, FALSELY_LOST: signal.SIGSTOP, 2: signal.SIGTERM}
+"""What happens to the first worker of a shard: its spot node is taken back (None), or it gets a signal. The frozen one
+is declared lost, and thaws once another works on its shard. SIGTERM is how ECS stops a task when someone asks."""
 OVERRIDES_LIMIT = 8192
 """In characters; a limit of ECS."""
 
@@ -110,7 +110,12 @@ class Cluster:
                     first.signal(signal.SIGCONT)
             elif shard in STRIKES and task.run_id not in self.done:
                 self.done.add(task.run_id)
-                task.signal(STRIKES[shard])
+                strike = STRIKES[shard]
+                if strike is None:
+                    task.drain_node()
+                    task.lose_node()
+                else:
+                    task.signal(strike)
                 task.reported_lost = shard == FALSELY_LOST
 
 

@@ -1,7 +1,9 @@
 """An ECS double in front of moto: moto accepts each call, the double records RunTask and really runs the command.
 
 What moto refuses (an unknown task definition, a launch type beside a capacity provider) never gets that far. A task is
-PROVISIONING, as while ECS waits for a node, until a test begins it.
+PROVISIONING, as while ECS waits for a node, until a test begins it. Its node may be drained or lost: as on AWS, neither
+sends a signal to a task that belongs to no service, and the containers of a lost node have no exit code
+(docs.aws.amazon.com/AmazonECS/latest/developerguide/container-instance-draining.html, "standalone tasks").
 """
 
 import json
@@ -34,6 +36,7 @@ class Task:
     output: Path
     process: "subprocess.Popen[bytes] | None" = None
     reported_lost: bool = False
+    node_lost: bool = False
 
     @property
     def run_id(self) -> str:
@@ -51,18 +54,26 @@ class Task:
         return requirements
 
     def signal(self, number: int) -> None:
-        """Send a signal to the command and all its children, as the end of a node does."""
+        """Send a signal to the command and all its children."""
         assert self.process is not None
         os.killpg(self.process.pid, number)
+
+    def drain_node(self) -> None:
+        """Do what the notice of a spot interruption does to a task without a service: nothing."""
+
+    def lose_node(self) -> None:
+        """End the task with its node, two minutes after that notice or without one."""
+        self.node_lost = True
+        self.signal(signal.SIGKILL)
 
     def described(self) -> Call:
         """The task in an answer of DescribeTasks."""
         code = self.process.poll() if self.process else None
         status = "RUNNING" if self.process else "PROVISIONING"
-        if self.reported_lost or code is not None:
+        if self.reported_lost or self.node_lost or code is not None:
             status = "STOPPED"
         container = {"name": self.container["name"], "lastStatus": status}
-        if code is not None:
+        if code is not None and not self.node_lost:
             container["exitCode"] = 128 - code if code < 0 else code
         return {**self.answer, "lastStatus": status, "containers": [container]}
 

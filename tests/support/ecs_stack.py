@@ -78,6 +78,11 @@ class Stack:
             "AWS_SESSION_TOKEN": keys["SessionToken"],
         }
 
+    def outputs(self) -> dict[str, str]:
+        """The stack's outputs by key."""
+        (found,) = self.client("cloudformation").describe_stacks(StackName=NAME)["Stacks"]
+        return {one["OutputKey"]: one["OutputValue"] for one in found["Outputs"]}
+
     def capacity_providers(self) -> list[dict[str, Any]]:
         """The stack's own services, as ECS returns them."""
         named = [_provider_name(one) for one in self.of_type("AWS::ECS::CapacityProvider").values()]
@@ -92,7 +97,7 @@ class Stack:
 
 
 @contextmanager
-def ecs_stack() -> Iterator[Stack]:
+def ecs_stack(**parameters: str) -> Iterator[Stack]:
     """Create the stack on its own moto server."""
     with moto_server() as endpoint:
         template = read_template()
@@ -102,7 +107,7 @@ def ecs_stack() -> Iterator[Stack]:
             "Parameters": {**template["Parameters"], "DatabaseSecret": {"Type": "String"}},
             "Resources": {key: one for key, one in template["Resources"].items() if key != "DatabaseSecret"},
         }
-        values = {**IMAGES, "DatabaseSecret": secret["ARN"]}
+        values = {**IMAGES, **parameters, "DatabaseSecret": secret["ARN"]}
         cloudformation = client(endpoint, "cloudformation")
         cloudformation.create_stack(
             StackName=NAME,

@@ -53,7 +53,7 @@ def _running(port: int, *command: str) -> Iterator[subprocess.Popen[str]]:
 def moto_server() -> Iterator[str]:
     """Run an AWS server in memory, and return its endpoint."""
     port = _free_port()
-    with _running(port, "moto.server", "-H", "127.0.0.1", "-p", str(port)):
+    with _running(port, "tests.support.moto_mended", "-H", "127.0.0.1", "-p", str(port)):
         yield f"http://127.0.0.1:{port}"
 
 
