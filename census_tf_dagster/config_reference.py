@@ -126,7 +126,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True)
-    return "none" if value in (None, "", (), []) else f"`{value}`"
+    return "none" if value in (None, "", (), [], {}) else f"`{value}`"
 
 
 def _variables() -> str:

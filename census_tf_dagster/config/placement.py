@@ -1,19 +1,20 @@
 """The nodes on which the shards of a set run, and the tags with which Dagster's launchers choose them.
 
-``placement.yaml`` in the folder of sets holds the deployment's defaults. A set's own YAML replaces whole
-entries of the first level.
+``placement.yaml`` in the folder of sets holds the deployment's defaults. A set's own YAML replaces single entries.
 `run_coordinator` copies the tags from the asset to each of its runs; nothing here talks to Dagster.
 """
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from census_tf_dagster.config.cost import GpuType
 from census_tf_dagster.config.field_types import Line, Name
+from census_tf_dagster.config.node_types import NODE_TYPES, Platform, shortfall
 from census_tf_dagster.config.yaml_problems import read_mapping
 from census_tf_dagster.errors import UserError
 
@@ -23,12 +24,53 @@ FILE, PAGE = "placement.yaml", "docs/placement.md"
 NODE_TAG = "census_tf/node"
 """``gpu`` on each run that needs a GPU node. The limit on the size of the fleet counts this tag."""
 
+KEPT_ON_ITS_NODE = {
+    "karpenter.sh/do-not-disrupt": "true",
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+}
+"""Annotations of each shard's pod. Without them, an autoscaler may end a shard to move it to a cheaper node."""
+
 Purchase = Literal["on_demand", "spot"]
 T = TypeVar("T")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Replaceable(_Strict):
+    """Fields of which a set may replace single ones."""
+
+    def replaced_by(self, own: Self) -> Self:
+        """Return a copy with every field that `own` names taken from `own`.
+
+        Fields of `ecs` and `kubernetes` are replaced one by one; so are the keys of their mappings (kinds of purchase,
+        annotations). Everything else is replaced as a whole.
+        """
+        return self.model_copy(
+            update={name: _replaced(getattr(self, name), getattr(own, name)) for name in own.model_fields_set}
+        )
+
+    def _require(self, platform: str, *names: str) -> None:
+        missing = [f"{platform}.{name}" for name in names if not getattr(self, name)]
+        if missing:
+            raise UserError(
+                f"placement: {', '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing in {FILE} and in the "
+                "set's own placement."
+            )
+
+
+def _replaced(old: Any, new: Any) -> Any:
+    if isinstance(old, _Replaceable) and isinstance(new, _Replaceable):
+        return old.replaced_by(new)
+    return {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
+
+
+def _instance_type(name: str) -> str:
+    if name not in NODE_TYPES:
+        near = ", ".join(get_close_matches(name, NODE_TYPES, n=3, cutoff=0))
+        raise ValueError(f"It should be a known type such as {near}. Leave instance_types out if the pool has others")
+    return name
 
 
 class Network(_Strict):
@@ -47,15 +89,18 @@ class Disk(_Strict):
     role_arn: Name = Field(description="Role with which ECS creates the volume.")
 
 
-class Ecs(_Strict):
+class Ecs(_Replaceable):
     """The GPU nodes and the worker of a deployment on ECS."""
 
-    task_definition: Name = Field(
+    task_definition: Name | None = Field(
+        default=None,
         description="Task definition for EC2 with the worker's image: family, family:revision or ARN. Its container "
-        "must have the name that the launcher expects."
+        "must have the name that the launcher expects. Required here or in the set.",
     )
     capacity_providers: dict[Purchase, Name] = Field(
-        min_length=1, description="Capacity provider of each kind of purchase."
+        default_factory=dict,
+        min_length=1,
+        description="Capacity provider of each kind of purchase. Required here or in the set.",
     )
     network: Network | None = Field(
         default=None,
@@ -86,18 +131,30 @@ class NodeKind(_Strict):
     tolerations: list[Toleration] = Field(default_factory=list, description="Taints of the GPU nodes.")
 
 
-class Kubernetes(_Strict):
+class Kubernetes(_Replaceable):
     """The GPU nodes and the worker of a deployment on Kubernetes."""
 
-    image: Name = Field(description="The worker's image.")
-    nodes: dict[Purchase, NodeKind] = Field(min_length=1, description="Nodes of each kind of purchase.")
+    image: Name | None = Field(default=None, description="The worker's image. Required here or in the set.")
+    nodes: dict[Purchase, NodeKind] = Field(
+        default_factory=dict,
+        min_length=1,
+        description="Nodes of each kind of purchase. Required here or in the set.",
+    )
     service_account: Name | None = Field(
         default=None, description="Service account of the pods. Default: the one of all runs."
     )
+    runtime_class: Name | None = Field(
+        default=None, description="RuntimeClass of the pods, such as nvidia. Default: the one of the cluster."
+    )
+    annotations: dict[Name, Line] = Field(
+        default_factory=dict,
+        description="Annotations of the pods. They are added to the two that keep Karpenter and the cluster autoscaler "
+        "from moving a shard (docs/placement.md), or change them.",
+    )
 
 
-class Placement(_Strict):
-    """The node that a shard needs. A set's own placement names only the entries that differ, each as a whole."""
+class Placement(_Replaceable):
+    """The node that a shard needs. A set's own placement names only the entries that differ."""
 
     gpus: int = Field(default=1, ge=0, le=16, description="GPUs of each shard.")
     cpu: float | None = Field(default=None, gt=0, le=4096, allow_inf_nan=False, description="CPU cores of each shard.")
@@ -106,6 +163,12 @@ class Placement(_Strict):
     purchase: Purchase = Field(default="on_demand", description="How the nodes are bought.")
     gpu_type: GpuType | None = Field(
         default=None, description="GPU type of these nodes. Costs assume a speed for it until one has been measured."
+    )
+    instance_types: list[Annotated[Name, AfterValidator(_instance_type)]] = Field(
+        default_factory=list,
+        max_length=100,
+        description="Instance types of the pool's nodes, such as g6e.xlarge or g2-standard-8. With them, `check` "
+        "refuses a shard that fits none of them. Without them nothing is checked.",
     )
     usd_per_gpu_hour: float | None = Field(
         default=None,
@@ -123,26 +186,33 @@ class Placement(_Strict):
     ecs: Ecs | None = Field(default=None, description="Settings for a deployment on ECS.")
     kubernetes: Kubernetes | None = Field(default=None, description="Settings for a deployment on Kubernetes.")
 
-    def replaced_by(self, own: "Placement") -> Self:
-        """Return a copy with every entry that `own` names taken from `own`."""
-        return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
-
     def tags(self) -> dict[str, str]:
         """Return the tags of a step. The run coordinator copies them to the run.
 
         Raises
         ------
         UserError
-            When the kind of purchase has no nodes, or `disk_gib` is set and `ecs.disk` is missing.
+            When an entry of the platform is missing, the kind of purchase has no nodes, a shard fits none of
+            `instance_types`, or `disk_gib` is set and `ecs.disk` is missing.
         """
         tags = {NODE_TAG: "gpu"} if self.gpus else {}
         if self.ecs is not None:
+            self._require_room(dict.fromkeys(self.instance_types, "ECS"))
             tags |= self._ecs_tags(self.ecs)
         if self.kubernetes is not None:
+            self._require_room({name: "EKS" if NODE_TYPES[name].on_aws else "GKE" for name in self.instance_types})
             tags["dagster-k8s/config"] = json.dumps(self._kubernetes_config(self.kubernetes), sort_keys=True)
         return tags
 
+    def _require_room(self, platforms: Mapping[str, Platform]) -> None:
+        asked = (self.gpus, self.cpu, self.memory_gib, self.gpu_type)
+        short = [shortfall(NODE_TYPES[name], platform, *asked) for name, platform in platforms.items()]
+        reasons = [one for one in short if one is not None]
+        if short and len(reasons) == len(short):
+            raise UserError(f"placement: {'; '.join(reasons)}. Ask for less, or for larger nodes.")
+
     def _ecs_tags(self, ecs: Ecs) -> dict[str, str]:
+        ecs._require("ecs", "task_definition", "capacity_providers")
         provider = self._of_purchase(ecs.capacity_providers, "ecs.capacity_providers")
         network = ecs.network and {
             "awsvpcConfiguration": {"subnets": ecs.network.subnets, "securityGroups": ecs.network.security_groups}
@@ -171,6 +241,7 @@ class Placement(_Strict):
         return tags
 
     def _kubernetes_config(self, kubernetes: Kubernetes) -> dict[str, Any]:
+        kubernetes._require("kubernetes", "image", "nodes")
         nodes = self._of_purchase(kubernetes.nodes, "kubernetes.nodes")
         sizes: dict[str, str] = {}
         if self.memory_gib is not None:
@@ -186,9 +257,12 @@ class Placement(_Strict):
         }
         if kubernetes.service_account is not None:
             pod["service_account_name"] = kubernetes.service_account
+        if kubernetes.runtime_class is not None:
+            pod["runtime_class_name"] = kubernetes.runtime_class
         return {
             "container_config": {"image": kubernetes.image, "resources": resources},
             "pod_spec_config": pod,
+            "pod_template_spec_metadata": {"annotations": {**KEPT_ON_ITS_NODE, **kubernetes.annotations}},
             # A deep merge would keep the node selector of CPU runs beside this one, and no node matches both.
             "merge_behavior": "SHALLOW",
         }

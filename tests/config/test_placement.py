@@ -14,6 +14,7 @@ from census_tf_dagster.orchestration.partitions import RELEASES
 from tests.support.placements import PLACEMENT, TAGS, declare
 from tests.support.project import RELEASE, Project
 
+NETWORK = {"subnets": ["subnet-1"], "security_groups": ["sg-1"]}
 ECS_NAMES = ("ecs/run_task_kwargs", "ecs/container_overrides", "ecs/cpu", "ecs/memory")
 
 
@@ -47,6 +48,12 @@ def test_one_declaration_renders_for_both_platforms() -> None:
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
             "service_account_name": "census-tf-worker",
         },
+        "pod_template_spec_metadata": {
+            "annotations": {
+                "karpenter.sh/do-not-disrupt": "true",
+                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            }
+        },
         "merge_behavior": "SHALLOW",
     }
 
@@ -78,6 +85,122 @@ def test_a_set_replaces_what_it_names() -> None:
     assert '"example.com/purchase": "on_demand"' in tags["dagster-k8s/config"]
 
 
+def kubernetes_config(placement: Placement) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(placement.tags()["dagster-k8s/config"])
+    return config
+
+
+def test_a_set_replaces_single_entries_inside_a_platform() -> None:
+    deployment = Placement.model_validate(PLACEMENT | {"ecs": PLACEMENT["ecs"] | {"network": NETWORK}})
+    own = Placement.model_validate(
+        {
+            "ecs": {"capacity_providers": {"spot": "large-spot"}, "network": {**NETWORK, "subnets": ["subnet-2"]}},
+            "kubernetes": {
+                "service_account": "reader",
+                "nodes": {"on_demand": {"node_selector": {"example.com/pool": "large"}}},
+            },
+        }
+    )
+    found = deployment.replaced_by(own)
+    assert found.ecs is not None
+    assert found.ecs.task_definition == "census-tf-worker:7"
+    assert found.ecs.capacity_providers == {"spot": "large-spot", "on_demand": "gpu-on-demand"}
+    assert found.ecs.network is not None
+    assert (found.ecs.network.subnets, found.ecs.network.security_groups) == (["subnet-2"], ["sg-1"])
+    spot = kubernetes_config(found)
+    assert spot["container_config"]["image"] == "registry.example/census-tf-worker:0.1.0"
+    assert spot["pod_spec_config"]["service_account_name"] == "reader"
+    assert spot["pod_spec_config"]["node_selector"] == {"example.com/pool": "gpu", "example.com/purchase": "spot"}
+    # A kind of purchase is replaced as a whole: its labels and its taints belong together.
+    on_demand = kubernetes_config(found.replaced_by(Placement(purchase="on_demand")))["pod_spec_config"]
+    assert (on_demand["node_selector"], on_demand["tolerations"]) == ({"example.com/pool": "large"}, [])
+
+
+def test_a_set_removes_an_entry_with_null() -> None:
+    own = Placement.model_validate({"kubernetes": {"service_account": None}, "ecs": None})
+    found = Placement.model_validate(PLACEMENT).replaced_by(own)
+    assert found.ecs is None
+    assert "service_account_name" not in kubernetes_config(found)["pod_spec_config"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "entries", "missing"),
+    [
+        ("ecs", ("task_definition",), "ecs.task_definition is missing"),
+        ("ecs", ("capacity_providers",), "ecs.capacity_providers is missing"),
+        ("kubernetes", ("image",), "kubernetes.image is missing"),
+        ("kubernetes", ("nodes", "image"), "kubernetes.image, kubernetes.nodes are missing"),
+    ],
+)
+def test_what_neither_file_names_is_one_line(platform: str, entries: tuple[str, ...], missing: str) -> None:
+    part = {name: value for name, value in PLACEMENT[platform].items() if name not in entries}
+    deployment = Placement.model_validate(PLACEMENT | {platform: part})
+    with pytest.raises(UserError, match=f"^placement: {missing} in placement.yaml and in the set's own placement"):
+        shard_tags("cuda", None, deployment)
+    own = Placement.model_validate({platform: {name: PLACEMENT[platform][name] for name in entries}})
+    assert shard_tags("cuda", own, deployment) == TAGS
+
+
+def test_annotations_are_merged_over_those_that_keep_a_shard_on_its_node() -> None:
+    kubernetes = PLACEMENT["kubernetes"] | {"annotations": {"karpenter.sh/do-not-disrupt": "12h", "example.com/a": "1"}}
+    deployment = Placement.model_validate(PLACEMENT | {"kubernetes": kubernetes})
+    own = Placement.model_validate({"kubernetes": {"annotations": {"example.com/a": "2"}}})
+    assert kubernetes_config(deployment.replaced_by(own))["pod_template_spec_metadata"]["annotations"] == {
+        "karpenter.sh/do-not-disrupt": "12h",
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        "example.com/a": "2",
+    }
+
+
+def test_the_runtime_class() -> None:
+    kubernetes = PLACEMENT["kubernetes"] | {"runtime_class": "nvidia"}
+    pod = kubernetes_config(Placement.model_validate(PLACEMENT | {"kubernetes": kubernetes}))["pod_spec_config"]
+    assert pod["runtime_class_name"] == "nvidia"
+
+
+ON_EKS = {"cpu": 3.5, "memory_gib": 24, "kubernetes": PLACEMENT["kubernetes"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instance_types": ["g6e.xlarge"]}, None),
+        ({"instance_types": ["g6e.xlarge"], "cpu": None, "memory_gib": None, "gpu_type": "L40S"}, None),
+        ({"instance_types": ["g6e.xlarge", "g6e.2xlarge"], "cpu": 7}, None),
+        ({"instance_types": ["g2-standard-8"], "cpu": 7}, None),
+        (
+            {"instance_types": ["g6e.xlarge"], "cpu": 4},
+            "placement: cpu 4 does not fit g6e.xlarge, which has 3.92 for pods on EKS, less what DaemonSets request: "
+            "at most 3.6. Ask for less, or for larger nodes.",
+        ),
+        (
+            {"instance_types": ["g6e.xlarge", "g2-standard-8"], "memory_gib": 40},
+            "placement: memory_gib 40 does not fit g6e.xlarge, which has 28.6 for pods on EKS, less what DaemonSets "
+            "request: at most 28; memory_gib 40 does not fit g2-standard-8, which has 26.1 for pods on GKE, less what "
+            "DaemonSets request: at most 25. Ask for less, or for larger nodes.",
+        ),
+        (
+            {"instance_types": ["g6.xlarge"], "memory_gib": 8, "gpu_type": "L40S"},
+            "placement: gpu_type L40S does not fit g6.xlarge, which has L4. Ask for less, or for larger nodes.",
+        ),
+        ({"instance_types": ["g6e.xlarge"], "cpu": 4, "kubernetes": None, "ecs": PLACEMENT["ecs"]}, None),
+        (
+            {"instance_types": ["g2-standard-8"], "kubernetes": None, "ecs": PLACEMENT["ecs"]},
+            "placement: g2-standard-8 is not a type of EC2. Ask for less, or for larger nodes.",
+        ),
+        ({"instance_types": ["g6e.xlarge"], "cpu": 64, "kubernetes": None}, None),
+    ],
+)
+def test_a_shard_that_fits_no_node_of_its_pool(changes: dict[str, Any], message: str | None) -> None:
+    placement = Placement.model_validate(ON_EKS | changes)
+    if message is None:
+        assert placement.tags()
+        return
+    with pytest.raises(UserError) as caught:
+        placement.tags()
+    assert str(caught.value) == message
+
+
 def test_a_set_on_the_cpu_is_placed_only_when_it_says_so() -> None:
     deployment = Placement.model_validate(PLACEMENT)
     assert shard_tags("cpu", None, deployment) == {}
@@ -103,7 +226,8 @@ def test_a_kind_of_purchase_without_nodes() -> None:
         ({"gpu": 1}, "gpu is unknown. Did you mean gpus?"),
         ({"gpus": "1"}, "gpus is '1'. It should be a valid integer"),
         ({"purchase": "cheap"}, "purchase is 'cheap'. It should be 'on_demand' or 'spot'"),
-        ({"ecs": {"task_definition": "x"}}, "ecs.capacity_providers is missing"),
+        ({"ecs": {"task_definition": "x", "capacity_providers": {}}}, "ecs.capacity_providers is {}"),
+        ({"instance_types": ["g6e.xlarg"]}, "is 'g6e.xlarg'. It should be a known type such as g6e.xlarge, "),
         ({"ecs": PLACEMENT["ecs"] | {"launch_type": "EC2"}}, "ecs.launch_type is unknown"),
         ({"memory_gib": 0}, "memory_gib is 0. It should be greater than or equal to 1"),
     ],

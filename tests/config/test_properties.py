@@ -86,6 +86,7 @@ WHOLE_SET: dict[str, Any] = {
             "gpu_type": "L40S",
             "usd_per_gpu_hour": 1.9,
             "fleet_gpus": 8,
+            "instance_types": ["g6e.xlarge", "g2-standard-8"],
             "ecs": {
                 "task_definition": "worker",
                 "capacity_providers": {"spot": "gpu-spot", "on_demand": "gpu"},
@@ -95,6 +96,7 @@ WHOLE_SET: dict[str, Any] = {
             "kubernetes": {
                 "image": "worker:1",
                 "nodes": {"spot": {"node_selector": {"gpu": "l40s"}, "tolerations": [{"key": "gpu"}]}},
+                "annotations": {"example.com/team": "cells"},
             },
         },
     },

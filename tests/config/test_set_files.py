@@ -23,6 +23,7 @@ from census_tf_dagster.config.yaml_problems import read_documents
 from census_tf_dagster.definitions import load_sets, load_settings
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
+from tests.support.placements import PLACEMENT
 from tests.support.project import REPOSITORY, Project
 
 GOOD = """\
@@ -166,6 +167,26 @@ def test_placement_of_the_deployment(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     path = write(tmp_path, "gpus: 1\npurchas: spot\n", "placement.yaml")
     assert f"{path}:2: purchas is unknown. Did you mean purchase?" in refusal(tmp_path)
+
+
+def test_a_set_names_one_entry_of_the_deployment_s_platform(tmp_path: Path) -> None:
+    own = GOOD + "  placement:\n    kubernetes:\n      service_account: reader\n"
+    path = write(tmp_path, own)
+    missing = (
+        f"{path}:7: kubernetes.image, kubernetes.nodes are missing in placement.yaml and in the set's own placement. "
+        f"Change or add it in this set's placement, or in {tmp_path / 'placement.yaml'}."
+    )
+    assert missing in refusal(tmp_path)
+    write(tmp_path, yaml.safe_dump(PLACEMENT), "placement.yaml")
+    assert load_sets(tmp_path).assets
+
+
+def test_a_shard_that_fits_no_node_of_its_pool(tmp_path: Path) -> None:
+    write(tmp_path, yaml.safe_dump(PLACEMENT | {"instance_types": ["g6e.xlarge"]}), "placement.yaml")
+    path = write(tmp_path, GOOD)
+    assert f"{path}:3: cpu 4 does not fit g6e.xlarge, which has 3.92 for pods on EKS" in refusal(tmp_path)
+    write(tmp_path, GOOD + "  placement: {cpu: 3.5}\n")
+    assert load_sets(tmp_path).assets
 
 
 def test_no_folder_and_no_sets(tmp_path: Path) -> None:

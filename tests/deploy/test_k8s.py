@@ -1,6 +1,11 @@
 """deploy/k8s: the values fit the chart, the objects fit the API's schema, and both fit each other."""
 
+import json
 import re
+import subprocess
+import textwrap
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -8,7 +13,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from dagster_k8s.models import k8s_model_from_dict
+from kubernetes.client import ApiClient, V1PodTemplateSpec
+from kubernetes.utils.quantity import parse_quantity
 
+from census_tf_dagster.config.node_types import NODE_TYPES, Platform, shortfall
 from census_tf_dagster.config.placement import read_placement
 from census_tf_dagster.definitions import load_sets, load_settings
 from tests.support import helm_chart
@@ -16,6 +25,7 @@ from tests.support.k8s_deployment import FOLDER, NAMESPACE, environment, read_ob
 from tests.support.project import REPOSITORY, Project
 
 VERSIONS = ("1.31", "1.37")
+README = (FOLDER / "README.md").read_text()
 
 
 def test_the_chart_takes_the_values() -> None:
@@ -156,6 +166,97 @@ def test_every_server_and_run_has_the_environment() -> None:
         assert one["envConfigMaps"] == [{"name": "census-tf-env"}]
     wanted = re.findall(r"'env': '(\w+)'", str(helm_chart.instance_of(values)))
     assert set(wanted) - {"DAGSTER_PG_PASSWORD"} <= environment().keys()
+
+
+def shard_pod() -> tuple[dict[str, Any], V1PodTemplateSpec]:
+    """The container of a shard's pod and its whole template, as dagster_k8s reads them from the placement."""
+    placement = read_placement(FOLDER)
+    assert placement is not None
+    config = json.loads(placement.tags()["dagster-k8s/config"])
+    template = k8s_model_from_dict(
+        V1PodTemplateSpec,
+        {
+            "metadata": config["pod_template_spec_metadata"],
+            "spec": {"containers": [{"name": "dagster", **config["container_config"]}], **config["pod_spec_config"]},
+        },
+    )
+    whole: dict[str, Any] = ApiClient().sanitize_for_serialization(template)
+    return whole["spec"]["containers"][0], whole
+
+
+def test_the_canary_runs_where_shards_run() -> None:
+    job = yaml.safe_load((FOLDER / "canary.yaml").read_text())
+    canary, pod = job["spec"]["template"], job["spec"]["template"]["spec"]
+    shard_container, shard = shard_pod()
+    (container,) = pod["containers"]
+    assert pod["nodeSelector"] == shard["spec"]["nodeSelector"]
+    assert pod["tolerations"] == shard["spec"]["tolerations"]
+    assert canary["metadata"]["annotations"] == shard["metadata"]["annotations"]
+    assert container["image"] == shard_container["image"]
+    assert sizes(container["resources"]) == sizes(shard_container["resources"])
+    launcher = read_values()["runLauncher"]["config"]["k8sRunLauncher"]
+    assert container["volumeMounts"] == launcher["volumeMounts"]
+    assert pod["volumes"] == launcher["volumes"]
+
+
+def sizes(resources: dict[str, dict[str, str]]) -> dict[str, dict[str, Decimal]]:
+    return {kind: {name: parse_quantity(one) for name, one in values.items()} for kind, values in resources.items()}
+
+
+def test_the_readme_s_pools_are_those_of_the_placement() -> None:
+    placement = read_placement(FOLDER)
+    assert placement is not None
+    assert placement.kubernetes is not None
+    labels = re.findall(r"^ *kubectl label node \S+ (\S+?)=(\S+)", README, re.MULTILINE)
+    taints = re.findall(r"^ *kubectl taint node .* (\S+?)=\w+:(\w+)", README, re.MULTILINE)
+    assert labels == [pair for kind in placement.kubernetes.nodes.values() for pair in kind.node_selector.items()]
+    for kind in placement.kubernetes.nodes.values():
+        assert [(one.key, one.effect) for one in kind.tolerations] == taints
+
+
+@pytest.mark.parametrize("platform", ["k8s", "ecs"])
+def test_the_requests_fit_the_nodes(platform: str) -> None:
+    placement = read_placement(REPOSITORY / "deploy" / platform)
+    assert placement is not None
+    assert placement.instance_types
+    # Each of them, not only the largest.
+    for name in placement.instance_types:
+        node = NODE_TYPES[name]
+        on: Platform = "ECS" if platform == "ecs" else "EKS" if node.on_aws else "GKE"
+        assert shortfall(node, on, placement.gpus, placement.cpu, placement.memory_gib) is None
+
+
+def test_waiting_for_the_canary_ends_when_it_fails(tmp_path: Path) -> None:
+    (commands,) = re.findall(r"^ *```sh\n([^`]*?job/canary.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
+    fake = tmp_path / "kubectl"
+    fake.write_text(
+        '#!/bin/sh\necho "$@" >> calls\ncase "$1 $3" in\n'
+        "wait*) exec sleep 60;;\n"
+        '"get canary") echo "FailureTarget Failed";;\n'
+        "*) ;;\nesac\n"
+    )
+    fake.chmod(0o755)
+    (tmp_path / "deploy").symlink_to(FOLDER.parent)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REGISTRY": "registry.example", "VERSION": "0.1.0"}
+    done = subprocess.run(
+        ["bash", "-c", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20
+    )
+    assert "Failed" in done.stdout
+    assert "logs job/canary" in (tmp_path / "calls").read_text()
+
+
+def test_the_caches_of_the_readme_are_valid_volumes() -> None:
+    blocks = re.findall(r"^ *```yaml\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
+    kinds = set()
+    for volumes in (yaml.safe_load(textwrap.dedent(one))["volumes"] for one in blocks):
+        container = {"name": "one", "image": "two"}
+        spec = {"containers": [container], "volumes": volumes}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": spec}
+        for version in VERSIONS:
+            kubernetes_validate.validate(pod, version, strict=True)
+        assert [one["name"] for one in volumes] == ["cache"]
+        kinds |= volumes[0].keys() - {"name"}
+    assert kinds == {"hostPath", "persistentVolumeClaim"}
 
 
 def test_the_placement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,10 @@ def on_gpu_pod(job: dict[str, Any]) -> bool:
 def test_a_shard_s_job(kubernetes: tuple[Project, list[dict[str, Any]]]) -> None:
     job = job_of(kubernetes, "shard_embeddings")
     assert on_gpu_pod(job)
+    assert job["spec"]["template"]["metadata"]["annotations"] == {
+        "karpenter.sh/do-not-disrupt": "true",
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    }
     assert job["spec"]["backoffLimit"] == 0
     assert PASSWORD not in json.dumps(job)
 
