@@ -31,6 +31,8 @@ from census_tf_dagster.operate.stuck_runs import Stuck, find_stuck, needed_for_r
 
 REASONS = 3
 """How many failures are shown with their reason."""
+STARTS_WITHIN_SECONDS = 120.0
+"""A worker that has not started after this time waits for a node."""
 RECENT_RUNS = 50
 """The estimate uses this many of the last finished shards."""
 
@@ -104,6 +106,10 @@ class ReleaseStatus:
     """Total of all running shards that have reported; 0 when none has."""
     limited_by: dict[str, int]
     """The limiting stage, with the number of running shards that it limits."""
+    waiting_for_node: tuple[int, ...]
+    """Those of the running shards whose worker has no node yet."""
+    waiting_since: float | None
+    """Since when, in seconds since 1970; None: no shard waits."""
     backfill: str | None
     """The running backfill of this release; None when there is none."""
     seconds_left: float | None
@@ -126,6 +132,7 @@ class ReleaseStatus:
             "shards": shards,
             "shard_counts": counts,
             "copies": copies,
+            "waiting_for_node": compact(self.waiting_for_node),
             "finish": finish and finish.isoformat(),
         }
 
@@ -218,6 +225,8 @@ def _release_status(
     shards = ShardStates.of(SHARDS, release, remote_set, states)
     progress = progress_of(deployment, remote_set, [run for run in mine if run.status in RUNNING])
     running = [run for run in active if run.status in RUNNING and run.partition.partition("|")[0] == release]
+    # A worker starts within seconds once it has a node and its image.
+    waiting = [run for run in mine if run.status == "STARTING" and time.time() - run.updated > STARTS_WITHIN_SECONDS]
     stuck = find_stuck(deployment, remote_set, release, running, progress)
     return ReleaseStatus(
         release=release,
@@ -235,6 +244,8 @@ def _release_status(
         cells_set_aside=sum(one.numbers.get("cells_set_aside", 0) for one in stored.values()),
         cells_per_second=sum(one.cells_per_second for one in progress.values()),
         limited_by=dict(Counter(one.limited_by for one in progress.values())),
+        waiting_for_node=tuple(sorted(run.shard for run in waiting)),
+        waiting_since=min((run.updated for run in waiting), default=None),
         backfill=backfill.id if backfill else None,
         seconds_left=_shards_left(deployment, remote_set, stored, mine) if mine else 0.0,
         failures=dict(_failures(deployment, remote_set, release, shards.failed[:REASONS])),
@@ -287,6 +298,10 @@ def describe(remote_set: RemoteSet, status: ReleaseStatus) -> str:
     elif status.seconds_left:
         at = finish_time(status.seconds_left).strftime("%Y-%m-%d %H:%M")
         lines.append(f"  finish  shards: {at} (in {duration(status.seconds_left)})")
+    if status.waiting_since is not None:
+        since = datetime.fromtimestamp(status.waiting_since).astimezone().strftime("%Y-%m-%d %H:%M")
+        count = len(status.waiting_for_node)
+        lines.append(f"  nodes   {count} of the running shards wait for a node since {since}")
     lines += [f"  failed  shard {shard}: {reason}" for shard, reason in status.failures.items()]
     lines += [f"  stuck   {one}" for one in status.stuck]
     if status.needed_for_repair:

@@ -1,14 +1,18 @@
 """The ECS double loses a node as AWS does, and Dagster's launcher sees it."""
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dagster._core.launcher.base import WorkerStatus
+import dagster as dg
+import pytest
+from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
 from dagster_aws.ecs import EcsRunLauncher
 
+from census_tf_dagster.orchestration.sensors.lost_runs import START_FAULT, TASK_TAG, ask_for_nodes_again
 from tests.support.ecs_double import TARGET, EcsDouble, Task
 
 REPORTS_SIGTERM = """
@@ -19,12 +23,18 @@ time.sleep(60)
 """
 
 
-def begun_task(folder: Path) -> tuple[EcsDouble, Task]:
-    """A double with one running task, whose command prints the signals that it gets."""
+def waiting_task(folder: Path) -> EcsDouble:
+    """A double with one task that waits for a node."""
     double = EcsDouble(moto="http://127.0.0.1:9", env={}, folder=folder)
     command = {"name": "run", "command": ["/usr/bin/env", "python3", "-c", REPORTS_SIGTERM]}
     call = {"tags": [{"key": "dagster/run_id", "value": "r"}], "overrides": {"containerOverrides": [command]}}
     double._accept(call, {"taskArn": "task-1", "containerInstanceArn": "node-1"})
+    return double
+
+
+def begun_task(folder: Path) -> tuple[EcsDouble, Task]:
+    """A double with one running task, whose command prints the signals that it gets."""
+    double = waiting_task(folder)
     (task,) = double.tasks
     double.begin(task)
     deadline = time.monotonic() + 30
@@ -62,9 +72,8 @@ def test_a_drained_node_goes_on_with_a_run_and_then_vanishes_with_it(tmp_path: P
     assert "exitCode" not in lost["containers"][0]
 
 
-def test_dagster_takes_a_task_that_vanished_for_a_failed_worker(tmp_path: Path) -> None:
-    double, task = begun_task(tmp_path)
-    task.lose_node()
+def health(double: EcsDouble) -> CheckRunHealthResult:
+    """What Dagster's launcher makes of the double's answer."""
     launcher = mock.Mock(spec=EcsRunLauncher)
     launcher._get_run_tags.return_value = mock.Mock(arn="task-1", cluster="census-tf")
     launcher.ecs = mock.Mock()
@@ -72,6 +81,80 @@ def test_dagster_takes_a_task_that_vanished_for_a_failed_worker(tmp_path: Path) 
     launcher.ecs.describe_tasks.return_value = {"tasks": [described(double)]}
     launcher.include_cluster_info_in_failure_messages = True
     with mock.patch("dagster_aws.ecs.launcher.EcsContainerContext"):
-        seen = EcsRunLauncher.check_run_worker_health(launcher, mock.Mock(tags={}))
+        return EcsRunLauncher.check_run_worker_health(launcher, mock.Mock(tags={}))
+
+
+def test_dagster_takes_a_task_that_vanished_for_a_failed_worker(tmp_path: Path) -> None:
+    double, task = begun_task(tmp_path)
+    task.lose_node()
+    seen = health(double)
     double.end()
     assert seen.status == WorkerStatus.FAILED
+
+
+class Launcher(RunLauncher):
+    """Dagster's ECS launcher, as far as the sensor uses it: health by the double's answer, launches are counted."""
+
+    def __init__(self, double: EcsDouble) -> None:
+        super().__init__()
+        self.double = double
+        self.launched: list[str] = []
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        self.launched.append(context.dagster_run.run_id)
+
+    def terminate(self, run_id: str) -> bool:
+        raise NotImplementedError(run_id)
+
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        return health(self.double)
+
+
+@dg.op
+def nothing() -> None:
+    pass
+
+
+@dg.job
+def job() -> None:
+    nothing()
+
+
+@pytest.mark.parametrize(
+    ("reason", "asked_again", "status"),
+    [
+        ("", False, "STARTING"),
+        # The first is what ECS says of a lack of capacity; the others are faults that no waiting repairs.
+        ("Capacity is unavailable at this time. Please try again later or in a different availability zone", True, ""),
+        ("CannotPullContainerError: pull image manifest has been retried 1 time(s): not found", False, "FAILURE"),
+        ("ResourceInitializationError: unable to pull secrets or registry auth", False, "FAILURE"),
+    ],
+)
+def test_a_task_for_which_no_node_came_is_replaced(tmp_path: Path, reason: str, asked_again: bool, status: str) -> None:
+    double = waiting_task(tmp_path)
+    if reason:
+        double.tasks[0].stop_before_start(reason)
+    launcher = Launcher(double)
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        mock.patch.object(type(instance), "run_launcher", new_callable=mock.PropertyMock, return_value=launcher),
+    ):
+        starting = dg.DagsterRunStatus.STARTING
+        run = instance.create_run_for_job(job, status=starting, tags={TASK_TAG: "task-1"})
+        elsewhere = instance.create_run_for_job(job, status=starting)
+        said = list(ask_for_nodes_again(instance))
+        found = instance.get_run_by_id(run.run_id)
+        assert found is not None
+        assert found.status.value == (status or "STARTING")
+        assert launcher.launched == ([run.run_id] if asked_again else [])
+        assert len(said) == bool(reason)
+        assert elsewhere.run_id not in "".join(said)
+
+
+def test_a_worker_that_ended_at_once_is_not_started_for_ever(tmp_path: Path) -> None:
+    double, task = begun_task(tmp_path)
+    task.signal(signal.SIGKILL)
+    assert task.process is not None
+    task.process.wait(timeout=10)
+    assert START_FAULT.search(health(double).msg or "")
+    double.end()

@@ -199,7 +199,7 @@ def test_the_deploy_files_are_loaded(
             assert type(instance.compute_log_manager).__name__ == "S3ComputeLogManager"
             assert not instance.telemetry_enabled
             assert instance.run_monitoring_enabled
-            assert instance.run_monitoring_start_timeout_seconds == 3600
+            assert instance.run_monitoring_start_timeout_seconds == {"ecs": 86400, "kubernetes": 3600}[platform]
             assert instance.run_monitoring_max_resume_run_attempts == 0
             assert instance.run_retries_enabled
             assert instance.run_retries_max_retries == 5

@@ -37,6 +37,8 @@ class Task:
     process: "subprocess.Popen[bytes] | None" = None
     reported_lost: bool = False
     node_lost: bool = False
+    stopped_reason: str = ""
+    """Why ECS stopped the task before its containers started."""
 
     @property
     def run_id(self) -> str:
@@ -58,6 +60,11 @@ class Task:
         assert self.process is not None
         os.killpg(self.process.pid, number)
 
+    def stop_before_start(self, reason: str) -> None:
+        """Do what ECS does after 10 to 30 minutes without capacity, or when the containers cannot be made."""
+        assert self.process is None, "this task has started"
+        self.stopped_reason = reason
+
     def drain_node(self) -> None:
         """Do what the notice of a spot interruption does to a task without a service: nothing."""
 
@@ -70,12 +77,13 @@ class Task:
         """The task in an answer of DescribeTasks."""
         code = self.process.poll() if self.process else None
         status = "RUNNING" if self.process else "PROVISIONING"
-        if self.reported_lost or self.node_lost or code is not None:
+        if self.reported_lost or self.node_lost or self.stopped_reason or code is not None:
             status = "STOPPED"
         container = {"name": self.container["name"], "lastStatus": status}
         if code is not None and not self.node_lost:
             container["exitCode"] = 128 - code if code < 0 else code
-        return {**self.answer, "lastStatus": status, "containers": [container]}
+        why = {"stopCode": "TaskFailedToStart", "stoppedReason": self.stopped_reason} if self.stopped_reason else {}
+        return {**self.answer, "lastStatus": status, "containers": [container], **why}
 
 
 @dataclass

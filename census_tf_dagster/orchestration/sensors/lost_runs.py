@@ -1,12 +1,14 @@
-"""The sensor `lost_runs`: it ends runs whose worker is gone, and requests retries that Dagster lost.
+"""The sensor `lost_runs`: it ends runs whose worker is gone, and requests nodes and retries that were lost.
 
 Dagster's own run monitoring cannot see the workers of its default launcher, so after a reboot their runs would block
 the queue for ever. On ECS and Kubernetes it sees them, and the sensor ignores those runs. A retry is lost when
-Dagster's daemon reads a failed run just before the run is marked for its retry (Dagster issue 33741).
+Dagster's daemon reads a failed run just before the run is marked for its retry (Dagster issue 33741). A node is lost
+when ECS stops a task for which none came; Dagster looks at a run only once it has started.
 
 This is a sensor because sensors are evaluated where the default launcher's workers run: in the code server's container.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -34,6 +36,11 @@ OWED_SECONDS = 60.0
 """Dagster's daemon looks every 5 s. A retry that has not started after this time was lost."""
 MOST_ASKED = 5
 """The most requests for one retry."""
+START_FAULT = re.compile(r"\b[A-Z]\w+Error\b|exit code -?\d+")
+"""A reason why a task cannot start. ECS names each like ``CannotPullContainerError``, and a lack of capacity otherwise
+(docs.aws.amazon.com/AmazonECS/latest/developerguide/stopped-task-error-codes.html)."""
+TASK_TAG = "ecs/task_arn"
+"""With this tag, Dagster's ECS launcher remembers the task of a run."""
 
 
 class _MarkingExecutor(InProcessExecutor):
@@ -67,10 +74,11 @@ def build_lost_runs() -> dg.Definitions:
         name=LOST_RUNS,
         minimum_interval_seconds=EVERY_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Ends runs whose worker is gone, and requests retries that Dagster lost.",
+        description="Ends runs whose worker is gone, and requests nodes and retries that were lost.",
     )
     def lost_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        found = [*end_lost_runs(context.instance), *ask_for_lost_retries(context.instance)]
+        instance = context.instance
+        found = [*end_lost_runs(instance), *ask_for_nodes_again(instance), *ask_for_lost_retries(instance)]
         for line in found:
             context.log.warning(line)
         return dg.SkipReason("; ".join(found) or "nothing was lost")
@@ -98,6 +106,37 @@ def end_lost_runs(instance: dg.DagsterInstance) -> Iterator[str]:
         else:
             instance.report_run_failed(now, why)
         yield f"run {run.run_id} ended: {worker} is gone"
+
+
+def ask_for_nodes_again(instance: dg.DagsterInstance) -> Iterator[str]:
+    """Start a new task for each run whose ECS task was stopped before a node came, and yield a line about each.
+
+    ECS stops a task that has waited 10 to 30 minutes for capacity (github.com/aws/containers-roadmap/issues/2381).
+    Dagster would notice it at the start timeout, and count it as one of the shard's tries. A run whose task stopped
+    for another reason (an image that cannot be pulled, a worker that ended at once) fails now instead of then.
+    """
+    from dagster._core.launcher import LaunchRunContext, WorkerStatus
+
+    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING])):
+        if TASK_TAG not in run.tags:
+            continue
+        try:
+            health = instance.run_launcher.check_run_worker_health(run)
+        except Exception as error:
+            yield f"run {run.run_id}: its task cannot be seen ({type(error).__name__}: {error})"
+            continue
+        # The worker may have begun, and ended, since the runs were read.
+        now = instance.get_run_by_id(run.run_id)
+        if health.status != WorkerStatus.FAILED or now is None or now.status != dg.DagsterRunStatus.STARTING:
+            continue
+        said = health.msg or "its task stopped"
+        if fault := START_FAULT.search(said):
+            instance.report_run_failed(now, f"The worker could not start ({fault[0]}).\n{said}")
+            yield f"run {run.run_id} failed: its worker could not start ({fault[0]})"
+            continue
+        instance.run_launcher.launch_run(LaunchRunContext(now, workspace=None))
+        instance.report_engine_event("No node came for the task of this run, so a new task waits for one.", now)
+        yield f"run {run.run_id}: no node came for its task, and a new task waits for one"
 
 
 def ask_for_lost_retries(instance: dg.DagsterInstance) -> Iterator[str]:
