@@ -134,7 +134,6 @@ PIECES = [
     "is None", ":=", " if ", "f'{x}'", "*", ",", "#",
 ]  # fmt: skip
 GENES = [f"ENSG{i:011d}" for i in range(12)]
-DEEPEST = 12
 SHORT_CELL = np.array([1, 2, 3], np.int32)
 TYPES_AND_COLUMNS = (
     "not found", "does not exist", "Cannot cast", "incompatible function arguments", "PyQueryCondition.", "inequality",
@@ -160,8 +159,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of each value in mappings and lists, but not far into one of the odd, deeply nested values."""
-    if len(at) == DEEPEST:
+    """Yield the path of each value in mappings and lists, but not into the odd values, which all examples share."""
+    if any(value is odd for odd in ODD_VALUES):
         return
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, one in inside:
