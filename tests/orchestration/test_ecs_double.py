@@ -3,6 +3,8 @@
 import json
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +14,7 @@ import pytest
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
 from dagster_aws.ecs import EcsRunLauncher
 
+from census_tf_dagster.orchestration.sensors import lost_runs
 from census_tf_dagster.orchestration.sensors.lost_runs import START_FAULT, TASK_TAG, ask_for_nodes_again
 from tests.support.ecs_double import TARGET, EcsDouble, Task
 
@@ -78,7 +81,7 @@ def health(double: EcsDouble) -> CheckRunHealthResult:
     launcher._get_run_tags.return_value = mock.Mock(arn="task-1", cluster="census-tf")
     launcher.ecs = mock.Mock()
     launcher.logs = mock.Mock()
-    launcher.ecs.describe_tasks.return_value = {"tasks": [described(double)]}
+    launcher.ecs.describe_tasks.return_value = {"tasks": [described(double)] if double.tasks else []}
     launcher.include_cluster_info_in_failure_messages = True
     with mock.patch("dagster_aws.ecs.launcher.EcsContainerContext"):
         return EcsRunLauncher.check_run_worker_health(launcher, mock.Mock(tags={}))
@@ -110,6 +113,15 @@ class Launcher(RunLauncher):
         return health(self.double)
 
 
+@contextmanager
+def launched_by(launcher: RunLauncher) -> Iterator[dg.DagsterInstance]:
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        mock.patch.object(type(instance), "run_launcher", new_callable=mock.PropertyMock, return_value=launcher),
+    ):
+        yield instance
+
+
 @dg.op
 def nothing() -> None:
     pass
@@ -135,10 +147,7 @@ def test_a_task_for_which_no_node_came_is_replaced(tmp_path: Path, reason: str, 
     if reason:
         double.tasks[0].stop_before_start(reason)
     launcher = Launcher(double)
-    with (
-        dg.DagsterInstance.ephemeral() as instance,
-        mock.patch.object(type(instance), "run_launcher", new_callable=mock.PropertyMock, return_value=launcher),
-    ):
+    with launched_by(launcher) as instance:
         starting = dg.DagsterRunStatus.STARTING
         run = instance.create_run_for_job(job, status=starting, tags={TASK_TAG: "task-1"})
         elsewhere = instance.create_run_for_job(job, status=starting)
@@ -149,6 +158,21 @@ def test_a_task_for_which_no_node_came_is_replaced(tmp_path: Path, reason: str, 
         assert launcher.launched == ([run.run_id] if asked_again else [])
         assert len(said) == bool(reason)
         assert elsewhere.run_id not in "".join(said)
+
+
+@pytest.mark.parametrize("silent_for", [0.0, 3700.0])
+def test_a_task_that_ecs_has_forgotten_is_replaced_after_an_hour(
+    tmp_path: Path, silent_for: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = waiting_task(tmp_path)
+    double.tasks.clear()
+    launcher = Launcher(double)
+    with launched_by(launcher) as instance:
+        run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, tags={TASK_TAG: "task-1"})
+        monkeypatch.setattr(lost_runs, "FORGOTTEN_SECONDS", lost_runs.FORGOTTEN_SECONDS - silent_for)
+        said = list(ask_for_nodes_again(instance))
+    assert launcher.launched == ([run.run_id] if silent_for else [])
+    assert len(said) == bool(silent_for)
 
 
 def test_a_worker_that_ended_at_once_is_not_started_for_ever(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ MOST_ASKED = 5
 START_FAULT = re.compile(r"\b[A-Z]\w+Error\b|exit code -?\d+")
 """A reason why a task cannot start. ECS names each like ``CannotPullContainerError``, and a lack of capacity otherwise
 (docs.aws.amazon.com/AmazonECS/latest/developerguide/stopped-task-error-codes.html)."""
+FORGOTTEN_SECONDS = 3600.0
+"""ECS describes a stopped task for about an hour. A new one may be unknown for a moment."""
 TASK_TAG = "ecs/task_arn"
 """With this tag, Dagster's ECS launcher remembers the task of a run."""
 
@@ -117,7 +119,8 @@ def ask_for_nodes_again(instance: dg.DagsterInstance) -> Iterator[str]:
     """
     from dagster._core.launcher import LaunchRunContext, WorkerStatus
 
-    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING])):
+    for record in instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING])):
+        run = record.dagster_run
         if TASK_TAG not in run.tags:
             continue
         try:
@@ -125,9 +128,13 @@ def ask_for_nodes_again(instance: dg.DagsterInstance) -> Iterator[str]:
         except Exception as error:
             yield f"run {run.run_id}: its task cannot be seen ({type(error).__name__}: {error})"
             continue
+        stopped = health.status == WorkerStatus.FAILED
+        # ECS has forgotten the task. It stopped while no sensor was looking.
+        silent = time.time() - record.update_timestamp.timestamp() > FORGOTTEN_SECONDS
+        forgotten = health.status == WorkerStatus.UNKNOWN and silent
         # The worker may have begun, and ended, since the runs were read.
         now = instance.get_run_by_id(run.run_id)
-        if health.status != WorkerStatus.FAILED or now is None or now.status != dg.DagsterRunStatus.STARTING:
+        if not (stopped or forgotten) or now is None or now.status != dg.DagsterRunStatus.STARTING:
             continue
         said = health.msg or "its task stopped"
         if fault := START_FAULT.search(said):
