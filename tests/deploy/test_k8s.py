@@ -61,6 +61,10 @@ def test_both_platforms_have_one_instance() -> None:
     assert ecs["run_coordinator"]["config"].pop("platform") == "ecs"
     for part in ("run_coordinator", "concurrency", "backfills", "run_retries", "telemetry"):
         assert kubernetes[part] == ecs[part], part
+    # ECS stops a task that waits for a node, and the sensor lost_runs replaces it. On Kubernetes nothing looks at a pod
+    # that cannot start before this time.
+    timeouts = [one["run_monitoring"].pop("start_timeout_seconds") for one in (ecs, kubernetes)]
+    assert timeouts == [86400, 3600]
     # What the chart adds says what Dagster does anyway.
     assert kubernetes["run_monitoring"] == ecs["run_monitoring"] | {"free_slots_after_run_end_seconds": 0}
     assert kubernetes["compute_logs"]["config"] == ecs["compute_logs"]["config"] | {"verify": True}

@@ -25,7 +25,7 @@ from census_tf_dagster.pipeline.stages import Times, outcomes
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support.builders import tiny
 from tests.support.cells import ASSAYS, GENES, cells
-from tests.support.processes import alive, children
+from tests.support.processes import alive, device_processes
 from tests.support.project import Project, load_engine, relative_errors
 
 
@@ -105,9 +105,9 @@ def test_a_device_that_dies_in_the_middle_stops_the_shard_at_once(project: Proje
             for outcome in leaving:
                 done.append(outcome)
                 if len(done) == 3:
-                    os.kill(children(os.getpid())[0], signal.SIGKILL)
+                    os.kill(device_processes(os.getpid())[0], signal.SIGKILL)
     assert 3 <= len(done) < len(plan.megabatches)
-    assert not children(os.getpid())
+    assert not device_processes(os.getpid())
 
 
 def test_a_write_that_fails_stops_all_stages_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_write_that_fails_stops_all_stages_at_once(project: Project, monkeypat
         threads = threading.active_count()
         with pytest.raises(OSError, match="No space left on device"):
             embed_shard(context, 0)
-        assert not children(os.getpid())
+        assert not device_processes(os.getpid())
         assert threading.active_count() == threads
         monkeypatch.undo()
         rest = embed_shard(context, 0)

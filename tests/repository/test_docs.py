@@ -12,6 +12,8 @@ import pytest
 from census_tf_dagster.config_reference import configure_page
 from tests.support.project import REPOSITORY
 
+pytestmark = pytest.mark.takes(200)
+
 TOP = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES = [*TOP, *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(

@@ -18,6 +18,12 @@ def children(parent: int) -> list[int]:
     return sorted(found)
 
 
+def device_processes(parent: int) -> list[int]:
+    """Return the device processes of a process, without its other children."""
+    module = b"census_tf_dagster.inference.device_process"
+    return [pid for pid in children(parent) if module in (Path("/proc") / str(pid) / "cmdline").read_bytes()]
+
+
 def alive(pid: int) -> bool:
     """Tell whether a process runs. A process that has ended and waits to be reaped does not."""
     try:
