@@ -102,8 +102,11 @@ class Launcher(RunLauncher):
         super().__init__()
         self.double = double
         self.launched: list[str] = []
+        self.refuses = False
 
     def launch_run(self, context: LaunchRunContext) -> None:
+        if self.refuses:
+            raise RuntimeError("at most 100 tasks may be provisioning")
         self.launched.append(context.dagster_run.run_id)
 
     def terminate(self, run_id: str) -> bool:
@@ -158,6 +161,19 @@ def test_a_task_for_which_no_node_came_is_replaced(tmp_path: Path, reason: str, 
         assert launcher.launched == ([run.run_id] if asked_again else [])
         assert len(said) == bool(reason)
         assert elsewhere.run_id not in "".join(said)
+
+
+def test_a_refused_task_leaves_the_others_their_turn(tmp_path: Path) -> None:
+    double = waiting_task(tmp_path)
+    double.tasks[0].stop_before_start("Capacity is unavailable at this time")
+    launcher = Launcher(double)
+    launcher.refuses = True
+    with launched_by(launcher) as instance:
+        for _ in range(2):
+            instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, tags={TASK_TAG: "task-1"})
+        said = list(ask_for_nodes_again(instance))
+    assert len(said) == 2
+    assert all("a new one was refused (at most 100 tasks" in one for one in said)
 
 
 @pytest.mark.parametrize("silent_for", [0.0, 3700.0])

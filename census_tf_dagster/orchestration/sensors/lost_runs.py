@@ -141,7 +141,11 @@ def ask_for_nodes_again(instance: dg.DagsterInstance) -> Iterator[str]:
             instance.report_run_failed(now, f"The worker could not start ({fault[0]}).\n{said}")
             yield f"run {run.run_id} failed: its worker could not start ({fault[0]})"
             continue
-        instance.run_launcher.launch_run(LaunchRunContext(now, workspace=None))
+        try:
+            instance.run_launcher.launch_run(LaunchRunContext(now, workspace=None))
+        except Exception as error:
+            yield f"run {run.run_id}: no node came for its task, and a new one was refused ({error})"
+            continue
         instance.report_engine_event("No node came for the task of this run, so a new task waits for one.", now)
         yield f"run {run.run_id}: no node came for its task, and a new task waits for one"
 
