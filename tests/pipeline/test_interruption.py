@@ -102,11 +102,7 @@ def test_sigterm_to_the_command_commits_nothing_partial_and_ends_as_interrupted(
     with project.context("tiny") as context:
         total = make_plan(context).totals.megabatches
     with project.start_materialize("tiny/shard_embeddings", f"{RELEASE}|0") as worker:
-        deadline = time.monotonic() + 120
-        while "cells/s" not in worker.errors.read_text():
-            assert worker.poll() is None, worker.errors.read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        worker.until_it_logs("cells/s")
         worker.send_signal(signal.SIGTERM)
         stopped = time.monotonic()
         code = worker.wait(timeout=60)

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,6 +85,14 @@ class WarmProcess:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(self.command, timeout or 0)
         return self._process.exitcode
+
+    def until_it_logs(self, text: str) -> None:
+        """Wait until the command prints a text to standard error."""
+        deadline = time.monotonic() + 120
+        while text not in self.errors.read_text():
+            assert self.poll() is None, self.errors.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
