@@ -193,6 +193,7 @@ def test_compilers_that_triton_finds(tmp_path: Path, monkeypatch: pytest.MonkeyP
         gpu.require_compiler()
 
 
+@pytest.mark.usefixtures("real_devices")
 @pytest.mark.parametrize(("visible", "names"), [(None, ["GPU 0", "GPU 1"]), ("1", ["GPU 0"])])
 def test_a_process_for_each_device(
     prepared: Path,
@@ -215,6 +216,7 @@ def test_a_process_for_each_device(
             assert answer.counters["peak_bytes"] == 5 * GIB + number
 
 
+@pytest.mark.usefixtures("real_devices")
 def test_no_process_without_a_device(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.sys, "executable", str(interpreter(tmp_path, gpus=2)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

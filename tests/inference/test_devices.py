@@ -28,6 +28,8 @@ from tests.support.cells import ASSAYS, GENES, cells
 from tests.support.processes import alive, device_processes
 from tests.support.project import Project, load_engine, relative_errors
 
+pytestmark = pytest.mark.usefixtures("real_devices")
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,7 +15,7 @@ from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import QUEUED, RUNNING, Run, fetch_runs, materializations
 from census_tf_dagster.operate.status import ReleaseStatus, release_statuses
 from tests.support.builders import value_of
-from tests.support.deployment import QUICK, Operator, running_locally, until
+from tests.support.deployment import Operator, running_locally, until
 from tests.support.project import RELEASE, REPOSITORY, Project, read_array
 from tests.support.release_directory import directory_server, entry
 from tests.support.releases import EARLIER, TwoReleases, two_releases, verify_earlier
@@ -158,7 +158,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         server.lists(**earlier)
         verify_earlier(releases, "cheap")
         assert project.command("release", "add", EARLIER).returncode == 0
-        with running_locally(project, daemon=True, module=QUICK) as operator:
+        with running_locally(project, daemon=True) as operator:
             for sensor in (*(f"{name}_auto_start" for name in AUTOMATIC), "census_releases"):
                 until(lambda sensor=sensor: ended_ticks(operator, sensor), f"the first look of {sensor}")
             server.lists(**earlier, r2025_11_08=entry(RELEASE, str(project.census)))

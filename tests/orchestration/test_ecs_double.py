@@ -28,8 +28,9 @@ time.sleep(60)
 
 def waiting_task(folder: Path) -> EcsDouble:
     """A double with one task that waits for a node."""
-    double = EcsDouble(moto="http://127.0.0.1:9", env={}, folder=folder)
-    command = {"name": "run", "command": ["/usr/bin/env", "python3", "-c", REPORTS_SIGTERM]}
+    (folder / "reports_sigterm.py").write_text(REPORTS_SIGTERM)
+    double = EcsDouble(moto="http://127.0.0.1:9", env={"PYTHONPATH": str(folder)}, folder=folder)
+    command = {"name": "run", "command": ["reports_sigterm"]}
     call = {"tags": [{"key": "dagster/run_id", "value": "r"}], "overrides": {"containerOverrides": [command]}}
     double._accept(call, {"taskArn": "task-1", "containerInstanceArn": "node-1"})
     return double

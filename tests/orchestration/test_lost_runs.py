@@ -38,7 +38,7 @@ from census_tf_dagster.orchestration.sensors.lost_runs import (
     marking_executor,
 )
 from tests.support.builders import tiny
-from tests.support.deployment import QUICK, Operator, running, until
+from tests.support.deployment import Operator, running, until
 from tests.support.project import RELEASE, REPOSITORY, Project, read_array
 
 pytestmark = pytest.mark.takes(250)
@@ -298,7 +298,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     assert project.command("release", "add", RELEASE).returncode == 0
     planned = project.materialize("tiny/obs_id_plan", RELEASE)
     assert planned.returncode == 0, planned.stderr[-3000:]
-    with running(project, daemon=True, module=QUICK) as operator:
+    with running(project, daemon=True) as operator:
         launched = operator.begin("launched", "launch", "tiny", RELEASE, "--shards", "0-1")
         launched.says("launched backfill")
         deployment = Deployment.at(operator.url)

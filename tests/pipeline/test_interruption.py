@@ -87,11 +87,13 @@ def kill_at_random_moments(project: Project, kills: int, seed: int) -> None:
         assert relative_errors(finished_values(project, name, CELLS), expected).max() <= BOUND
 
 
+@pytest.mark.usefixtures("real_devices")
 def test_sigkill_at_five_moments(project: Project) -> None:
     kill_at_random_moments(project, kills=5, seed=1)
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("real_devices")
 def test_sigkill_at_fifty_moments(project: Project) -> None:
     kill_at_random_moments(project, kills=50, seed=2)
 

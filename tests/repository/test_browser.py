@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.deployment import Operator, running_locally
+from tests.support.deployment import REAL, Operator, running_locally
 from tests.support.project import RELEASE, REPOSITORY, Project
 
 browsing = pytest.importorskip("tests.support.browser", reason="needs the package selenium")
@@ -56,7 +56,10 @@ def visit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert project.command("release", "add", RELEASE).returncode == 0
     pictures = Path(os.environ.get("CENSUS_TF_SCREENSHOTS", folder))
     pictures.mkdir(parents=True, exist_ok=True)
-    with running_locally(project, daemon=True) as operator, browsing.browser(operator.url, folder / "profile") as page:
+    with (
+        running_locally(project, daemon=True, module=REAL) as operator,
+        browsing.browser(operator.url, folder / "profile") as page,
+    ):
         yield Visit(page, operator, pictures.absolute())
 
 

@@ -18,12 +18,13 @@ from census_tf_dagster.config.dagster_names import UPSTREAM_CHECK
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
-from tests.support.project import RELEASE, Project
+from tests.support.project import RELEASE, REPOSITORY, Project
 
 POLL = 2.0
 """Seconds between two polls. Each poll takes CPU from the servers that it waits for."""
 QUICK = "tests.support.quick_definitions"
-"""Definitions whose sensors look every 10 s."""
+"""Definitions whose sensors look every 10 s, and whose runs are forked."""
+REAL = "census_tf_dagster.definitions"
 PATIENCE = 600.0
 """The longest wait, in seconds, on a busy machine."""
 
@@ -46,7 +47,7 @@ class Operator:
 
     project: Project
     port: int
-    module: str = "census_tf_dagster.definitions"
+    module: str = QUICK
     servers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -153,9 +154,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(project: Project, *, daemon: bool, module: str = "census_tf_dagster.definitions") -> Iterator[Operator]:
+def running(project: Project, *, daemon: bool, module: str = QUICK) -> Iterator[Operator]:
     """Run the real webserver, and the real daemon, until the end of the block."""
     operator = Operator(project, free_port(), module)
+    # Servers run in the project's folder.
+    project.env["PYTHONPATH"] = str(REPOSITORY)
     try:
         for name in ("dagster-webserver", *(["dagster-daemon"] if daemon else [])):
             operator.serve(name)
@@ -170,9 +173,7 @@ def running(project: Project, *, daemon: bool, module: str = "census_tf_dagster.
 
 
 @contextmanager
-def running_locally(
-    project: Project, *, daemon: bool, module: str = "census_tf_dagster.definitions"
-) -> Iterator[Operator]:
+def running_locally(project: Project, *, daemon: bool, module: str = QUICK) -> Iterator[Operator]:
     """Run both; the daemon runs at most two runs at a time, as its own processes."""
     with (project.folder / "dagster_home" / "dagster.yaml").open("a") as file:
         file.write("concurrency:\n  runs:\n    max_concurrent_runs: 2\n")

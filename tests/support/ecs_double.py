@@ -9,17 +9,18 @@ sends a signal to a task that belongs to no service, and the containers of a los
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.support.fork_server import ForkedProcess
 
 TARGET = "AmazonEC2ContainerServiceV20141113."
 Call = dict[str, Any]
@@ -34,7 +35,7 @@ class Task:
     at: float
     """Seconds since 1970."""
     output: Path
-    process: "subprocess.Popen[bytes] | None" = None
+    process: ForkedProcess | None = None
     reported_lost: bool = False
     node_lost: bool = False
     stopped_reason: str = ""
@@ -58,7 +59,8 @@ class Task:
     def signal(self, number: int) -> None:
         """Send a signal to the command and all its children."""
         assert self.process is not None
-        os.killpg(self.process.pid, number)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def stop_before_start(self, reason: str) -> None:
         """Do what ECS does after 10 to 30 minutes without capacity, or when the containers cannot be made."""
@@ -124,15 +126,17 @@ class EcsDouble:
             self.tasks.append(Task(call, answer, time.time(), self.folder / f"task-{len(self.tasks)}.out"))
 
     def begin(self, task: Task) -> None:
-        """Run the command, as when a node has started."""
+        """Run the command as `python -m`, as when a node has started."""
+        module, *arguments = task.container["command"]
         with task.output.open("wb") as output:
-            task.process = subprocess.Popen(
-                task.container["command"],
-                cwd=self.folder,
-                env=dict(self.env),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            task.process = ForkedProcess(
+                module,
+                arguments,
+                self.folder,
+                self.env,
+                stdout=output.fileno(),
+                stderr=output.fileno(),
+                new_session=True,
             )
 
     def end(self) -> None:

@@ -6,6 +6,9 @@ The sensor and the schedule ask for one shard each of the set `gpu`, the conditi
 import dagster as dg
 
 from census_tf_dagster.definitions import build_definitions, census_resource, load_sets, sets_folder, store_resource
+from tests.support import forked_runs
+
+__all__ = ["defs", "forked_runs"]
 
 RELEASE = "2025-11-08"
 """The release of tests/support/project.py. That module imports packages that no server should import."""
