@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from census_tf_dagster.inference import devices
 from census_tf_dagster.pipeline.upstream import find_upstream
 from tests.support.moto_servers import moto_server
 from tests.support.project import SHARED_DATA, Project, UpstreamCommand
-from tests.support.warm_processes import REAL_DEVICES, start_device, use_warm_devices
+from tests.support.warm_devices import REAL_DEVICES
 
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
 
@@ -42,15 +41,9 @@ def upstream_command(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     return UpstreamCommand(command.absolute(), tmp_path_factory.mktemp("upstream"))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _warm_devices() -> None:
-    use_warm_devices()
-
-
 @pytest.fixture
 def real_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Device processes are started as outside of tests: by a Python of their own, as children of their worker."""
-    monkeypatch.setattr(devices, "_process", start_device)
     monkeypatch.setenv(REAL_DEVICES, "yes")
 
 

@@ -8,7 +8,7 @@ checksum is computed or stored in the files. Interleaved, CPU seconds of the pro
 process for each.
 
 The difference of the two is smaller than the noise of a shared machine, so the checksums are also timed alone: XXH3
-where the shard computes it, and MD5 by hashlib over all files of the array, once as written and once as read.
+where the shard computes it, and SHA-256 by hashlib over all files of the array, once as written and once as read.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[
         if way == WITH:
             stack.enter_context(mock.patch.object(Checksum, "add", timed))
         else:
-            stack.enter_context(mock.patch.object(array_module, "_MD5", {"_type": "NoOpFilter"}))
+            stack.enter_context(mock.patch.object(array_module, "_SHA256", {"_type": "NoOpFilter"}))
             stack.enter_context(mock.patch.object(Checksum, "add"))
         plan = write_plan(storage, folder.plan, joinids, batches, plan_totals(batches, 1, 0))
         array = EmbeddingsArray.create(folder.array, storage, identity, cells)
@@ -99,7 +99,7 @@ def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[
             began = time.thread_time()
             for _ in ("written", "read"):
                 for path in Path(folder.array).rglob("*.tdb"):
-                    hashlib.md5(path.read_bytes(), usedforsecurity=False)
+                    hashlib.sha256(path.read_bytes())
             seconds += time.thread_time() - began
         return {"cpu": cpu, "peak": peak_gib(), "checksums": seconds}
 

@@ -44,8 +44,9 @@ RECORD_KEY = "census_tf_record"
 # With double-delta, sorted coordinates take almost no space. Level 1 of zstd takes a seventh of the time of the
 # consumers' levels 9 and 19, for a few percent more space (docs/performance.md).
 _ZSTD: Any = {"_type": "ZstdFilter", "level": 1}
-# With a checksum, every reader of a damaged chunk gets an error instead of other values.
-_MD5: Any = {"_type": "ChecksumMD5Filter"}
+# With a checksum, every reader of a damaged chunk gets an error instead of other values. Processors compute SHA-256 in
+# hardware (Intel since Ice Lake, AMD since Zen); TileDB's other checksum, MD5, takes twice the time.
+_SHA256: Any = {"_type": "ChecksumSHA256Filter"}
 _TILE_ROWS = 2048
 _MOVE = "move it away."
 
@@ -55,7 +56,7 @@ _CREATED_AT = 1
 
 def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
     # With one tile over all features, values sorted by joinid and feature are in global order.
-    coordinates: Any = ["DoubleDeltaFilter", _ZSTD, _MD5]
+    coordinates: Any = ["DoubleDeltaFilter", _ZSTD, _SHA256]
     return tiledbsoma.TileDBCreateOptions(
         capacity=2**17,
         allows_duplicates=False,
@@ -65,7 +66,7 @@ def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
             "soma_dim_0": {"tile": _TILE_ROWS, "filters": coordinates},
             "soma_dim_1": {"tile": n_features, "filters": coordinates},
         },
-        attrs={"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD, _MD5]}},
+        attrs={"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD, _SHA256]}},
     )
 
 

@@ -31,7 +31,7 @@ from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support.builders import tiny
-from tests.support.deployment import PATIENCE, Operator, free_port, materialize, running_locally, until
+from tests.support.deployment import PATIENCE, QUICK, Operator, free_port, materialize, running_locally, until
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
 
 pytestmark = pytest.mark.takes(390)
@@ -130,7 +130,7 @@ def test_launch_survives_its_interruption(story: Story) -> None:
     code, said = story.interrupted
     assert code == 130
     assert "launched backfill" in said
-    assert "(census_tf_dagster.definitions): the plan, shards 0-3, the array\n" in said
+    assert f"({QUICK}): the plan, shards 0-3, the array\n" in said
     assert "interrupted; the backfill continues in Dagster.\n" in said
     assert f"status tiny {RELEASE} --url {story.operator.url}\n" in said
     code, said = story.attached

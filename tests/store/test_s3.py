@@ -21,6 +21,7 @@ from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support.builders import fill, tiny, value_of
+from tests.support.fork_server import SERVERS
 from tests.support.moto_servers import REGION, client, moto_server, s3_proxy, upload
 from tests.support.on_s3 import on_s3, reader_config
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
@@ -279,8 +280,10 @@ def test_a_full_disk_and_a_read_only_one(project: Project) -> None:
     tiny(project, megabatch_size=8)
     (project.folder / "store").mkdir()
     script = ON_TMPFS.format(size=2048, folder=project.folder, python=sys.executable)
+    # The mount is seen only by the processes that start there.
+    env = {name: value for name, value in project.env.items() if name != SERVERS}
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], cwd=REPOSITORY, env=project.env, capture_output=True, text=True
+        ["unshare", "--mount", "sh", "-c", script], cwd=REPOSITORY, env=env, capture_output=True, text=True
     )
     if "unshare failed" in done.stderr or "permission denied" in done.stderr:
         pytest.skip("mounting is not allowed here")

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from census_tf_dagster.config.dagster_names import UPSTREAM_CHECK
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
+from tests.support.fork_server import ForkedProcess
 from tests.support.project import RELEASE, REPOSITORY, Project
 
 POLL = 2.0
@@ -25,6 +25,8 @@ POLL = 2.0
 QUICK = "tests.support.quick_definitions"
 """Definitions whose sensors look every 10 s, and whose runs are forked."""
 REAL = "census_tf_dagster.definitions"
+MODULES = {"dagster-webserver": "dagster_webserver", "dagster-daemon": "dagster._daemon"}
+"""What these commands run."""
 PATIENCE = 600.0
 """The longest wait, in seconds, on a busy machine."""
 
@@ -48,8 +50,8 @@ class Operator:
     project: Project
     port: int
     module: str = QUICK
-    servers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    servers: dict[str, ForkedProcess] = field(default_factory=dict)
+    begun: list[ForkedProcess] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -61,16 +63,12 @@ class Operator:
         `code` says where the definitions are; left out: the module, by a code server of its own.
         """
         own = ["-h", "127.0.0.1", "-p", str(self.port)] if name == "dagster-webserver" else ["run"]
-        command = [str(Path(sys.executable).with_name(name)), *own, *(code or ("-m", self.module))]
-        with (self.project.folder / f"{name}.log").open("a") as log:
-            self.servers[name] = subprocess.Popen(
-                command,
-                cwd=self.project.folder,
-                env=self.project.env,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.servers[name] = self._start(MODULES[name], [*own, *(code or ("-m", self.module))], f"{name}.log")
+
+    def _start(self, module: str, arguments: list[str], log: str) -> ForkedProcess:
+        with (self.project.folder / log).open("a") as file:
+            streams = {"stdout": file.fileno(), "stderr": file.fileno()}
+            return ForkedProcess(module, arguments, self.project.folder, self.project.env, **streams, new_session=True)
 
     def stop(self, name: str) -> None:
         """End a server with its code server and runs."""
@@ -96,14 +94,9 @@ class Operator:
         return self.project.command(*arguments, "--url", self.url)
 
     def begin(self, name: str, *arguments: str) -> "BackgroundCommand":
-        out = self.project.folder / f"{name}.out"
-        command = [sys.executable, "-m", "census_tf_dagster", *arguments, "--url", self.url]
-        with out.open("w") as file:
-            process = subprocess.Popen(
-                command, cwd=self.project.folder, env=self.project.env, stdout=file, stderr=subprocess.STDOUT
-            )
+        process = self._start("census_tf_dagster", [*arguments, "--url", self.url], f"{name}.out")
         self.begun.append(process)
-        return BackgroundCommand(process, out)
+        return BackgroundCommand(process, self.project.folder / f"{name}.out")
 
     def status(self, name: str) -> dict[str, Any]:
         """The JSON of one release."""
@@ -129,7 +122,7 @@ class Operator:
 class BackgroundCommand:
     """A command that runs in the background; its output goes to a file."""
 
-    process: subprocess.Popen[bytes]
+    process: ForkedProcess
     out: Path
 
     def says(self, text: str) -> None:

@@ -1,9 +1,9 @@
 """Starts processes as forks of one that has imported Dagster, TileDB and torch, because importing them takes seconds.
 
-    python -m tests.support.fork_server SOCKET OWNER
+    python -m tests.support.fork_server SOCKET OWNER MODULE...
 
-Each of them still has a process, environment, working folder, pipes and exit status of its own. The server ends when
-the process OWNER ends.
+It imports the MODULEs first. Each process still has an environment, a working folder, pipes and an exit status of its
+own. The server ends when the process OWNER ends.
 """
 
 import atexit
@@ -27,30 +27,89 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
-_ADDRESS = "CENSUS_TF_TEST_FORK_SERVER"
-# None of these starts a thread when it is imported, which a fork would lack.
-PRELOADED = (
-    "cellxgene_census",
-    "census_tf_dagster.cli",
-    "census_tf_dagster.definitions",
-    "census_tf_dagster.inference.engine",
-    "census_tf_dagster.pipeline.embed_shard",
-    "census_tf_dagster.pipeline.finish_array",
-    "census_tf_dagster.pipeline.plan_release",
-    "dagster._cli",
-    "dagster._cli.api",
-    "dagster_aws.components",
-    "tests.support.warm_processes",
-)
-
+SERVERS = "CENSUS_TF_TEST_FORK_SERVERS"
+"""The variable with the folder of the servers. A process that must start its own, may not inherit it."""
+# All processes of a test run, also those that are started by others, share its servers.
+if SERVERS not in os.environ:
+    os.environ[SERVERS] = f"{tempfile.gettempdir()}/forks-{os.getpid()}-{os.urandom(4).hex()}"
 _started: list["subprocess.Popen[bytes]"] = []
-# All processes of a test run, also those that are started by others, share one server.
-if _ADDRESS not in os.environ:
-    os.environ[_ADDRESS] = str(Path(tempfile.mkdtemp(prefix="forks-")) / f"{os.getpid()}.socket")
+
+
+@dataclass(frozen=True)
+class ForkServer:
+    """A server. It starts when it is first needed.
+
+    Attributes
+    ----------
+    name
+        Its name among the servers of a test run.
+    preload
+        What it imports. None of these may start a thread when it is imported, which a fork would lack.
+    python
+        The interpreter.
+    """
+
+    name: str
+    preload: tuple[str, ...]
+    python: str = sys.executable
+
+    def pid(self) -> int:
+        """Return the process id of the server, which is the parent of all its processes."""
+        with self.connect() as connection:
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            return int(struct.unpack("3i", peer)[0])
+
+    def connect(self) -> socket.socket:
+        place = Path(os.environ[SERVERS])
+        place.mkdir(mode=0o700, exist_ok=True)
+        address = place / f"{self.name}.socket"
+        with (place / f"{self.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not address.exists():
+                self._start(address)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(address))
+        return connection
+
+    def _start(self, address: Path) -> None:
+        owner = address.parent.name.split("-")[1]
+        command = [self.python, "-m", "tests.support.fork_server", str(address), owner, *self.preload]
+        # OpenMP reads this when torch is imported; `devices` sets it for its processes.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        server = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        # Popen warns if it is forgotten while the process runs.
+        _started.append(server)
+        deadline = time.monotonic() + 120
+        while not address.exists():
+            assert server.poll() is None, f"the fork server {self.name} ended"
+            assert time.monotonic() < deadline, f"the fork server {self.name} did not start"
+            time.sleep(0.02)
+
+
+OURS = ForkServer(
+    "ours",
+    (
+        "cellxgene_census",
+        "census_tf_dagster.cli",
+        "census_tf_dagster.definitions",
+        "census_tf_dagster.inference.engine",
+        "census_tf_dagster.pipeline.embed_shard",
+        "census_tf_dagster.pipeline.finish_array",
+        "census_tf_dagster.pipeline.plan_release",
+        "dagster._cli.api",
+        "dagster._daemon.cli",
+        "dagster_aws.components",
+        "dagster_webserver.cli",
+        "tests.support.warm_devices",
+    ),
+)
 
 
 class ForkedProcess:
@@ -67,6 +126,7 @@ class ForkedProcess:
         stdout: int = 1,
         stderr: int = 2,
         new_session: bool = False,
+        server: ForkServer = OURS,
     ) -> None:
         self.args = [module, *arguments]
         self.returncode: int | None = None
@@ -75,7 +135,7 @@ class ForkedProcess:
         content = json.dumps({**order, "new_session": new_session}).encode()
         nothing = os.open(os.devnull, os.O_RDONLY)
         try:
-            self._connection = _connect()
+            self._connection = server.connect()
             socket.send_fds(
                 self._connection,
                 [struct.pack("!Q", len(content))],
@@ -123,46 +183,15 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def server_pid() -> int:
-    """Return the process id of the server, which is the parent of all forked processes."""
-    with _connect() as connection:
-        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return int(struct.unpack("3i", peer)[0])
-
-
-def _connect() -> socket.socket:
-    address = os.environ[_ADDRESS]
-    connection = socket.socket(socket.AF_UNIX)
-    with Path(f"{address}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not Path(address).exists():
-            _start(address)
-    connection.connect(address)
-    return connection
-
-
-def _start(address: str) -> None:
-    command = [sys.executable, "-m", "tests.support.fork_server", address, Path(address).stem]
-    # OpenMP reads this when torch is imported; `devices` sets it for its processes.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    # Popen warns if it is forgotten while the process runs.
-    _started.append(
-        subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-    )
-    deadline = time.monotonic() + 120
-    while not Path(address).exists():
-        assert time.monotonic() < deadline, "the fork server did not start"
-        time.sleep(0.02)
-
-
-def _serve(address: str, owner: int) -> dict[str, Any]:
+def _serve(address: Path, owner: int, preload: Sequence[str]) -> dict[str, Any]:
     """Fork for each order. Return only in the forked processes, with their order."""
     listener = socket.socket(socket.AF_UNIX)
     # Who connects while this process imports, waits.
-    listener.bind(f"{address}.new")
+    unready = address.with_suffix(".new")
+    listener.bind(str(unready))
     listener.listen(64)
-    Path(f"{address}.new").rename(address)
-    for name in PRELOADED:
+    unready.rename(address)
+    for name in preload:
         importlib.import_module(name)
     gc.freeze()
     woken, wake = os.pipe()
@@ -177,7 +206,7 @@ def _serve(address: str, owner: int) -> dict[str, Any]:
         while True:
             ready = {key.fileobj for key, _ in selector.select()}
             if ended in ready:
-                shutil.rmtree(Path(address).parent)
+                shutil.rmtree(address.parent, ignore_errors=True)
                 os._exit(0)
             if woken in ready:
                 os.read(woken, 4096)
@@ -230,10 +259,6 @@ def _become(order: dict[str, Any]) -> None:
     os.chdir(order["folder"])
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.argv = order["command"]
-    from tests.support.warm_processes import REAL_DEVICES, use_warm_devices
-
-    if REAL_DEVICES not in os.environ:
-        use_warm_devices()
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         status = 0
@@ -253,4 +278,4 @@ def _become(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _become(_serve(sys.argv[1], int(sys.argv[2])))
+    _become(_serve(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

@@ -7,11 +7,10 @@ import multiprocessing
 
 import dagster._grpc.server as dagster_server
 
-from tests.support.fork_server import PRELOADED
-from tests.support.warm_processes import use_warm_devices
+from tests.support.fork_server import OURS
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([*PRELOADED, __name__])
+_context.set_forkserver_preload(OURS.preload)
 _start_run = dagster_server.DagsterApiServer.StartRun
 
 
@@ -21,4 +20,3 @@ def _fork_run(self: dagster_server.DagsterApiServer, request: object, context: o
 
 
 dagster_server.DagsterApiServer.StartRun = _fork_run  # type: ignore[method-assign, assignment]
-use_warm_devices()

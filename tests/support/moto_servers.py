@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +14,11 @@ from typing import Any
 
 import boto3
 
+from tests.support.fork_server import ForkServer
 from tests.support.project import REPOSITORY
+from tests.support.warm_processes import WarmProcess
 
+MOTO = ForkServer("moto", ("moto.cloudformation.models", "moto.server"))
 REGION = "us-east-1"
 
 
@@ -27,7 +28,7 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _wait_for(server: subprocess.Popen[str], port: int) -> None:
+def _wait_for(server: WarmProcess, port: int) -> None:
     deadline = time.monotonic() + 60
     while True:
         with socket.socket() as probe:
@@ -39,14 +40,14 @@ def _wait_for(server: subprocess.Popen[str], port: int) -> None:
 
 
 @contextmanager
-def _running(port: int, *command: str) -> Iterator[subprocess.Popen[str]]:
-    quiet: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": REPOSITORY}
-    with subprocess.Popen([sys.executable, "-m", *command], **quiet) as server:
-        try:
-            _wait_for(server, port)
-            yield server
-        finally:
-            server.kill()
+def _running(port: int, module: str, *arguments: str) -> Iterator[WarmProcess]:
+    server = WarmProcess(module, [*arguments], REPOSITORY, os.environ, server=MOTO)
+    try:
+        _wait_for(server, port)
+        yield server
+    finally:
+        server.kill()
+        server.communicate()
 
 
 @contextmanager
@@ -85,8 +86,7 @@ def s3_proxy(endpoint: str, folder: Path, *, seed: int = 0, share: float = 0.0) 
         proxy = Proxy(f"http://127.0.0.1:{port}", outage)
         yield proxy
         server.send_signal(signal.SIGTERM)
-        printed, _ = server.communicate(timeout=30)
-        proxy.counts.update(json.loads(printed))
+        proxy.counts.update(json.loads(server.stdout.readline()))
 
 
 def client(endpoint: str, service: str = "s3") -> Any:

@@ -22,6 +22,7 @@ from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
 from census_tf_dagster.orchestration.asset_support import release_context
 from census_tf_dagster.pipeline.context import ReleaseContext
+from tests.support.fork_server import ForkServer
 from tests.support.warm_processes import WarmProcess, run_module
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,12 +57,14 @@ class UpstreamCommand:
         work = self.folder / str(self.runs)
         work.mkdir()
         adata.write_h5ad(work / "cells.h5ad")
-        command = [str(self.command), "inference", "--checkpoint-path", str(checkpoint)]
+        command = ["inference", "--checkpoint-path", str(checkpoint)]
         command += ["--data-file", str(work / "cells.h5ad"), "--output-path", str(work), "--precision", "32"]
         command += ["--device", "cpu", "--disable-compile-block-mask"]
         if pretrained is not None:
             command += ["--pretrained-embedding", str(pretrained)]
-        done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        # Importing what it needs takes upstream eight seconds.
+        server = ForkServer("upstream", ("transcriptformer.cli",), str(self.command.with_name("python")))
+        done = run_module("tests.support.upstream_command", command, work, os.environ, server=server)
         assert done.returncode == 0, done.stderr[-3000:]
         return np.asarray(anndata.read_h5ad(work / "embeddings.h5ad").obsm["embeddings"])
 

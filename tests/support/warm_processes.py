@@ -1,22 +1,15 @@
-"""Starts commands and device processes as forks (`fork_server`), because importing what they need takes seconds."""
+"""Runs commands as forks (`fork_server`), because importing what they need takes seconds."""
 
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
-from census_tf_dagster.inference import devices
-from tests.support.fork_server import ForkedProcess, server_pid
-
-REAL_DEVICES = "CENSUS_TF_TEST_REAL_DEVICES"
-"""If this variable is set, commands start their device processes as they do outside of tests."""
-
-start_device = devices._process
+from tests.support.fork_server import OURS, ForkedProcess, ForkServer
 
 
 class WarmProcess(ForkedProcess):
@@ -30,12 +23,21 @@ class WarmProcess(ForkedProcess):
         The file of the text that it prints to standard error.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        server: ForkServer = OURS,
+    ) -> None:
         self._place = tempfile.TemporaryDirectory()
         self.errors = Path(self._place.name) / "errors"
         reading, writing = os.pipe()
         with self.errors.open("w") as errors, os.fdopen(writing):
-            super().__init__(module, arguments, folder, environment, stdout=writing, stderr=errors.fileno())
+            streams = {"stdout": writing, "stderr": errors.fileno()}
+            super().__init__(module, arguments, folder, environment, **streams, server=server)
         self.stdout = os.fdopen(reading)
 
     def __enter__(self) -> Self:
@@ -66,46 +68,14 @@ class WarmProcess(ForkedProcess):
 
 
 def run_module(
-    module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+    module: str,
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    *,
+    server: ForkServer = OURS,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m MODULE ARGUMENTS` in a folder and wait for it."""
-    process = WarmProcess(module, arguments, folder, environment)
+    process = WarmProcess(module, arguments, folder, environment, server=server)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.wait(), output, errors)
-
-
-class WarmDevice(ForkedProcess):
-    """A device process. It ends with the fork server, and when its standard input is closed."""
-
-    def __init__(self) -> None:
-        theirs, ours = os.pipe()
-        answers, answering = os.pipe()
-        with os.fdopen(theirs), os.fdopen(answering):
-            super().__init__(
-                "census_tf_dagster.inference.device_process",
-                [str(server_pid())],
-                Path.cwd(),
-                os.environ,
-                stdin=theirs,
-                stdout=answering,
-            )
-        self.stdin: BinaryIO = os.fdopen(ours, "wb", buffering=0)
-        self.stdout: BinaryIO = os.fdopen(answers, "rb", buffering=0)
-
-
-@contextmanager
-def warm_device() -> Iterator[WarmDevice]:
-    """Do what `devices` does to start and end a device process."""
-    process = WarmDevice()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
-
-
-def use_warm_devices() -> None:
-    """Let this process fork its device processes."""
-    devices._process = warm_device  # type: ignore[assignment]
