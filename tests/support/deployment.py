@@ -17,7 +17,7 @@ from census_tf_dagster.config.dagster_names import UPSTREAM_CHECK
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import RemoteSet
-from tests.support.fork_server import ForkedProcess
+from tests.support.fork_server import OURS, ForkedProcess, ForkServer
 from tests.support.project import RELEASE, REPOSITORY, Project
 
 POLL = 2.0
@@ -27,6 +27,8 @@ QUICK = "tests.support.quick_definitions"
 REAL = "census_tf_dagster.definitions"
 MODULES = {"dagster-webserver": "dagster_webserver", "dagster-daemon": "dagster._daemon"}
 """What these commands run."""
+CONTROL = ForkServer("control", ("dagster._daemon.cli", "dagster_webserver.cli"))
+"""It imports no more, because no server of a deployment loads the data plane."""
 PATIENCE = 600.0
 """The longest wait, in seconds, on a busy machine."""
 
@@ -63,12 +65,15 @@ class Operator:
         `code` says where the definitions are; left out: the module, by a code server of its own.
         """
         own = ["-h", "127.0.0.1", "-p", str(self.port)] if name == "dagster-webserver" else ["run"]
-        self.servers[name] = self._start(MODULES[name], [*own, *(code or ("-m", self.module))], f"{name}.log")
+        arguments = [*own, *(code or ("-m", self.module))]
+        self.servers[name] = self._start(MODULES[name], arguments, f"{name}.log", CONTROL)
 
-    def _start(self, module: str, arguments: list[str], log: str) -> ForkedProcess:
+    def _start(self, module: str, arguments: list[str], log: str, server: ForkServer = OURS) -> ForkedProcess:
         with (self.project.folder / log).open("a") as file:
             streams = {"stdout": file.fileno(), "stderr": file.fileno()}
-            return ForkedProcess(module, arguments, self.project.folder, self.project.env, **streams, new_session=True)
+            return ForkedProcess(
+                module, arguments, self.project.folder, self.project.env, **streams, new_session=True, server=server
+            )
 
     def stop(self, name: str) -> None:
         """End a server with its code server and runs."""

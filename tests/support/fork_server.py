@@ -104,9 +104,7 @@ OURS = ForkServer(
         "census_tf_dagster.pipeline.finish_array",
         "census_tf_dagster.pipeline.plan_release",
         "dagster._cli.api",
-        "dagster._daemon.cli",
         "dagster_aws.components",
-        "dagster_webserver.cli",
         "tests.support.warm_devices",
     ),
 )
