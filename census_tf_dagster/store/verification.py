@@ -301,6 +301,8 @@ class ReleaseVerification:
         Shards that were read again.
     problems
         Problems of the cells; empty if the array holds exactly the plan's cells except those that were set aside.
+    broken
+        Shards that have these problems.
     cells
         Number of cells with an embedding.
     set_aside
@@ -310,6 +312,7 @@ class ReleaseVerification:
     covered: str
     read_again: tuple[int, ...]
     problems: Problems
+    broken: tuple[int, ...] = ()
     cells: int = 0
     set_aside: dict[int, str] = field(default_factory=dict)
 
@@ -361,11 +364,14 @@ def verify_release(
     covered_still = set() if full else _still_covered(array, plan, verifications)
     again = [shard for shard in range(plan.totals.shards) if shard not in covered_still]
     problems = Problems()
+    broken = []
     with ThreadPoolExecutor(max_workers=READERS) as pool:
         committed = Committed.of(array) if again else None
         reading = pool.map(lambda shard: verify_shard(array, plan, folder, shard, committed), again)
-        for done, found in enumerate(reading, start=1):
+        for done, (shard, found) in enumerate(zip(again, reading, strict=True), start=1):
             problems.merge(found.problems)
+            if found.problems:
+                broken.append(shard)
             report(done, len(again))
     if again:
         verifications = _read_verifications(array, plan, folder)
@@ -376,6 +382,7 @@ def verify_release(
         ),
         read_again=tuple(again),
         problems=problems,
+        broken=tuple(broken),
         cells=sum(written.cells for written in megabatches),
         set_aside={joinid: why for written in megabatches for joinid, why in written.set_aside.items()},
     )

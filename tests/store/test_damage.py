@@ -24,7 +24,7 @@ from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.fragments import Fragment
 from tests.support.builders import fill, fill_shard, tiny
-from tests.support.project import Project, read_array
+from tests.support.project import RELEASE, Project, read_array
 
 pytestmark = pytest.mark.takes(140)
 
@@ -173,7 +173,12 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
         with pytest.raises(UserError, match=rf"They belong to shards \[{shard}\]\."):
             wrong(finished)
     else:
-        assert wrong(finished, full=damage in SEEN_BY_READING) != {}
+        told = "; ".join(wrong(finished, full=damage in SEEN_BY_READING).values())
+        if damage is from_a_clock_that_is_ahead:
+            assert "its writer's clock was ahead" in told
+        else:
+            shards = f"{shard},{shard_of(finished, 150)}" if damage is later_value_of_two_shards else shard
+            assert f"run their shards again: census-tf-dagster launch tiny {RELEASE} --shards {shards}" in told
         with pytest.raises(RuleError):
             finish_array(finished)
     fill_shard(finished, shard)
