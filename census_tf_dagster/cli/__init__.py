@@ -63,6 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, DirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except MemoryError:
+        # It may come from an import, before any module can name it.
+        print(
+            "error: this process got no more memory; expected a few GB: give the machine more, or raise its limit "
+            "(`ulimit -v`, the container's memory).",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

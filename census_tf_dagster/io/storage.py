@@ -267,6 +267,11 @@ class Storage:
             self._objects.download(uri, partial, expected)
 
 
+def is_lack_of_memory(error: Exception) -> bool:
+    """Tell whether an error of TileDB or Python means that the system gave it no memory."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS_OF_LACK)
+
+
 @contextmanager
 def naming_lack_of_memory() -> Iterator[None]:
     """Replace the error of TileDB or Python that gets no memory by a clear message.
@@ -279,7 +284,7 @@ def naming_lack_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, tiledb.TileDBError, tiledbsoma.SOMAError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS_OF_LACK):
+        if not is_lack_of_memory(error):
             raise
         raise UserError(
             f"this process got no more memory ({str(error)[:200] or 'MemoryError'}). Expected enough for a megabatch: "

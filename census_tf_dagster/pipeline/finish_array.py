@@ -54,8 +54,7 @@ class RuleError(VerificationError):
     def __init__(self, findings: list[Finding]) -> None:
         broken = [str(finding) for finding in findings if finding.wrong]
         super().__init__(
-            f"the array breaks {len(broken)} rules; expected none:\n" + "\n".join(f"  {rule}" for rule in broken) + "\n"
-            "If values or cells are wrong, run their shard again with `recompute: true`."
+            f"the array breaks {len(broken)} rules; expected none:\n" + "\n".join(f"  {rule}" for rule in broken)
         )
         self.findings = findings
 
@@ -220,6 +219,11 @@ def _check_rules(
     verification = verify_release(array, plan, context.folder, full=full, report=report)
     rules: tuple[Rule, ...] = ("cells", "features", "values")
     faults |= {rule: verification.problems.of_rule(rule) for rule in rules}
+    if verification.broken:
+        shards = ",".join(map(str, verification.broken))
+        again = f"census-tf-dagster launch {context.settings.name} {context.release_name} --shards {shards}"
+        for rule in rules:
+            faults[rule] += [f"run their shards again: {again}"] if faults[rule] else []
     if not verification.cells:
         faults["cells"].append("no cell has an embedding")
     faults["cells"] += [f"fragment {name}: {reason}" for name, reason in array.damaged().items()]

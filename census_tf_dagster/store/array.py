@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from census_tf_dagster.config.publication import INFO_KEY
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
 from census_tf_dagster.io.s3 import StoreError
-from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.io.storage import Storage, is_lack_of_memory
 from census_tf_dagster.store.fragments import (
     FRAGMENT_FILES,
     Fragment,
@@ -52,6 +52,8 @@ _MOVE = "move it away."
 
 _CREATED_AT = 1
 """TileDB timestamp of a new array. Later openings for writing get larger timestamps."""
+_IDENTITY_AT = 2
+"""TileDB timestamp of the identity, which is the first write after the creation."""
 
 
 def _creation_options(n_features: int) -> tiledbsoma.TileDBCreateOptions:
@@ -89,6 +91,32 @@ class DamagedFragmentsError(UserError):
         )
         self.array = array
         self.reasons = dict(reasons)
+
+
+class OtherArrayError(UserError):
+    """There is an array, but it has another type or another number of dimensions."""
+
+
+class DamagedArrayError(UserError):
+    """Files of the array itself are damaged, so TileDB cannot open it.
+
+    Attributes
+    ----------
+    array
+        The array with these files.
+    part
+        Its folder that holds them.
+    """
+
+    def __init__(self, array: "EmbeddingsArray", part: Literal["__schema", "__meta", "__fragment_meta"], reason: str):
+        again = "" if part == "__schema" else "run any of its shards again. If that reports the same, "
+        super().__init__(
+            f"the array at {array.uri} cannot be opened: files in {part} are damaged ({reason}). Expected all of them "
+            f"whole: {again}restore them from a copy of the store, or remove the release with `remove` and launch it "
+            "again."
+        )
+        self.array = array
+        self.part = part
 
 
 @dataclass(frozen=True)
@@ -178,7 +206,8 @@ class EmbeddingsArray:
 
     @classmethod
     def repair(cls, uri: str, storage: Storage, identity: Identity) -> "EmbeddingsArray":
-        """Open like `open`, but first remove fragments that prevent opening or that no reader sees."""
+        """Open like `open`, but first remove what prevents opening and can be written anew, and unseen fragments."""
+        removed: set[str] = set()
         while True:
             try:
                 array = cls.open(uri, storage, identity)
@@ -186,7 +215,15 @@ class EmbeddingsArray:
                 array.remove_fragments(array.damaged())
             except DamagedFragmentsError as error:
                 error.array.remove_fragments(error.reasons)
+            except DamagedArrayError as error:
+                if not (files := error.array._renewable(error.part)):
+                    raise
+                for file in files:
+                    storage.remove_file(file)
+                removed.add(error.part)
             else:
+                if "__fragment_meta" in removed:
+                    array.gather_metadata()
                 return array
 
     @classmethod
@@ -197,16 +234,18 @@ class EmbeddingsArray:
                 rows, n_features = map(int, array.shape)
                 return cls(uri, storage, (rows, n_features), n_features), array.metadata.get(IDENTITY_KEY)
         except tiledbsoma.DoesNotExistError as error:
+            if storage.holds_files(f"{uri}/__fragments"):
+                raise DamagedArrayError(cls(uri, storage, (0, 0), 0), "__schema", "they are missing") from error
             if storage.holds_files(uri):
                 raise UserError(f"{uri} holds other files; expected a SparseNDArray: {_MOVE}") from error
             raise UserError(
                 f"there is no array at {uri}; expected one: materialize obs_id_plan of this release first."
             ) from error
         except (TypeError, ValueError) as error:
-            raise UserError(f"{uri} holds something else ({error}); expected a SparseNDArray: {_MOVE}") from error
+            raise OtherArrayError(f"{uri} holds something else ({error}); expected a SparseNDArray: {_MOVE}") from error
         except (tiledbsoma.SOMAError, tiledb.TileDBError, RuntimeError) as error:
             if "is not a SOMA" in str(error):
-                raise UserError(f"{uri} holds something else; expected a SparseNDArray: {_MOVE}") from error
+                raise OtherArrayError(f"{uri} holds something else; expected a SparseNDArray: {_MOVE}") from error
             raise cls(uri, storage, (0, 0), 0)._damage_error(error) from error
 
     @contextmanager
@@ -358,10 +397,39 @@ class EmbeddingsArray:
         """Return the error to raise when TileDB could not open the array."""
         if damaged := self.damaged():
             return DamagedFragmentsError(self, damaged)
-        # A file that S3 refuses now may be readable at the next try.
-        if "S3" not in str(error) and (named := re.search(r"__fragments/(__[0-9a-f_]+)/", str(error))):
-            return DamagedFragmentsError(self, {named[1]: str(error).replace("\n", " ")[:200]})
-        return error
+        reason = str(error).rpartition("Error: ")[2].replace("\n", " ")[:200]
+        # A file that S3 refuses now may be readable at the next try, and so may all files with more memory.
+        if "S3" in str(error) or is_lack_of_memory(error):
+            return error
+        if named := re.search(r"__fragments/(__[0-9a-f_]+)/", str(error)):
+            return DamagedFragmentsError(self, {named[1]: reason})
+        try:
+            tiledb.ArraySchema.load(self.uri, ctx=self.storage.tiledb_ctx)
+        except tiledb.TileDBError:
+            return DamagedArrayError(self, "__schema", reason)
+        try:
+            tiledb.FragmentInfoList(self.uri, ctx=self.storage.tiledb_ctx)
+        except tiledb.TileDBError:
+            return DamagedArrayError(self, "__fragment_meta", reason)
+        return DamagedArrayError(self, "__meta", reason)
+
+    def _renewable(self, part: str) -> list[str]:
+        """Return the files of a damaged part that can be written anew."""
+        files = self.storage.list(f"{self.uri}/{part}")
+        if part == "__fragment_meta":
+            # They are copies.
+            return files
+        # Finishing the array writes all metadata anew, except its type and its identity.
+        return [] if part == "__schema" else [file for file in files if not self._is_readable_metadata(name_of(file))]
+
+    def _is_readable_metadata(self, name: str) -> bool:
+        written = last_timestamp(name)
+        try:
+            with tiledb.open(self.uri, timestamp=(written, written), ctx=self.storage.tiledb_ctx) as array:
+                len(array.meta)
+        except tiledb.TileDBError:
+            return written <= _IDENTITY_AT
+        return True
 
     def joinids_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Return the cells that are present in a range of joinids (inclusive) by their first feature; ascending."""

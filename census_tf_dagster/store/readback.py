@@ -34,6 +34,7 @@ PROBLEMS = {
     "not finite": ("values", "cells have values that are not finite"),
     "all zero": ("values", "cells have only zeros, which cannot be, because START is always pooled"),
     "unreadable": ("values", "cells cannot be read, because files of the array are damaged"),
+    "resized": ("values", "cells are in fragments whose files have changed their length"),
     "changed": ("values", "cells are in megabatches that hold other values than were written"),
 }
 """Problems of a cell: the rule that each one breaks, and the text about it."""

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from census_tf_dagster.census.plan import Plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.storage import Storage
-from census_tf_dagster.store.array import DamagedFragmentsError, EmbeddingsArray
+from census_tf_dagster.store.array import DamagedFragmentsError, EmbeddingsArray, OtherArrayError
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.fragments import Fragment
 from census_tf_dagster.store.layout import ReleaseFolder
@@ -49,7 +49,8 @@ class Verification:
     plan, shard
         Hash of the plan, and number of the shard.
     fragments
-        Files of each fragment in the shard's range, with their sizes; empty if something was wrong.
+        Files of each fragment in the shard's range, with their sizes. If something was wrong: only the fragments whose
+        files have changed their length, with the earlier sizes.
     megabatches
         Content of each megabatch. For a wrong megabatch, the last content that was known to be right, if there is one.
     """
@@ -113,22 +114,33 @@ def verify_shard(
     -------
     ReadBack
         The problems: planned cells that are missing or incomplete, unplanned cells, values that are not finite or not
-        as they were written, cells of zeros.
+        as they were written, cells of zeros, fragments whose files have changed their length.
     """
     batches = plan.shard(shard)
     # Fragments are listed before reading, so a fragment that is added meanwhile is not covered and will be read again.
     committed = Committed.of(array) if committed is None else committed
-    known = _known(array, plan, folder, shard)
+    earlier = _read_verification(array, plan, folder, shard, accounts=False)
+    known = _known(array, plan, folder, shard, earlier)
     found = ReadBack()
     fragments: dict[str, dict[str, int]] = {}
+    resized: dict[str, dict[str, int]] = {}
     if batches:
         first, last = answered_ranges(plan, array.rows)[shard]
         fragments = committed.between(first, last)
         found = read_back(array, plan, batches, first, last, known)
+        # TileDB never changes a fragment. A gathered copy of its metadata may hide that its own is damaged.
+        before = earlier.fragments if earlier else {}
+        resized = {name: before[name] for name in fragments.keys() & before.keys() if fragments[name] != before[name]}
+        for fragment in committed.within(first, last):
+            for batch in batches:
+                if fragment.name in resized and fragment.first <= batch.last and fragment.last >= batch.first:
+                    (ids,) = plan.read_ids(array.storage, [batch])
+                    found.problems.add("resized", ids)
+                    found.wrong.add(batch.index)
     megabatches = {written.megabatch: (written,) for written in found.found}
     held = [note for batch in batches for note in megabatches.get(batch.index, known.get(batch.index, ())[:1])]
-    # If something is wrong, the verification covers no fragment, so the next check reads the shard again.
-    verification = Verification(plan.totals.plan, shard, {} if found.problems else fragments, tuple(held))
+    # If something is wrong, the verification does not cover the fragments, so the next check reads the shard again.
+    verification = Verification(plan.totals.plan, shard, resized if found.problems else fragments, tuple(held))
     array.storage.write(folder.verification(verification.plan, shard), _VERIFICATION.dump_json(verification))
     return found
 
@@ -149,10 +161,11 @@ def all_set_aside(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -> 
     return {joinid: why for shard in shards for joinid, why in set_aside_of(array, plan, folder, shard).items()}
 
 
-def _known(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int) -> Notes:
+def _known(
+    array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shard: int, earlier: Verification | None
+) -> Notes:
     """Return the notes on a shard's megabatches: those of its last verification first, then those of its runs."""
     noted = read_notes(array.storage, folder, plan, [shard])
-    earlier = _read_verification(array, plan, folder, shard, accounts=False)
     for written in earlier.megabatches if earlier else ():
         noted = {**noted, written.megabatch: (written, *noted.get(written.megabatch, ()))}
     return noted
@@ -182,12 +195,12 @@ def verified_shards(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder) -
 
 
 def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFolder) -> None:
-    """Raise an error if damaged fragments prevent opening the array.
+    """Raise an error if there is no array, or if damaged files prevent opening it.
 
     Raises
     ------
     UserError
-        When they do. The message names the shards whose verifications cover these fragments.
+        When that is so. For fragments, the message names the shards whose verifications cover them.
     """
     try:
         EmbeddingsArray.look(uri, storage)[0].fragments()
@@ -199,8 +212,8 @@ def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFold
             if error.reasons.keys() & verification.fragments.keys()
         )
         raise UserError(f"{error} {f'They belong to shards {shards[:10]}.' if shards else ''}".strip()) from error
-    except UserError:
-        # It is not an array of this project. The rules report that in detail.
+    except OtherArrayError:
+        # The rules report that in detail.
         return
 
 
@@ -288,6 +301,8 @@ class ReleaseVerification:
         Shards that were read again.
     problems
         Problems of the cells; empty if the array holds exactly the plan's cells except those that were set aside.
+    broken
+        Shards that have these problems.
     cells
         Number of cells with an embedding.
     set_aside
@@ -297,6 +312,7 @@ class ReleaseVerification:
     covered: str
     read_again: tuple[int, ...]
     problems: Problems
+    broken: tuple[int, ...] = ()
     cells: int = 0
     set_aside: dict[int, str] = field(default_factory=dict)
 
@@ -348,11 +364,14 @@ def verify_release(
     covered_still = set() if full else _still_covered(array, plan, verifications)
     again = [shard for shard in range(plan.totals.shards) if shard not in covered_still]
     problems = Problems()
+    broken = []
     with ThreadPoolExecutor(max_workers=READERS) as pool:
         committed = Committed.of(array) if again else None
         reading = pool.map(lambda shard: verify_shard(array, plan, folder, shard, committed), again)
-        for done, found in enumerate(reading, start=1):
+        for done, (shard, found) in enumerate(zip(again, reading, strict=True), start=1):
             problems.merge(found.problems)
+            if found.problems:
+                broken.append(shard)
             report(done, len(again))
     if again:
         verifications = _read_verifications(array, plan, folder)
@@ -363,6 +382,7 @@ def verify_release(
         ),
         read_again=tuple(again),
         problems=problems,
+        broken=tuple(broken),
         cells=sum(written.cells for written in megabatches),
         set_aside={joinid: why for written in megabatches for joinid, why in written.set_aside.items()},
     )

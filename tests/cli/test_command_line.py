@@ -2,6 +2,8 @@
 
 import pytest
 
+from census_tf_dagster import set_files
+from census_tf_dagster.cli import main
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.plan_release import make_plan
@@ -87,3 +89,14 @@ def test_an_organism_that_the_census_lacks(project: Project) -> None:
     message = r"organism 'danio_rerio' is not in the Census at .*; expected one of: homo_sapiens"
     with pytest.raises(UserError, match=message), project.context("tiny"):
         pass
+
+
+def test_a_lack_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(set_files, "find_problems", full)
+    assert main(["check", "."]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: this process got no more memory")
+    assert told.count("\n") == 1

@@ -1,5 +1,6 @@
 """Artificial cells at every edge of the rules equal upstream's own command, and controls fail."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from torch import Tensor
 
 from census_tf_dagster.census.cells import Cells
@@ -123,6 +125,26 @@ def test_every_length_and_assay(checkpoint_folder: Path, reference: np.ndarray) 
 def test_batches_do_not_matter(checkpoint_folder: Path, reference: np.ndarray, batch_size: int) -> None:
     ours = embed(read_checkpoint(checkpoint_folder), built_cells(), batch_size=batch_size)
     assert relative_errors(ours, reference).max() <= BOUND
+
+
+def test_biases_of_projections(tmp_path: Path, upstream_command: UpstreamCommand) -> None:
+    """No published checkpoint has them, but upstream computes with them."""
+    genes = GENES[:200]
+    build_checkpoint(tmp_path / "c", {"a": genes}, ASSAYS, embed_dim=32, num_heads=2, seq_len=127, block_len=128)
+    config, weights = tmp_path / "c" / "config.json", tmp_path / "c" / "model_weights.pt"
+    config.write_text(re.sub(r'"(attn_bias|fw_bias)": false', r'"\1": true', config.read_text()))
+    state = torch.load(weights, weights_only=True)
+    layers = [name for name in state if re.search(r"encoder_layers.*(linears\.\d|linear\d)\.weight$", name)]
+    generator = torch.Generator().manual_seed(0)
+    for name in layers:
+        state[f"{name.removesuffix('weight')}bias"] = torch.randn(len(state[name]), generator=generator) * 0.3
+    torch.save(state, weights)
+    rng = np.random.default_rng(0)
+    counts = scipy.sparse.csr_matrix((rng.geometric(0.3, (6, 200)) * (rng.random((6, 200)) < 0.3)).astype(np.float32))
+    cells = Cells(np.arange(6), counts.indptr.astype(np.int64), counts.indices, counts.data, ASSAYS * 3)
+    reference = upstream_command.embed(tmp_path / "c", as_upstream_input(counts, genes, list(cells.assays)))
+    checkpoint = read_checkpoint(tmp_path / "c")
+    assert relative_errors(embed(checkpoint, cells, genes), reference).max() <= BOUND
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

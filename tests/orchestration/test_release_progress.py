@@ -11,6 +11,7 @@ from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.operate.observations import ShardProgress, progress_of
 from census_tf_dagster.operate.remote_set import RemoteSet
 from census_tf_dagster.operate.runs import Run
+from census_tf_dagster.operate.status import describe, release_statuses
 from census_tf_dagster.orchestration import release_progress as progress
 from census_tf_dagster.orchestration.metadata import titled, values_of
 from census_tf_dagster.orchestration.release_progress import observe_release
@@ -92,3 +93,18 @@ def test_status_asks_each_running_shard_for_its_last_word(project: Project) -> N
     assert found == {
         partition: ShardProgress(cells_done=9, cells_per_second=2.5, limited_by="read", at=found[partition].at)
     }
+
+
+def test_status_counts_cells_that_are_set_aside(project: Project) -> None:
+    tiny(project)
+    with dg.instance_for_test(temp_dir=project.env["DAGSTER_HOME"]) as instance:
+        instance.add_dynamic_partitions("census_release", [RELEASE])
+        for shard, set_aside in enumerate((0, 3, 2)):
+            figures = titled({"cells": 50, "cells_set_aside": set_aside})
+            event = dg.AssetMaterialization(SHARDS, partition=f"{RELEASE}|{shard}", metadata=figures)
+            instance.report_runless_asset_event(event)
+    with running_locally(project, daemon=False) as operator:
+        of = RemoteSet("tiny", "census_tf_dagster.definitions", (RELEASE,), ("0", "1", "2", "3"), reuses=False)
+        (status,) = release_statuses(Deployment.at(operator.url), of, RELEASE)
+    assert (status.cells_done, status.cells_set_aside) == (150, 5)
+    assert "  cells   150 of an unknown number; 5 of them set aside" in describe(of, status)

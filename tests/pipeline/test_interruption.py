@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,13 +15,17 @@ import pyarrow.compute
 import pytest
 
 from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.demo.census import Organism
+from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.embed_shard import MOST_SET_ASIDE, SetAsideError, embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array, verify_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.write_notes import read_notes
 from tests.support.builders import tiny
 from tests.support.census_edits import rewrite, set_counts
+from tests.support.overflowing import OVERFLOWS_FP16, OVERFLOWS_FP32, build_overflowing
 from tests.support.processes import children, gone_within
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
 from tests.support.warm_processes import WarmProcess
@@ -178,6 +183,40 @@ def test_a_bad_cell_is_set_aside_and_all_others_are_there(with_bad_cell: Project
         assert embed_shard(context, batch.shard, recompute=True).set_aside == {}
         finished_values(with_bad_cell, "tiny", 200)
         assert listed(context)["set_aside"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("gain", "precision", "reason"),
+    [
+        (OVERFLOWS_FP16, "fp16", None),
+        (OVERFLOWS_FP32, "bf16", "Its embedding is not finite in bf16, nor in fp32."),
+    ],
+)
+def test_cells_that_leave_the_range_are_computed_wider_or_set_aside_alone(
+    project: Project, gain: float, precision: str, reason: str | None
+) -> None:
+    made: list[Organism] = []
+    tiny(project, shards=1, compute_precision=precision, change=made.append)
+    genes, counts = made[0].genes["feature_id"].tolist(), made[0].counts.tocsc()
+    # The checkpoint knows all genes but the first six.
+    rare = min(range(6, len(genes)), key=lambda gene: abs(counts[:, gene].nnz - 5))
+    hot = np.sort(counts[:, rare].indices).tolist()
+    assert 0 < len(hot) < 20
+    shutil.rmtree(project.checkpoint)
+    sizes = {"embed_dim": 32, "num_heads": 2, "seq_len": 63, "block_len": 64}
+    build_overflowing(project.checkpoint, genes[6:], KNOWN_ASSAYS, genes[rare], gain, **sizes)
+    with project.context("tiny") as context:
+        make_plan(context)
+        summary = embed_shard(context, 0)
+        assert summary.cells_widened == (0 if reason else len(hot))
+        assert summary.set_aside == (dict.fromkeys(hot, reason) if reason else {})
+        assert finish_array(context).cells == 200 - len(summary.set_aside)
+        assert listed(context)["set_aside"].dropna().to_dict() == summary.set_aside
+        plan = read_plan(context.store, context.folder.plan)
+        notes = [note for some in read_notes(context.store, context.folder, plan, [0]).values() for note in some]
+    assert sorted(joinid for note in notes for joinid in note.widened) == ([] if reason else hot)
+    stored = read_array(project.array("tiny"), project.folder)
+    assert np.array_equal(stored.ids, np.setdiff1d(np.arange(200), list(summary.set_aside)))
 
 
 def test_several_faults_together_end_in_a_right_array(project: Project) -> None:

@@ -19,12 +19,12 @@ from census_tf_dagster.census.plan import Plan, read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.embed_shard import embed_shard
-from census_tf_dagster.pipeline.finish_array import RuleError, finish_array, verify_array
+from census_tf_dagster.pipeline.finish_array import RuleError, array_state, finish_array, verify_array
 from census_tf_dagster.pipeline.plan_release import make_plan
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.fragments import Fragment
 from tests.support.builders import fill, fill_shard, tiny
-from tests.support.project import Project, read_array
+from tests.support.project import RELEASE, Project, read_array
 
 pytestmark = pytest.mark.takes(140)
 
@@ -112,6 +112,11 @@ def shorter_values(context: ReleaseContext) -> None:
     os.truncate(folder_of(context) / "a0.tdb", 40)
 
 
+def shorter_metadata(context: ReleaseContext) -> None:
+    path = folder_of(context) / "__fragment_metadata.tdb"
+    os.truncate(path, path.stat().st_size - 400)
+
+
 def without_fragment(context: ReleaseContext) -> None:
     shutil.rmtree(folder_of(context))
 
@@ -145,6 +150,7 @@ SEEN_IN_METADATA: list[Callable[[ReleaseContext], None]] = [
     later_value_of_two_shards,
     without_values,
     shorter_values,
+    shorter_metadata,
     without_fragment,
     without_fragment_and_gathered_metadata,
     without_fragment_and_commit,
@@ -167,7 +173,12 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
         with pytest.raises(UserError, match=rf"They belong to shards \[{shard}\]\."):
             wrong(finished)
     else:
-        assert wrong(finished, full=damage in SEEN_BY_READING) != {}
+        told = "; ".join(wrong(finished, full=damage in SEEN_BY_READING).values())
+        if damage is from_a_clock_that_is_ahead:
+            assert "its writer's clock was ahead" in told
+        else:
+            shards = f"{shard},{shard_of(finished, 150)}" if damage is later_value_of_two_shards else shard
+            assert f"run their shards again: census-tf-dagster launch tiny {RELEASE} --shards {shards}" in told
         with pytest.raises(RuleError):
             finish_array(finished)
     fill_shard(finished, shard)
@@ -178,6 +189,45 @@ def test_damage_is_noticed_and_mended_by_running_the_shard(
     after = read_array(finished.folder.array, project.folder)
     assert np.array_equal(before.ids, after.ids)
     assert np.array_equal(before.values, after.values)
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut short", "empty"])
+@pytest.mark.parametrize("part", ["__fragment_meta", "__meta"])
+def test_damaged_metadata_is_named_and_written_anew(
+    finished: ReleaseContext, project: Project, part: str, harm: str
+) -> None:
+    before = read_array(finished.folder.array, project.folder)
+    path = max((Path(finished.folder.array) / part).iterdir(), key=lambda one: int(one.name.split("_")[3]))
+    if harm == "flipped":
+        flip(path, path.stat().st_size // 2)
+    else:
+        os.truncate(path, 0 if harm == "empty" else path.stat().st_size // 2)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"files in {part} are damaged .*run any of its shards again") as caught:
+            wrong(finished)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
+    assert fill_shard(finished, 0) == 0
+    finish_array(finished)
+    assert wrong(finished) == wrong(finished, full=True) == {}
+    assert array_state(finished) == "verified"
+    assert np.array_equal(before.values, read_array(finished.folder.array, project.folder).values)
+
+
+@pytest.mark.parametrize("harm", ["flipped", "removed"])
+def test_a_damaged_schema_is_named(finished: ReleaseContext, harm: str) -> None:
+    (path,) = (one for one in (Path(finished.folder.array) / "__schema").iterdir() if one.is_file())
+    flip(path, path.stat().st_size // 2) if harm == "flipped" else path.unlink()
+    for attempt in (wrong, finish_array, make_plan, lambda one: fill_shard(one, 0)):
+        with pytest.raises(UserError, match=r"files in __schema are .*: restore them .* or remove the release") as told:
+            attempt(finished)
+        assert "\n" not in str(told.value)
+
+
+def test_an_array_that_is_gone_is_named(finished: ReleaseContext) -> None:
+    shutil.rmtree(finished.folder.array)
+    with pytest.raises(UserError, match=r"there is no array at .*: materialize obs_id_plan"):
+        wrong(finished)
 
 
 def test_cells_of_nobody_go_when_a_shard_runs_again(project: Project) -> None:
