@@ -1,4 +1,4 @@
-"""On Kubernetes, one error of the API loses no worker."""
+"""On Kubernetes, one error of the API loses no worker, and no Job outlives its run."""
 
 import logging
 import math
@@ -12,11 +12,15 @@ import dagster as dg
 import pytest
 import yaml
 from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.events import RunFailureReason
 from dagster._core.launcher import LaunchRunContext
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
+from dagster._core.storage.tags import RUN_FAILURE_REASON_TAG
 from dagster._daemon.monitoring import run_monitoring
 from dagster_k8s.job import get_job_name_from_run_id
 
+from census_tf_dagster.orchestration.sensors import lost_runs
+from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_runs, delete_jobs_left_behind
 from tests.support.helm_chart import instance_of
 from tests.support.k8s_deployment import CONTROL_IMAGE, read_values
 from tests.support.k8s_double import KubernetesDouble, eks_node, outside_of_the_cluster, serving
@@ -80,6 +84,88 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
             yield Deployment(instance, cluster)
 
 
+@pytest.fixture
+def a_minute_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let workers have had the time to exit after the end of their runs."""
+    monkeypatch.setattr(lost_runs, "LINGER_SECONDS", 0.0)
+
+
+def time_out(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let run monitoring look an hour later."""
+    now = run_monitoring.get_current_timestamp
+    with monkeypatch.context() as patch:
+        patch.setattr(run_monitoring, "get_current_timestamp", lambda: now() + 3600)
+        deployment.monitor()
+
+
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.usefixtures("a_minute_later")
+def test_a_job_that_waited_too_long_never_starts(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, looked: bool
+) -> None:
+    run = deployment.launch(dg.DagsterRunStatus.NOT_STARTED)
+    name = get_job_name_from_run_id(run.run_id)
+    deployment.monitor()
+    assert deployment.status(run) == "STARTING"
+    time_out(deployment, monkeypatch)
+    ended = deployment.instance.get_run_by_id(run.run_id)
+    assert ended is not None
+    assert ended.status == dg.DagsterRunStatus.FAILURE
+    assert ended.tags[RUN_FAILURE_REASON_TAG] == RunFailureReason.START_TIMEOUT.value
+    # Dagster leaves the Job behind.
+    assert list(deployment.cluster.jobs) == [name]
+    if looked:
+        (sensor,) = build_lost_runs().sensors or ()
+        assert isinstance(sensor, dg.SensorDefinition)
+        with dg.build_sensor_context(deployment.instance) as context:
+            said = [sensor.evaluate_tick(context).skip_message for _ in range(2)]
+        assert said == [f"run {run.run_id} has ended, so its Job {name} was deleted", "nothing was lost"]
+        assert (deployment.cluster.jobs, deployment.cluster.pods) == ({}, {})
+    deployment.cluster.add_node(eks_node(FITS, LABELS))
+    assert deployment.cluster.started == ([] if looked else [name])
+
+
+@pytest.mark.usefixtures("a_minute_later")
+def test_only_jobs_whose_run_has_ended_are_deleted(deployment: Deployment) -> None:
+    cluster, instance = deployment.cluster, deployment.instance
+    begun, started, canceled, finished = (deployment.launch(dg.DagsterRunStatus.STARTED) for _ in range(4))
+    waiting = deployment.launch(dg.DagsterRunStatus.NOT_STARTED)
+    of_others = deployment.launch(dg.DagsterRunStatus.STARTED)
+    instance.delete_run(of_others.run_id)
+    assert not list(delete_jobs_left_behind(instance))
+    cluster.end(get_job_name_from_run_id(finished.run_id), succeeded=False)
+    instance.report_run_failed(finished)
+    instance.report_run_failed(begun)
+    instance.report_run_canceled(canceled)
+    assert len(list(delete_jobs_left_behind(instance))) == 2
+    kept = {get_job_name_from_run_id(run.run_id) for run in (started, finished, waiting, of_others)}
+    assert cluster.jobs.keys() == kept
+
+
+def test_a_worker_has_time_to_exit(deployment: Deployment) -> None:
+    deployment.cluster.add_node(eks_node(FITS, LABELS))
+    run = deployment.launch(dg.DagsterRunStatus.STARTED)
+    deployment.instance.report_run_failed(run)
+    assert not list(delete_jobs_left_behind(deployment.instance))
+    assert len(deployment.cluster.jobs) == 1
+
+
+@pytest.mark.usefixtures("a_minute_later")
+def test_a_job_that_cannot_be_deleted_is_tried_again(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = deployment.launch(dg.DagsterRunStatus.STARTED)
+    deployment.instance.report_run_failed(run)
+    deployment.cluster.resets = math.inf
+    (said,) = delete_jobs_left_behind(deployment.instance)
+    assert "the Jobs cannot be listed" in said
+    deployment.cluster.resets = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(deployment.cluster, "_delete", None)
+        (said,) = delete_jobs_left_behind(deployment.instance)
+    assert "cannot be deleted" in said
+    (said,) = delete_jobs_left_behind(deployment.instance)
+    assert "was deleted" in said
+
+
 def test_one_unknown_look_fails_no_run(deployment: Deployment) -> None:
     run = deployment.launch(dg.DagsterRunStatus.STARTED)
     # The client itself repeats a request three times, so it survives the first. The others are not in a row.
@@ -114,3 +200,12 @@ def test_a_failed_job_fails_its_run_at_once(deployment: Deployment) -> None:
     deployment.cluster.end(get_job_name_from_run_id(run.run_id), succeeded=False)
     deployment.monitor()
     assert deployment.status(run) == "FAILURE"
+
+
+def test_other_launchers_are_not_even_made(tmp_path: Path) -> None:
+    absent = {"module": "absent", "class": "EcsRunLauncher"}
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump({"run_launcher": absent}))
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert not list(delete_jobs_left_behind(instance))
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert not list(delete_jobs_left_behind(instance))
