@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,22 @@ def test_only_jobs_whose_run_has_ended_are_deleted(deployment: Deployment) -> No
     assert len(list(delete_jobs_left_behind(instance))) == 2
     kept = {get_job_name_from_run_id(run.run_id) for run in (started, finished, waiting, of_others)}
     assert cluster.jobs.keys() == kept
+
+
+@pytest.mark.usefixtures("a_minute_later")
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_cancellation_ends_the_job(deployment: Deployment, monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
+    run = deployment.launch(dg.DagsterRunStatus.STARTED)
+    deployment.cluster.resets = 0 if reached else math.inf
+    deployment.instance.run_launcher.terminate(run.run_id)
+    deployment.cluster.resets = 0
+    assert deployment.status(run) == "CANCELING"
+    assert len(deployment.cluster.jobs) == len(deployment.cluster.pods) == (not reached)
+    monkeypatch.setattr(run_monitoring, "time", SimpleNamespace(time=lambda: time.time() + 300))
+    deployment.monitor()
+    assert deployment.status(run) == "CANCELED"
+    assert len(list(delete_jobs_left_behind(deployment.instance))) == (not reached)
+    assert (deployment.cluster.jobs, deployment.cluster.pods) == ({}, {})
 
 
 def test_a_worker_has_time_to_exit(deployment: Deployment) -> None:

@@ -1,7 +1,7 @@
 """A Kubernetes double: the API as far as Dagster's launcher calls it, the Job controller and the scheduler.
 
 It accepts every Job, and starts its pod only on a node that takes it. No container runs: a pod on a node is Running
-until a test ends it. Pages below are those of kubernetes.io/docs/concepts.
+until a test ends it. Pages below are those of kubernetes.io/docs/concepts; `tasks` and `reference` are beside it.
 """
 
 import json
@@ -135,8 +135,8 @@ class KubernetesDouble:
     def answer(self, method: str, path: str, query: Mapping[str, str], body: Object) -> tuple[int, Object]:
         kind, _, name = path.partition("/namespaces/")[2].partition("/")[2].partition("/")
         name = name.removesuffix("/status")
-        found = {"jobs": self.jobs, "pods": self.pods, "events": self._events()}[kind]
         with self.lock:
+            found = {"jobs": self.jobs, "pods": self.pods, "events": self._events()}[kind]
             if method == "POST":
                 return self._create_job(body)
             if not name:
