@@ -37,7 +37,7 @@ def test_the_chart_takes_the_values() -> None:
     [
         (("dagsterDaemon", "runCordinator"), {}),
         (("dagsterDaemon", "runCoordinator", "type"), "PlacingRunCoordinator"),
-        (("runLauncher", "config", "k8sRunLauncher", "env_config_maps"), []),
+        (("runLauncher", "config", "customRunLauncher", "env_config_maps"), []),
         (("retention", "autoMaterialize", "purgeAfterDays"), {"skipped": 7}),
         (("concurrencies",), {}),
     ],
@@ -115,11 +115,32 @@ def test_the_servers_pods_are_valid(version: str, server: str) -> None:
     assert values["podSecurityContext"]["runAsUser"] == 1000
 
 
+def launcher_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the run launcher."""
+    config: dict[str, Any] = values["runLauncher"]["config"]["customRunLauncher"]["config"]
+    return config
+
+
+def test_the_launcher_has_the_names_of_the_chart() -> None:
+    """The chart fills in none of them for a launcher of one's own.
+
+    Its ConfigMap is ``{{ template "dagster.fullname" . }}-instance``, and the name of the chart is part of the full
+    name unless the release's name contains it (templates/configmap-instance.yaml, templates/helpers/_helpers.tpl).
+    """
+    values = read_values()
+    launcher = launcher_of(values)
+    (release,) = re.findall(r"helm upgrade --install (\S+) dagster/dagster", README)
+    assert "dagster" not in release
+    assert launcher["instance_config_map"] == f"{release}-dagster-instance"
+    assert launcher["job_namespace"] == NAMESPACE
+    assert launcher["postgres_password_secret"] == values["global"]["postgresqlSecretName"]
+    assert launcher["dagster_home"] == values["global"]["dagsterHome"]
+
+
 def test_accounts() -> None:
     objects, values = read_objects(), read_values()
     accounts = {one["metadata"]["name"] for one in objects if one["kind"] == "ServiceAccount"}
-    runs = values["runLauncher"]["config"]["k8sRunLauncher"]["runK8sConfig"]["podSpecConfig"]["service_account_name"]
-    assert accounts == {values["global"]["serviceAccountName"], runs}
+    assert accounts == {values["global"]["serviceAccountName"], launcher_of(values)["service_account_name"]}
     # The chart makes no account and no role of its own.
     assert (values["rbacEnabled"], values["serviceAccount"]["create"]) == (False, False)
     (binding,) = [one for one in objects if one["kind"] == "RoleBinding"]
@@ -133,10 +154,13 @@ def may(verb: str, resource: str) -> bool:
 
 
 def test_the_role_is_what_the_launcher_calls() -> None:
-    """The role allows each API call of dagster_k8s's client, and no other call that changes something."""
+    """The role allows each API call of dagster_k8s's client and of our launcher, and no other change."""
     import dagster_k8s.client
 
-    text = (REPOSITORY / str(dagster_k8s.client.__file__)).read_text()
+    import census_tf_dagster.orchestration.run_launcher
+
+    modules = (dagster_k8s.client, census_tf_dagster.orchestration.run_launcher)
+    text = "".join((REPOSITORY / str(one.__file__)).read_text() for one in modules)
     calls = set(re.findall(r"_api\.((?:create|delete|list|read)_namespaced_\w+)\(", text))
     verbs = {"create": "create", "delete": "delete", "list": "list", "read": "get"}
     resources = {
@@ -166,8 +190,9 @@ def test_the_web_interface_is_not_open() -> None:
 def test_every_server_and_run_has_the_environment() -> None:
     values = read_values()
     servers = [values["dagsterWebserver"], values["dagsterDaemon"], *values["dagster-user-deployments"]["deployments"]]
-    for one in [*servers, values["runLauncher"]["config"]["k8sRunLauncher"]]:
+    for one in servers:
         assert one["envConfigMaps"] == [{"name": "census-tf-env"}]
+    assert launcher_of(values)["env_config_maps"] == ["census-tf-env"]
     wanted = re.findall(r"'env': '(\w+)'", str(helm_chart.instance_of(values)))
     assert set(wanted) - {"DAGSTER_PG_PASSWORD"} <= environment().keys()
 
@@ -198,8 +223,8 @@ def test_the_canary_runs_where_shards_run() -> None:
     assert canary["metadata"]["annotations"] == shard["metadata"]["annotations"]
     assert container["image"] == shard_container["image"]
     assert sizes(container["resources"]) == sizes(shard_container["resources"])
-    launcher = read_values()["runLauncher"]["config"]["k8sRunLauncher"]
-    assert container["volumeMounts"] == launcher["volumeMounts"]
+    launcher = launcher_of(read_values())
+    assert container["volumeMounts"] == launcher["volume_mounts"]
     assert pod["volumes"] == launcher["volumes"]
 
 

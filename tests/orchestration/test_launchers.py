@@ -5,10 +5,7 @@ In this process, so that the coordinator can be taken away: without it no shard 
 
 import json
 import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from unittest import mock
 
@@ -21,6 +18,7 @@ from dagster._core.definitions.run_request import InstigatorType
 from census_tf_dagster.run_coordinator import PlacingRunCoordinator
 from tests.support import k8s_deployment
 from tests.support.ecs_deployment import STOCK, doubles, on_cpu, on_gpu_node, write_dagster_yaml
+from tests.support.k8s_double import KubernetesDouble, outside_of_the_cluster, serving
 from tests.support.launching import ASSETS, launch
 from tests.support.placements import PLACEMENT, declare
 from tests.support.postgres import PASSWORD, postgres
@@ -29,62 +27,27 @@ from tests.support.project import Project
 VERSIONS = ("1.31", "1.37")
 
 
-@contextmanager
-def kubernetes_api() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Serve an API that accepts every Job. Yield its address and the Jobs."""
-    jobs: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            jobs.append(json.loads(body))
-            self.send_response(201)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", jobs
-        server.shutdown()
-
-
 @pytest.fixture(scope="module")
-def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, list[dict[str, Any]]]]:
-    """The instance of deploy/k8s with its own PostgreSQL, and the API above in place of the cluster."""
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, KubernetesDouble]]:
+    """The instance of deploy/k8s with its own PostgreSQL, and a double of the cluster, which has no node."""
     project = Project(tmp_path_factory.mktemp("kubernetes"))
     project.add_set("tiny", organism="homo_sapiens", device="cuda")
     declare(project.folder / "sets")
-    with kubernetes_api() as (address, jobs), postgres() as database:
-        # Outside of a cluster there is no service account to take the API's address from.
-        outside = {"load_incluster_config": False, "kubeconfig_file": str(project.folder / "kube")}
+    cluster = KubernetesDouble()
+    with serving(cluster) as address, postgres() as database:
+        outside = outside_of_the_cluster(project.folder, address)
         k8s_deployment.write_dagster_yaml(project.folder / "dagster_home", database, **outside)
-        (project.folder / "kube").write_text(
-            yaml.safe_dump(
-                {
-                    "apiVersion": "v1",
-                    "kind": "Config",
-                    "current-context": "double",
-                    "clusters": [{"name": "double", "cluster": {"server": address}}],
-                    "users": [{"name": "double", "user": {}}],
-                    "contexts": [{"name": "double", "context": {"cluster": "double", "user": "double"}}],
-                }
-            )
-        )
         image = {"DAGSTER_CURRENT_IMAGE": k8s_deployment.CONTROL_IMAGE}
         with mock.patch.dict(os.environ, database | k8s_deployment.environment() | image):
-            yield project, jobs
+            yield project, cluster
 
 
-def job_of(kubernetes: tuple[Project, list[dict[str, Any]]], asset: str, **own_tags: str) -> dict[str, Any]:
+def job_of(kubernetes: tuple[Project, KubernetesDouble], asset: str, **own_tags: str) -> dict[str, Any]:
     """The Job of a run of one asset, after the schema has taken it."""
-    project, jobs = kubernetes
+    project, cluster = kubernetes
     launch(project, asset, own_tags)
-    job = jobs.pop()
-    assert not jobs
+    job = cluster.created.pop()
+    assert not cluster.created
     for version in VERSIONS:
         kubernetes_validate.validate(job, version, strict=True)
     return job
@@ -106,7 +69,7 @@ def on_gpu_pod(job: dict[str, Any]) -> bool:
     )
 
 
-def test_a_shard_s_job(kubernetes: tuple[Project, list[dict[str, Any]]]) -> None:
+def test_a_shard_s_job(kubernetes: tuple[Project, KubernetesDouble]) -> None:
     job = job_of(kubernetes, "shard_embeddings")
     assert on_gpu_pod(job)
     assert job["spec"]["template"]["metadata"]["annotations"] == {
@@ -118,7 +81,7 @@ def test_a_shard_s_job(kubernetes: tuple[Project, list[dict[str, Any]]]) -> None
 
 
 @pytest.mark.parametrize("asset", ["obs_id_plan", "embeddings_array"])
-def test_the_job_of_a_run_without_a_placement(kubernetes: tuple[Project, list[dict[str, Any]]], asset: str) -> None:
+def test_the_job_of_a_run_without_a_placement(kubernetes: tuple[Project, KubernetesDouble], asset: str) -> None:
     job = job_of(kubernetes, asset)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -128,7 +91,7 @@ def test_the_job_of_a_run_without_a_placement(kubernetes: tuple[Project, list[di
     assert pod["serviceAccountName"] == "census-tf-run"
 
 
-def test_a_job_with_another_size(kubernetes: tuple[Project, list[dict[str, Any]]]) -> None:
+def test_a_job_with_another_size(kubernetes: tuple[Project, KubernetesDouble]) -> None:
     asked = {"container_config": {"resources": {"requests": {"memory": "60Gi"}, "limits": {"memory": "60Gi"}}}}
     job = job_of(kubernetes, "shard_embeddings", **{"dagster-k8s/config": json.dumps(asked)})
     assert on_gpu_pod(job)
@@ -137,7 +100,7 @@ def test_a_job_with_another_size(kubernetes: tuple[Project, list[dict[str, Any]]
 
 
 def test_the_node_selector_of_cpu_runs_does_not_reach_a_shard(
-    kubernetes: tuple[Project, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    kubernetes: tuple[Project, KubernetesDouble], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = kubernetes[0].folder / "dagster_home" / "dagster.yaml"
     before = path.read_text()
@@ -153,7 +116,7 @@ def test_the_node_selector_of_cpu_runs_does_not_reach_a_shard(
         path.write_text(before)
 
 
-def test_kubernetes_without_the_coordinator(kubernetes: tuple[Project, list[dict[str, Any]]]) -> None:
+def test_kubernetes_without_the_coordinator(kubernetes: tuple[Project, KubernetesDouble]) -> None:
     path = kubernetes[0].folder / "dagster_home" / "dagster.yaml"
     before = path.read_text()
     path.write_text(yaml.safe_dump(yaml.safe_load(before) | STOCK))
@@ -183,10 +146,10 @@ def test_ecs_with_and_without_the_coordinator(project: Project, ours: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("platform", "launcher"), [("ecs", "EcsRunLauncher"), ("kubernetes", "K8sRunLauncher")], ids=["ecs", "k8s"]
+    ("platform", "launcher"), [("ecs", "EcsRunLauncher"), ("kubernetes", "KubernetesRunLauncher")], ids=["ecs", "k8s"]
 )
 def test_the_deploy_files_are_loaded(
-    kubernetes: tuple[Project, list[dict[str, Any]]], project: Project, platform: str, launcher: str
+    kubernetes: tuple[Project, KubernetesDouble], project: Project, platform: str, launcher: str
 ) -> None:
     def check(home: str) -> None:
         with dg.DagsterInstance.from_config(home) as instance:

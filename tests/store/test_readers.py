@@ -15,6 +15,7 @@ import pytest
 from census_tf_dagster.demo.census import Organism
 from census_tf_dagster.pipeline.finish_array import finish_array
 from tests.support.builders import PUBLICATION, fill, tiny, value_of
+from tests.support.environments import environment
 from tests.support.project import Project
 from tests.support.read_page import reader
 
@@ -47,18 +48,6 @@ with tiledbsoma.open(array_uri, context=context) as array:
 found["embeddings"] = [joinids.tolist(), embeddings.tolist()]
 print(json.dumps([tiledbsoma.__version__, found]))
 """
-
-
-def environment(cache: pytest.Cache, name: str, packages: list[str]) -> Path:
-    """Return the Python of an environment with some packages; the first call makes it."""
-    folder = Path(cache.mkdir(name))
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
-        subprocess.run(command, check=True)
-        (folder / "ready").touch()
-    return python
 
 
 def some_spleen(organism: Organism) -> None:

@@ -4,7 +4,9 @@ Neither the chart nor its published schema can be fetched where these tests run.
 dagster's repository (helm/dagster: schema/, templates/configmap-instance.yaml and templates/helpers/instance/), and
 says the same in fewer words: names that the chart does not know are refused, and the instance is put together as its
 template does. In November 2026 Helm 4.2 rendered the text of those templates to the same instance, but for threads of
-sensors and schedules, which the chart sets by itself. Whoever has the chart asks it: deploy/k8s/README.md, step 8.
+sensors and schedules, which the chart sets by itself. That was before the launcher was one of ours; since then the
+template has been read only: `dagsterYaml.runLauncher.custom` copies module, class and config. Whoever has the chart
+asks it: deploy/k8s/README.md, step 8.
 """
 
 from typing import Any
@@ -81,17 +83,8 @@ SCHEMA = _object(
             ),
         ),
         "runLauncher": _object(
-            type={"const": "K8sRunLauncher"},
-            config=_object(
-                "k8sRunLauncher",
-                k8sRunLauncher=_object(
-                    imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
-                    envConfigMaps=NAMED,
-                    volumes={"type": "array", "items": ANY},
-                    volumeMounts={"type": "array", "items": ANY},
-                    runK8sConfig=_object(containerConfig=ANY, podSpecConfig=ANY),
-                ),
-            ),
+            type={"const": "CustomRunLauncher"},
+            config=_object("customRunLauncher", customRunLauncher=CLASS),
         ),
         "dagsterDaemon": _object(
             runCoordinator=_object(
@@ -122,7 +115,7 @@ def check(values: Values) -> None:
     jsonschema.validate(values, SCHEMA)
 
 
-def instance_of(values: Values, release: str = "census-tf", namespace: str = "census-tf") -> dict[str, Any]:
+def instance_of(values: Values) -> dict[str, Any]:
     """Return the dagster.yaml in the chart's ConfigMap."""
     database, daemon = values["postgresql"], values["dagsterDaemon"]
     storage = {
@@ -143,7 +136,7 @@ def instance_of(values: Values, release: str = "census-tf", namespace: str = "ce
         "schedule_storage": _class("dagster_postgres.schedule_storage", "PostgresScheduleStorage", storage),
         "run_storage": _class("dagster_postgres.run_storage", "PostgresRunStorage", storage),
         "event_log_storage": _class("dagster_postgres.event_log", "PostgresEventLogStorage", storage),
-        "run_launcher": _class("dagster_k8s", "K8sRunLauncher", _launcher(values, release, namespace)),
+        "run_launcher": values["runLauncher"]["config"]["customRunLauncher"],
         "run_coordinator": daemon["runCoordinator"]["config"]["customRunCoordinator"],
         "compute_logs": _class(
             "dagster_aws.s3.compute_log_manager",
@@ -183,24 +176,3 @@ def instance_of(values: Values, release: str = "census-tf", namespace: str = "ce
 
 def _class(module: str, name: str, config: Any) -> dict[str, Any]:
     return {"module": module, "class": name, "config": config}
-
-
-def _launcher(values: Values, release: str, namespace: str) -> dict[str, Any]:
-    launcher = values["runLauncher"]["config"]["k8sRunLauncher"]
-    home = values["global"]
-    return {
-        "load_incluster_config": True,
-        "job_namespace": namespace,
-        "image_pull_policy": launcher["imagePullPolicy"],
-        "service_account_name": home["serviceAccountName"],
-        "dagster_home": home["dagsterHome"],
-        "instance_config_map": f"{release}-dagster-instance",
-        "postgres_password_secret": home["postgresqlSecretName"],
-        "env_config_maps": [one["name"] for one in launcher["envConfigMaps"]],
-        "volume_mounts": launcher["volumeMounts"],
-        "volumes": launcher["volumes"],
-        "run_k8s_config": {
-            "container_config": launcher["runK8sConfig"]["containerConfig"],
-            "pod_spec_config": launcher["runK8sConfig"]["podSpecConfig"],
-        },
-    }

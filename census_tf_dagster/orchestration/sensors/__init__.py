@@ -1,1 +1,1 @@
-"""The sensors: `release_watch` adds new releases, and `lost_runs` ends or retries runs that were lost."""
+"""The sensors: `release_watch` adds new releases, and `lost_runs` ends or repeats what was lost or left behind."""

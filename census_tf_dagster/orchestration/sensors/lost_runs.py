@@ -1,9 +1,10 @@
-"""The sensor `lost_runs`: it ends runs whose worker is gone, and requests nodes and retries that were lost.
+"""The sensor `lost_runs`: it ends runs whose worker is gone, and workers whose run is; it requests what was lost.
 
 Dagster's own run monitoring cannot see the workers of its default launcher, so after a reboot their runs would block
 the queue for ever. On ECS and Kubernetes it sees them, and the sensor ignores those runs. A retry is lost when
 Dagster's daemon reads a failed run just before the run is marked for its retry (Dagster issue 33741). A node is lost
-when ECS stops a task for which none came; Dagster looks at a run only once it has started.
+when ECS stops a task for which none came; Dagster looks at a run only once it has started. On Kubernetes, Dagster ends
+a run that does not start in time and leaves its Job, which would start later on a GPU node (Dagster issue 16535).
 
 This is a sensor because sensors are evaluated where the default launcher's workers run: in the code server's container.
 """
@@ -41,6 +42,8 @@ START_FAULT = re.compile(r"\b[A-Z]\w+Error\b|exit code -?\d+")
 (docs.aws.amazon.com/AmazonECS/latest/developerguide/stopped-task-error-codes.html)."""
 FORGOTTEN_SECONDS = 3600.0
 """ECS describes a stopped task for about an hour. A new one may be unknown for a moment."""
+LINGER_SECONDS = 60.0
+"""A worker that has reported the end of its run may take so long to exit."""
 TASK_TAG = "ecs/task_arn"
 """With this tag, Dagster's ECS launcher remembers the task of a run."""
 
@@ -76,11 +79,16 @@ def build_lost_runs() -> dg.Definitions:
         name=LOST_RUNS,
         minimum_interval_seconds=EVERY_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Ends runs whose worker is gone, and requests nodes and retries that were lost.",
+        description="Ends runs whose worker is gone and workers whose run is; requests lost nodes and retries.",
     )
     def lost_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         instance = context.instance
-        found = [*end_lost_runs(instance), *ask_for_nodes_again(instance), *ask_for_lost_retries(instance)]
+        found = [
+            *end_lost_runs(instance),
+            *ask_for_nodes_again(instance),
+            *ask_for_lost_retries(instance),
+            *delete_jobs_left_behind(instance),
+        ]
         for line in found:
             context.log.warning(line)
         return dg.SkipReason("; ".join(found) or "nothing was lost")
@@ -185,3 +193,40 @@ def _backfill_has_ended(instance: dg.DagsterInstance, run: dg.DagsterRun) -> boo
     name = run.tags.get("dagster/backfill")
     backfill = instance.get_backfill(name) if name else None
     return name is not None and (backfill is None or backfill.status in BULK_ACTION_TERMINAL_STATUSES)
+
+
+def delete_jobs_left_behind(instance: dg.DagsterInstance) -> Iterator[str]:
+    """Delete each Kubernetes Job whose run has ended without it, and yield a line about each.
+
+    A run ends without its Job when it does not start in time, when its worker is declared lost and is not, or when
+    deleting the Job failed at a cancellation. A Job whose run is not in Dagster's records belongs to another Dagster.
+    """
+    from dagster._core.storage.dagster_run import FINISHED_STATUSES
+
+    configured = instance.get_ref().run_launcher_data if instance.is_persistent else None
+    # To make an ECS launcher just to look at its class would ask AWS each time.
+    if configured is None or configured.class_name != "KubernetesRunLauncher":
+        return
+    from census_tf_dagster.orchestration.run_launcher import KubernetesRunLauncher
+
+    try:
+        launcher = instance.run_launcher
+        assert isinstance(launcher, KubernetesRunLauncher)
+        jobs = launcher.unfinished_jobs()
+    except Exception as error:
+        yield f"the Jobs cannot be listed ({type(error).__name__}: {error})"
+        return
+    if not jobs:  # A filter without a run id would let all runs pass.
+        return
+    ended = dg.RunsFilter(run_ids=list(jobs.values()), statuses=FINISHED_STATUSES)
+    runs = {record.dagster_run.run_id: record for record in instance.get_run_records(ended)}
+    for name, run_id in jobs.items():
+        if run_id not in runs or time.time() - (runs[run_id].end_time or 0) < LINGER_SECONDS:
+            continue
+        try:
+            launcher.delete_job(name)
+        except Exception as error:
+            yield f"run {run_id} has ended, and its Job {name} cannot be deleted ({type(error).__name__}: {error})"
+            continue
+        instance.report_engine_event(f"This run has ended, so its Job {name} was deleted.", runs[run_id].dagster_run)
+        yield f"run {run_id} has ended, so its Job {name} was deleted"
