@@ -12,9 +12,9 @@
 #   upstream   upstream's inference beside ours, at a median of 1,800 genes                                  240 s
 #   loop       from Census to array, three megabatches of 4,096 cells, with the device's idle share          220 s
 #
-# PARTS="engine loop" runs only these. A fifth part, `reference`, runs only if it is named, because it takes longer: the
-# reference workflow's loop beside ours, on 1,024 cells. LIMIT gives each part other seconds. Each part's output also
-# goes to a file in OUTPUT_FOLDER.
+# PARTS="engine loop" runs only these. Two more parts run only if they are named: `start`, how soon the first process of
+# a node and the later ones compute; and `reference`, the reference workflow's loop beside ours, on 1,024 cells. LIMIT
+# gives each part other seconds. Each part's output also goes to a file in OUTPUT_FOLDER.
 #
 # `DEVICE=cpu` rehearses every part in small on a machine without a GPU. There UPSTREAM names upstream's command, which
 # has an environment of its own; without it, upstream is not measured.
@@ -49,12 +49,12 @@ upstream=${UPSTREAM:-$temporary/bin/transcriptformer}
 tests=tests/inference
 if [ "$device" = cpu ]; then
     seconds=${LIMIT:-3600}
-    engine=(--quick --medians 90) upstream_mix=(--quick --medians 90) loop=(--quick) reference=(--quick)
+    engine=(--quick --medians 90) upstream_mix=(--quick --medians 90) loop=(--quick) start=(--quick) reference=(--quick)
     touch_tests=("$tests/test_packing.py" "$tests/test_engine.py::test_rows_of_any_kind_give_the_same")
 else
     seconds=${LIMIT:-}
     engine=(--medians 1800 90 3500 --precisions fp16) upstream_mix=(--medians 1800 --precisions fp16)
-    loop=(--cells 12288 --megabatches 3) reference=(--cells 1024 --megabatches 2)
+    loop=(--cells 12288 --megabatches 3) reference=(--cells 1024 --megabatches 2) start=()
     touch_tests=("$tests"/test_{engine,attention,non_finite,packing,equality_built}.py)
 fi
 failed=0
@@ -82,6 +82,7 @@ part engine 160 python3 -m benchmarks.inference.engine --device "$device" --mode
 part upstream 240 python3 -m benchmarks.inference.engine --device "$device" --models "$model" --upstream "$upstream" \
     --json "${upstream_mix[@]}"
 part loop 220 python3 -m benchmarks.pipeline.end_to_end --device "$device" --model "$model" --alone --json "${loop[@]}"
+part start 240 python3 -m benchmarks.inference.start --device "$device" --json "${start[@]}"
 part reference 600 python3 -m benchmarks.pipeline.end_to_end --device "$device" --model "$model" --upstream "$upstream" \
     --json "${reference[@]}"
 exit "$failed"

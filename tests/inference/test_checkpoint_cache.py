@@ -1,6 +1,8 @@
 """A prepared checkpoint is built once, and again if it is damaged."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference import digests, weights
+from census_tf_dagster.inference import checkpoint_cache, digests, weights
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.prepared_checkpoint import load_model
@@ -31,6 +33,35 @@ def test_built_once_for_each_precision(checkpoint: Checkpoint, tmp_path: Path, m
     monkeypatch.setattr(weights, "write_prepared", lambda *_: pytest.fail("built again"))
     assert prepare(checkpoint, "fp32", tmp_path / "cache") == first
     assert list(first.parent.glob(".*")) == []
+
+
+def test_of_two_that_prepare_at_once_one_builds(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one has found no file before the first one writes it. It waits, and takes the file of the first."""
+    built: list[str] = []
+    found_none: set[int] = set()
+    both = threading.Event()
+    look, write = checkpoint_cache.is_sealed, weights.write_prepared
+
+    def looking(path: Path) -> bool:
+        found = look(path)
+        found_none.add(threading.get_ident())
+        if len(found_none) == 2:
+            both.set()
+        return found
+
+    def writing(checkpoint: Checkpoint, precision: str, path: Path) -> None:
+        assert both.wait(60)
+        built.append(precision)
+        write(checkpoint, precision, path)
+
+    monkeypatch.setattr(checkpoint_cache, "is_sealed", looking)
+    monkeypatch.setattr(weights, "write_prepared", writing)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: prepare(checkpoint, "fp32", tmp_path / "cache"), range(2)))
+    assert paths[0] == paths[1]
+    assert built == ["fp32"]
 
 
 def memory(entry: str) -> int:

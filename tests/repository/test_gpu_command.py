@@ -1,5 +1,6 @@
 """The command that measures on a GPU machine, `benchmarks/gpu.sh`: rehearsed in small on the CPU, part by part."""
 
+import json
 import os
 import re
 import subprocess
@@ -44,6 +45,14 @@ def test_loop(tmp_path: Path) -> None:
     lines = re.findall(r"megabatch (\d) of 3: [\d.,]+ cells/s, device idle [\d.]+", said)
     assert lines == ["1", "2", "3"]
     assert re.search(r"our device's idle share, from its first megabatch to its last: [\d.]+", said)
+
+
+@pytest.mark.soak
+def test_start(tmp_path: Path) -> None:
+    """Only the first process of a node compiles."""
+    (answer,) = re.findall(r"^{.*}$", rehearse("start", tmp_path), re.M)
+    compiled = [(one["compiled"] > 0, one["from the cache"] > 0) for one in json.loads(answer)["rows"]]
+    assert compiled == [(True, False), (False, True), (False, True)]
 
 
 @pytest.mark.soak
