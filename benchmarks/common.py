@@ -86,6 +86,10 @@ class Shape:
         n = lengths.astype(np.float64)
         return float(self.layers * (12 * n * self.width**2 + 2 * n**2 * self.width).sum())
 
+    def attention_flops(self, lengths: np.ndarray) -> float:
+        """Return the part of `useful_flops` that attention takes."""
+        return float(self.layers * 2 * self.width * (lengths.astype(np.float64) ** 2).sum())
+
     def upstream_flops(self) -> dict[str, float]:
         """Return what upstream computes for every cell, by part; of attention, too, the causal half."""
         d, genes = self.width, 2047
@@ -207,6 +211,7 @@ def arguments_parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
     parser.add_argument("--upstream", default=UPSTREAM, help="upstream's command; its python stands beside it")
+    parser.add_argument("--alone", action="store_true", help="measure this project alone")
     return parser
 
 

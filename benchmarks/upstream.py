@@ -54,6 +54,7 @@ def put_timers(wait: Callable[[], None] = lambda: None) -> None:
     timed(anndata.AnnData, "write_h5ad", "save")
 
 
+@functools.cache
 def matmul_rate(device: str, precision: str, seconds: float = 1.0) -> float:
     """Return FLOP/s of square matrix products: fp32 on a CPU 2,048 wide, otherwise 8,192."""
     import torch

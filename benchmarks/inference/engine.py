@@ -14,14 +14,17 @@ attention. They are given as a share of the device's rate at large matrix produc
 and the same precision. On a GPU, float32 and the errors against it are measured on the first 96 cells only, because
 float32 uses no tensor cores. Errors are against upstream in full float32: the RMS of the difference over the RMS of the
 reference, and the cosine of each cell after subtracting the mean of all cells (the smallest).
+
+Figures are printed as they are measured, so a run that is cut short is not lost. `--profile` shows where one more run
+of ours spends the device's time.
 """
 
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,15 +45,19 @@ from benchmarks.common import (
     table,
     upstream_python,
 )
+from benchmarks.inference.kernel_profile import show_profile
 from benchmarks.upstream import matmul_rate
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
+from census_tf_dagster.inference.prepared_checkpoint import DTYPES
 from census_tf_dagster.inference.tokens import Tokenizer
 
 MEDIANS = (90, 1800, 3500)
 FLOAT32_CELLS = 96
 """At most, on a GPU."""
+SHORT, MORE = 500, 10
+"""Below this median our engine alone gets so many times the cells on a GPU, which else is done too soon to measure."""
 
 
 def load_engine(checkpoint: Path, genes: list[str], precision: str, device: str) -> tuple[Tokenizer, Engine]:
@@ -146,14 +153,18 @@ def measure(
 ) -> tuple[list[list[str]], dict[str, Any]]:
     """Measure one length mix; return table rows and all figures."""
     device, count = arguments.device, arguments.cells
+    if device == "cuda" and median < SHORT and not upstream:
+        count *= MORE
     cells = sample(count, shape.vocabulary, median)
     few = cells.first(min(count, FLOAT32_CELLS)) if device == "cuda" else cells
-    precisions = ["fp32"] if device == "cpu" else ["fp16", "bf16", "fp32"]
-    ways = [
-        our_way(folder / "checkpoint", shape.genes(), few if precision == "fp32" else cells, precision, device)
-        for precision in precisions
-    ]
-    reference: np.ndarray | None = None
+    ways = []
+    for precision in arguments.precisions:
+        begun = time.monotonic()
+        ways.append(
+            our_way(folder / "checkpoint", shape.genes(), few if precision == "fp32" else cells, precision, device)
+        )
+        print(f"  {ways[-1].name}: warm after {time.monotonic() - begun:.1f} s")
+    full: Way | None = None
     if upstream:
         request: dict[str, Any] = {"checkpoint": str(folder / "checkpoint"), "cells": str(folder / "cells.h5ad")}
         request |= {
@@ -161,19 +172,23 @@ def measure(
             "device": device,
             "batch_size": upstream_batch(shape, arguments),
         }
-        if device == "cuda":
-            # A small batch: upstream's logits in float32 are 0.9 GB a cell, of tf_metazoa 2 GB.
-            full = upstream_way(upstream, {**request, "batch_size": 8}, few, ways[-1].lengths, exact=True)
-            full.run()
-            reference = full.embeddings()
         ways.append(upstream_way(upstream, request, cells, ways[0].lengths))
         if device == "cuda":
+            begun = time.monotonic()
             ways[-1].run()
+            print(f"  {ways[-1].name}: warm after {time.monotonic() - begun:.1f} s")
     for _ in range(arguments.rounds):
         for way in ways:
             way.rounds.append(way.run())
-    if upstream and reference is None:
-        reference = ways[-1].embeddings()
+            print(f"  {way.name}: {way.rates[-1]:,.2f} cells/s")
+    if upstream:
+        full = ways[-1]
+        if device == "cuda":
+            # A small batch: upstream's logits in float32 are 0.9 GB a cell, of tf_metazoa 2 GB.
+            request |= {"batch_size": 8, "save": str(folder / "exact.npy")}
+            full = upstream_way(upstream, request, few, ways[0].lengths[:FLOAT32_CELLS], exact=True)
+            full.run()
+    reference = full.embeddings() if full else None
     rows, figures = [], {}
     for way in ways:
         flops = shape.useful_flops(way.lengths) / float(np.median(way.seconds))
@@ -196,6 +211,8 @@ def measure(
         figures[way.name] = {"cells_per_second": way.rates, "useful_flops_per_second": flops, "matmul_share": share}
         figures[way.name] |= {"fill": way.fill, "gpu_gib": gpu_gib, "error": known, "rounds": way.rounds}
     lengths = ways[0].lengths
+    if arguments.profile:
+        figures["profile"] = show_profile(ways[0].run, device, shape.attention_flops(lengths))
     predicted = sum(shape.upstream_flops().values()) * count / shape.useful_flops(lengths)
     answer = {"model": shape.name, "median": median, "tokens": int(lengths.sum()), "ways": figures}
     answer |= {"ours": float(np.median(ways[0].rates)), "predicted_ratio": predicted}
@@ -219,6 +236,12 @@ def main() -> None:
     parser.add_argument("--scale", type=int, help="the models' width is divided by this; default 1 on a GPU, else 8")
     parser.add_argument("--cells", type=int, help="in a round; default 480 on a GPU, else 4")
     parser.add_argument("--rounds", type=int, help="default 3, or 1 if --quick")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=list(DTYPES), help="of ours; default all on a GPU, else fp32"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="show which kernels take the time of the first precision"
+    )
     parser.add_argument("--batch-size", type=int, help="upstream's; default 48 on a GPU if it fits, else 4")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
@@ -226,16 +249,16 @@ def main() -> None:
     small = arguments.quick and not on_gpu
     arguments.cells = arguments.cells or (480 if on_gpu else 3 if small else 4)
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
+    arguments.precisions = arguments.precisions or (["fp16", "bf16", "fp32"] if on_gpu else ["fp32"])
     models = arguments.models or (["exemplar"] if arguments.quick else list(VOCABULARIES))
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    upstream_path = upstream_python(arguments.upstream)
+    upstream_path = None if arguments.alone else upstream_python(arguments.upstream)
     print(
         f"{arguments.cells} cells, {arguments.rounds} rounds, interleaved; "
         f"{torch.cuda.get_device_name() if on_gpu else f'CPU, {threads} threads for both'}; torch {torch.__version__}"
     )
     head = ["", "cells/s", "tokens/s", "fill", "useful TFLOP/s", "of matmul", "GPU GiB", "rel. RMS", "centred cos"]
-    rows: list[list[str]] = []
     answers = []
     for name in models:
         shape = Shape(name, arguments.scale, layers=2 if small else 12)
@@ -245,20 +268,20 @@ def main() -> None:
             f"batches of {upstream_batch(shape, arguments)}, computes {sum(parts.values()) / 1e9:,.0f} GFLOP a cell: "
             + ", ".join(f"{part} {flops / sum(parts.values()):.0%}" for part, flops in parts.items())
         )
-        sys.stdout.flush()
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor() as pool:
             folder = Path(place)
-            shape.build(folder / "checkpoint")
-            upstream = Upstream(upstream_path, threads) if upstream_path else None
+            # Upstream imports its libraries meanwhile.
+            starting = pool.submit(Upstream, upstream_path, threads) if upstream_path else None
             try:
+                shape.build(folder / "checkpoint")
                 for median in arguments.medians:
-                    more, answer = measure(shape, folder, median, upstream, arguments)
-                    rows += more
+                    upstream = starting.result() if starting else None
+                    rows, answer = measure(shape, folder, median, upstream, arguments)
+                    table(head, rows)
                     answers.append(answer)
             finally:
-                if upstream:
-                    upstream.close()
-    table(head, rows)
+                if starting:
+                    starting.result().close()
     if arguments.json:
         main_answer = next((a for a in answers if (a["model"], a["median"]) == ("exemplar", 1800)), answers[0])
         kept = {key: main_answer.get(key) for key in ("ours", "reference", "ratio", "predicted_ratio")}

@@ -3,13 +3,16 @@
     python -m benchmarks.pipeline.end_to_end [--quick] [--json] [--upstream COMMAND] [--device cuda]
 
 The reference workflow runs as its users run it. Both embed the same cells of a synthetic Census of 60,000 genes, median
-1,800 expressed. The vocabulary of tf_exemplar's shape has the genes that are expressed most. The weights are random, in
-exemplar's shape on a GPU, an eighth as wide on a CPU. Each way is a process of its own, timed from its start to its
-end, and all its processes may use all cores.
+1,800 expressed. The vocabulary has the genes that are expressed most. The weights are random, in the model's shape
+(tf_exemplar by default) on a GPU, an eighth as wide on a CPU. Each way is a process of its own, timed from its start to
+its end, and all its processes may use all cores.
 
 The stages are reported one by one, because a total alone would flatter us on a small model: a new process for each
 megabatch and slow tokens cost the reference workflow the same whatever the model. Seconds are busy seconds. Stages may
 overlap (the reference workflow reads and writes while it infers), so their sum may exceed the total.
+
+The device's idle share counts from its first megabatch to its last, so it means little for fewer than three. `--alone
+--cells 12288 --megabatches 3` measures it at a size that a GPU works on for a while. Each megabatch prints a line.
 
 start-up   from starting a process to its first cell: imports, plan, array, vocabulary, weights
 read       counts from the Census; for the reference workflow also writing its h5ad file
@@ -32,7 +35,16 @@ import numpy as np
 import tiledbsoma
 import torch
 
-from benchmarks.common import Shape, arguments_parser, ratios, spread, table, thread_environment, upstream_python
+from benchmarks.common import (
+    VOCABULARIES,
+    Shape,
+    arguments_parser,
+    ratios,
+    spread,
+    table,
+    thread_environment,
+    upstream_python,
+)
 from benchmarks.reference_workflow import STAGES
 from census_tf_dagster.config.settings import DEFAULT_COMPUTE_PRECISION
 from census_tf_dagster.demo.census import build_census
@@ -57,7 +69,7 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     from census_tf_dagster.embedding_set import EmbeddingSet
     from census_tf_dagster.orchestration.asset_support import release_context
     from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
-    from census_tf_dagster.pipeline.embed_shard import embed_shard
+    from census_tf_dagster.pipeline.embed_shard import ShardSummary, embed_shard
     from census_tf_dagster.pipeline.plan_release import make_plan
 
     folder = Path(request["folder"])
@@ -72,15 +84,22 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     )
     census = CensusResource(location=str(Path(request["census"]).parent / "{release}"))
     store = StoreResource(location=str(folder / "store"), cache=str(folder / "cache"))
+
+    def report(summary: ShardSummary) -> None:
+        print(
+            f"  megabatch {summary.megabatches_computed} of {summary.megabatches}: "
+            f"{summary.cells_per_second():,.2f} cells/s, device idle {idle_share(summary):.3f}",
+            flush=True,
+        )
+
     with release_context(declared, RELEASE, census, store) as context:
         make_plan(context)
         seconds = {"start-up": time.monotonic() - request["started"]}
-        summary = embed_shard(context, 0)
+        summary = embed_shard(context, 0, report=report)
         seconds["start-up"] += summary.times.load
         seconds |= {stage: spent.busy for stage, spent in summary.times.stages.items()}
         seconds["other"] = summary.verification_seconds
-        compute = summary.times.stages["compute"]
-        seconds["idle share"] = compute.waiting / (compute.busy + compute.waiting)
+        seconds["idle share"] = idle_share(summary)
         found = {
             **seconds,
             "cells": summary.cells,
@@ -90,20 +109,34 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     return {**found, "ended": time.monotonic()}
 
 
+def idle_share(summary: Any) -> float:
+    """Return the share of the time since its first megabatch in which the device waited."""
+    compute = summary.times.stages["compute"]
+    return float(compute.waiting / (compute.busy + compute.waiting))
+
+
 def timed_run(command: list[str], request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run one way as a process on a request; return what it says, and its wall time."""
+    """Run one way as a process on a request; return its last line, and its wall time. Its other lines are shown."""
     folder.mkdir()
     path = folder / "request.json"
     started = time.monotonic()
     path.write_text(json.dumps({**request, "folder": str(folder), "started": started}))
     environment = thread_environment(len(os.sched_getaffinity(0)))
     with (folder / "errors").open("w+") as errors:
-        done = subprocess.run([*command, str(path)], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        last = ""
+        with subprocess.Popen(
+            [*command, str(path)], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                last = line
+                if not line.startswith("{"):
+                    print(line, end="", flush=True)
         total = time.monotonic() - started
-        if done.returncode:
+        if process.returncode:
             errors.seek(0)
             raise RuntimeError(f"{command} failed:\n{errors.read()[-3000:]}")
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(last)
     # The end of a process takes time, too.
     said["other"] += started + total - said.pop("ended")
     return {**said, "total": total}
@@ -121,10 +154,11 @@ def read(uri: str, features: int) -> np.ndarray:
 
 def main() -> None:
     """Build, run both in turn, print a table."""
-    parser = arguments_parser(__doc__, quick="on a CPU 8 cells in 2 megabatches, 1 of 12 layers")
+    parser = arguments_parser(__doc__, quick="on a CPU 9 cells, 1 of 12 layers")
+    parser.add_argument("--model", choices=list(VOCABULARIES), default="exemplar")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cells", type=int, help="default 1,024 on a GPU, else 64")
-    parser.add_argument("--megabatches", type=int, default=2)
+    parser.add_argument("--megabatches", type=int, default=3)
     parser.add_argument("--layers", type=int, help="default 12")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
@@ -137,13 +171,15 @@ def main() -> None:
         return
     on_gpu = arguments.device == "cuda"
     small = arguments.quick and not on_gpu
-    cells = arguments.cells or (8 if small else 1024 if on_gpu else 64)
-    shape = Shape("exemplar", 1 if on_gpu else 8, arguments.layers or (1 if small else 12))
-    upstream_path = upstream_python(arguments.upstream)
+    cells = arguments.cells or (9 if small else 1024 if on_gpu else 64)
+    shape = Shape(arguments.model, 1 if on_gpu else 8, arguments.layers or (1 if small else 12))
+    upstream_path = None if arguments.alone else upstream_python(arguments.upstream)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "reference workflow": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        begun = time.monotonic()
         build(folder, cells, shape)
+        print(f"{cells:,} cells and the checkpoint: built in {time.monotonic() - begun:.1f} s")
         request = {"census": str(folder / "census" / RELEASE), "checkpoint": str(folder / "checkpoint")}
         settings: dict[str, Any] = {**request, "device": arguments.device, "organism": ORGANISM, "label": LABEL}
         settings |= {"megabatches": arguments.megabatches, "megabatch_size": -(-cells // arguments.megabatches)}
@@ -166,7 +202,7 @@ def main() -> None:
         del one["array"]
     print(
         f"{cells} cells, {tokens / cells:,.0f} tokens a cell, {GENES:,} genes, {arguments.megabatches} megabatches, "
-        f"{arguments.rounds} rounds; exemplar {shape.width} wide, {shape.layers} layers, {arguments.device}"
+        f"{arguments.rounds} rounds; {shape.name} {shape.width} wide, {shape.layers} layers, {arguments.device}"
     )
     rows = []
     for stage in (*STAGES, "total"):

@@ -9,6 +9,7 @@ A plan is two Parquet files named by the plan's content hash, and a pointer to t
 - ``current.json``: the hash, and the totals that people ask for.
 
 For sets with `reuse`, a fourth file, ``<hash>.keys.parquet``, lets a later release find these cells (`key_file`).
+``identity.json`` states for which identity the release is planned (`pipeline.planned_identity`).
 
 Choosing the cells belongs in `pipeline.list_cells`, dividing them in `division`.
 """

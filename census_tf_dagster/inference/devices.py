@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.cell_errors import NonFiniteError
+from census_tf_dagster.inference.checkpoint_cache import kernel_folders
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.wire import AnyArray, Header, receive, send
 
@@ -181,7 +182,7 @@ def open_devices(
     with ExitStack() as stack:
 
         def start(number: int) -> "subprocess.Popen[bytes]":
-            process = stack.enter_context(_process())
+            process = stack.enter_context(_process(prepared))
             target = f"cuda:{number}" if device == "cuda" else device
             order = {"prepared": str(prepared), "genes": list(genes), "device": target, "batch_size": batch_size}
             send(_pipe(process.stdin), order)
@@ -194,10 +195,10 @@ def open_devices(
 
 
 @contextmanager
-def _process() -> "Iterator[subprocess.Popen[bytes]]":
+def _process(prepared: Path) -> "Iterator[subprocess.Popen[bytes]]":
     command = [sys.executable, "-m", "census_tf_dagster.inference.device_process", str(os.getpid())]
     # Reading and writing share the cores. Threads that spin while they wait would make them several times slower.
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **kernel_folders(prepared), **os.environ}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)  # noqa: S603
     try:
         yield process

@@ -4,15 +4,14 @@ Every version of the objects gets its own folder in the cache, so that no file c
 the checkpoint belongs in `checkpoint`.
 """
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.digests import file_digest
+from census_tf_dagster.io.files import one_at_a_time
 from census_tf_dagster.io.names import is_local
 from census_tf_dagster.io.s3 import S3Object
 from census_tf_dagster.io.storage import Storage
@@ -54,7 +53,8 @@ def fetch(uri: str, storage: Storage, cache: Path) -> Path:
     version = json.dumps([uri, sorted((name, found.size, found.etag) for name, found in objects.items())])
     place = cache / "fetched" / hashlib.sha256(version.encode()).hexdigest()[:16]
     try:
-        with _one_at_a_time(place):
+        # The other shards of a node wait for the one that fetches.
+        with one_at_a_time(place / ".lock"):
             if not _is_whole(place, objects, cache):
                 _download(uri, objects, storage, place, cache)
     except OSError as error:
@@ -101,12 +101,3 @@ def _download(uri: str, objects: Mapping[str, S3Object], storage: Storage, place
         storage.download(f"{folder}/{name}", place / name, expected)
         digests[name] = file_digest(place / name, cache).hex()
     storage.write(str(place / DIGESTS), json.dumps(digests, indent=1).encode())
-
-
-@contextmanager
-def _one_at_a_time(place: Path) -> Iterator[None]:
-    """Let the other shards of a node wait for the shard that fetches; the lock ends with its process."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,11 +1,11 @@
 """Puts a digest of all bytes into a safetensors file, so that damage is noticed before the file is used.
 
-The digest is XXH3 (128 bits). It is as fast as memory, so each load checks it. It is part of the file's own metadata,
-so one rename publishes both. While it is computed, zeros are in its place.
+The digest is XXH3 (128 bits). It is nearly as fast as memory, so each load checks it. It is part of the file's own
+metadata, so one rename publishes both. While it is computed, zeros are in its place.
 """
 
-import mmap
 from pathlib import Path
+from typing import BinaryIO
 
 from xxhash import xxh3_128
 
@@ -16,37 +16,48 @@ UNSEALED = "0" * 32
 MARK = f'"{SEAL}":"'.encode()
 LENGTH_BYTES = 8
 """Bytes of the header's length, with which a safetensors file begins."""
+LARGEST_HEADER = 100_000_000
+"""Most bytes of a header, in the format. Only a damaged length is larger."""
+BLOCK = 2**20
+"""Bytes read at once. A mapping of the whole file would count as memory of the process."""
 
 
 def seal(path: Path) -> None:
     """Write the digest into a file whose metadata has `UNSEALED` in its place."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        at = _place(content)
-        content[at : at + len(UNSEALED)] = _digest(content, at)
+    with path.open("r+b") as file:
+        at = _place(file)
+        digest = _digest(file, at)
+        file.seek(at)
+        file.write(digest)
 
 
 def is_sealed(path: Path) -> bool:
     """Tell whether a file exists and is unchanged since `seal`. Reads the whole file."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            at = _place(content)
-            return content[at : at + len(UNSEALED)] == _digest(content, at)
+        with path.open("rb") as file:
+            at = _place(file)
+            file.seek(at)
+            return file.read(len(UNSEALED)) == _digest(file, at)
     except (OSError, ValueError):
         return False
 
 
-def _place(content: mmap.mmap) -> int:
+def _place(file: BinaryIO) -> int:
     """Return the position of the digest in a file."""
-    header = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
-    at = content.find(MARK, 0, header)
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    at = file.read(length).find(MARK) if length <= LARGEST_HEADER else -1
     if at < 0:
         raise ValueError("the file has no place for a digest")
-    return at + len(MARK)
+    return LENGTH_BYTES + at + len(MARK)
 
 
-def _digest(content: mmap.mmap, at: int) -> bytes:
-    with memoryview(content) as view:
-        digest = xxh3_128(view[:at])
-        digest.update(UNSEALED.encode())
-        digest.update(view[at + len(UNSEALED) :])
+def _digest(file: BinaryIO, at: int) -> bytes:
+    file.seek(0)
+    digest = xxh3_128(file.read(at))
+    digest.update(UNSEALED.encode())
+    file.seek(at + len(UNSEALED))
+    buffer = bytearray(BLOCK)
+    with memoryview(buffer) as view:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(view[:count])
     return digest.hexdigest().encode()

@@ -1,5 +1,6 @@
-"""Replaces local files atomically, so that a reader or a power failure never sees a part; makes temporary folders."""
+"""Replaces local files atomically, so that a reader or a power failure never sees a part; locks; temporary folders."""
 
+import fcntl
 import os
 import tempfile
 import uuid
@@ -8,6 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from census_tf_dagster.errors import UserError
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Let other processes that name the same file wait until the block ends. The lock ends with its process.
+
+    A missing folder is created.
+
+    Raises
+    ------
+    OSError
+        When the file cannot be written.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote
 
@@ -17,7 +17,7 @@ from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
-    from census_tf_dagster.pipeline.context import ReleaseContext
+    from census_tf_dagster.pipeline.context import PlannedContext, ReleaseContext
 
 RUN_IS_OVER = 3
 """Exit status of a worker whose run has ended without it."""
@@ -95,17 +95,31 @@ def release_context(
     """Open the context of a release of a set, at the locations of the resources."""
     from census_tf_dagster.pipeline.context import open_context
 
-    census_uri, storage = census.place(release)
-    with open_context(
-        settings,
-        release=release,
-        census_uri=census_uri,
-        census=storage,
-        store_uri=store.uri(),
-        store=store.storage(),
-        cache=store.cache_folder(),
-    ) as opened:
+    with open_context(settings, **_places(release, census, store)) as opened:
         yield opened
+
+
+@contextmanager
+def planned_context(
+    settings: SetSettings, release: str, census: CensusResource, store: StoreResource
+) -> Iterator["PlannedContext"]:
+    """Open what a run needs of a release of a set that copies cells: no checkpoint."""
+    from census_tf_dagster.pipeline.context import open_planned
+
+    with open_planned(settings, **_places(release, census, store)) as opened:
+        yield opened
+
+
+def _places(release: str, census: CensusResource, store: StoreResource) -> dict[str, Any]:
+    census_uri, storage = census.place(release)
+    return {
+        "release": release,
+        "census_uri": census_uri,
+        "census": storage,
+        "store_uri": store.uri(),
+        "store": store.storage(),
+        "cache": store.cache_folder(),
+    }
 
 
 @contextmanager
@@ -118,17 +132,40 @@ def partition_context(
     require_device: bool = False,
 ) -> Iterator["ReleaseContext"]:
     """Open the context of a partition. A `UserError` fails the run at once, without retries."""
-    from census_tf_dagster.store.removal import noticing_removal
-
-    try:
+    with _failing_at_once():
         if require_device and settings.device == "cuda":
             from census_tf_dagster.inference.devices import require_gpu
 
             require_gpu(settings.name, release)
-        with release_context(settings, release, census, store) as opened, noticing_removal(opened.store, opened.folder):
+        with release_context(settings, release, census, store) as opened, _noticing_removal(opened):
             yield opened
+
+
+@contextmanager
+def planned_partition_context(
+    settings: SetSettings, release: str, census: CensusResource, store: StoreResource
+) -> Iterator["PlannedContext"]:
+    """Open what a run that copies cells needs of a partition. A `UserError` fails the run at once, without retries."""
+    with (
+        _failing_at_once(),
+        planned_context(settings, release, census, store) as opened,
+        _noticing_removal(opened),
+    ):
+        yield opened
+
+
+@contextmanager
+def _failing_at_once() -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise final_failure(str(error)) from error
+
+
+def _noticing_removal(opened: "PlannedContext") -> AbstractContextManager[None]:
+    from census_tf_dagster.store.removal import noticing_removal
+
+    return noticing_removal(opened.store, opened.folder)
 
 
 def final_failure(description: str, metadata: Mapping[str, Any] | None = None) -> dg.Failure:

@@ -1,6 +1,7 @@
 """Opens a set and a release: settings, Census, checkpoint, store, and the identity that follows from them.
 
-All other modules of this package start from the `ReleaseContext` that `open_context` yields.
+All other modules of this package start from the `ReleaseContext` that `open_context` yields. Copying needs less: the
+`PlannedContext` that `open_planned` yields.
 """
 
 import hashlib
@@ -18,21 +19,28 @@ from census_tf_dagster.inference.fetch import fetch
 from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.io.compiled import keep_below
 from census_tf_dagster.io.storage import Storage, naming_lack_of_memory
+from census_tf_dagster.pipeline.planned_identity import find_planned_identity, identity_of
 from census_tf_dagster.store.layout import ReleaseFolder
 
 
 @dataclass(frozen=True)
-class ReleaseContext:
-    """One set and release, opened: everything that the functions of this package need. Nothing is written yet."""
+class PlannedContext:
+    """One set and release, without Census and checkpoint: all that is needed to copy cells and to look at the array."""
 
     settings: SetSettings
     release_name: str
-    release: OrganismRelease
-    genes: Genes
-    checkpoint: Checkpoint
     identity: Identity
     store: Storage
     folder: ReleaseFolder
+
+
+@dataclass(frozen=True)
+class ReleaseContext(PlannedContext):
+    """One set and release, opened: everything that the functions of this package need. Nothing is written yet."""
+
+    release: OrganismRelease
+    genes: Genes
+    checkpoint: Checkpoint
     cache: Path
 
 
@@ -88,22 +96,58 @@ def open_context(
                 f"because the checkpoint {settings.checkpoint} conditions on it: use a Census that has it, or another "
                 "checkpoint."
             )
-        identity = Identity(
-            census_uri=census_uri,
-            census_build_date=opened.build_date,
-            organism=settings.organism,
-            value_filter=settings.value_filter,
-            mod=settings.mod,
-            gene_order=settings.gene_order,
+        identity = identity_of(
+            settings,
+            census_uri,
+            opened.build_date,
             gene_fingerprint=_gene_fingerprint(settings, genes, checkpoint),
             checkpoint_fingerprint=checkpoint.fingerprint,
-            compute_precision=settings.compute_precision,
-            storage_precision=settings.storage_precision,
             embedding_dim=checkpoint.shape.embed_dim,
-            fractional_counts=settings.fractional_counts,
         )
         folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
-        yield ReleaseContext(settings, release, opened, genes, checkpoint, identity, store, folder, cache)
+        yield ReleaseContext(settings, release, identity, store, folder, opened, genes, checkpoint, cache)
+
+
+@contextmanager
+def open_planned(
+    settings: SetSettings,
+    *,
+    release: str,
+    census_uri: str,
+    census: Storage,
+    store_uri: str,
+    store: Storage,
+    cache: Path,
+) -> Iterator[PlannedContext]:
+    """Open a release that is planned, without its checkpoint; the parameters are those of `open_context`.
+
+    The identity is the one that the planner stored. If no plan of these settings states it, this opens everything, as
+    `open_context` does.
+
+    Raises
+    ------
+    UserError
+        When the Census is missing, or as in `open_context`.
+    """
+    with naming_lack_of_memory(), open_release(census_uri, settings.organism, census) as opened:
+        build_date = opened.build_date
+    identity = find_planned_identity(settings, release, census_uri, build_date, store_uri, store)
+    if identity is None:
+        with open_context(
+            settings,
+            release=release,
+            census_uri=census_uri,
+            census=census,
+            store_uri=store_uri,
+            store=store,
+            cache=cache,
+        ) as context:
+            yield context
+        return
+    keep_below(cache)
+    with naming_lack_of_memory():
+        folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
+        yield PlannedContext(settings, release, identity, store, folder)
 
 
 def _require_unique(release: OrganismRelease, genes: Genes, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from census_tf_dagster.census.plan import Megabatch, Source, read_plan
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import PlannedContext
 from census_tf_dagster.pipeline.reuse_source import open_source, source_error
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
@@ -56,7 +56,7 @@ class CopySummary:
 
 
 def copy_shard(
-    context: ReleaseContext,
+    context: PlannedContext,
     shard: int,
     *,
     recompute: bool = False,
@@ -67,7 +67,7 @@ def copy_shard(
     Parameters
     ----------
     context
-        The opened set and release.
+        The planned set and release.
     shard
         Number of the shard.
     recompute

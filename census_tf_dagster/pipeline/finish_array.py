@@ -17,7 +17,7 @@ import yaml
 from census_tf_dagster.census.plan import Plan, PlanTotals, read_plan
 from census_tf_dagster.census.release import MEASUREMENT
 from census_tf_dagster.config.publication import Publication
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import PlannedContext, ReleaseContext
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import obs_ids_faults, write_obs_ids
 from census_tf_dagster.store.rules import (
@@ -195,7 +195,7 @@ def verify_array(
     return [*findings, Finding("publication", tuple(faults)), Finding("obs_ids", tuple(listed))]
 
 
-def array_state(context: ReleaseContext) -> str:
+def array_state(context: PlannedContext) -> str:
     """Return whether the array is ``unverified``, ``stale`` (plan or commits have changed) or ``verified``."""
     plan = read_plan(context.store, context.folder.plan)
     return release_state(EmbeddingsArray.open(context.folder.array, context.store, context.identity), plan)

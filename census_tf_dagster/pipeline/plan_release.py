@@ -18,6 +18,7 @@ from census_tf_dagster.census.plan import Megabatch, Plan, PlanTotals, plan_tota
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.list_cells import filter_warnings, list_cells
+from census_tf_dagster.pipeline.planned_identity import write_planned_identity
 from census_tf_dagster.pipeline.reuse_source import NO_SOURCE, FoundSource, find_source
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import write_planned
@@ -275,6 +276,7 @@ def make_plan(context: ReleaseContext) -> PlanSummary:
     if draft.keys is not None:
         write_keys(context.store, Plan(totals, (), context.folder.plan).keys, draft.joinids, draft.keys)
     joinids, sources = _in_order(draft.order, draft.joinids, draft.sources)
+    write_planned_identity(context.store, context.folder, context.settings, context.identity)
     # This comes last, so that a current plan is complete.
     write_plan(context.store, context.folder.plan, joinids, draft.megabatches, totals, sources)
     return replace(draft.summary, totals=totals)

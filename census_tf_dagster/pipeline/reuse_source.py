@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from census_tf_dagster.census.plan import Source, read_plan
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import PlannedContext, ReleaseContext
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.verification import all_set_aside, release_state
@@ -77,7 +77,7 @@ def find_source(context: ReleaseContext) -> FoundSource:
     return FoundSource(None, "", tuple(passed_over))
 
 
-def open_source(context: ReleaseContext, source: Source) -> EmbeddingsArray:
+def open_source(context: PlannedContext, source: Source) -> EmbeddingsArray:
     """Open the array that a plan copies from, if it is still the verified one that the plan names.
 
     Raises
@@ -111,7 +111,7 @@ def source_error(source: Source, problem: str) -> UserError:
     )
 
 
-def _stored_identity(context: ReleaseContext, folder: ReleaseFolder) -> Identity | None:
+def _stored_identity(context: PlannedContext, folder: ReleaseFolder) -> Identity | None:
     """Read the identity of the array below a folder; None if the folder has no array of this project."""
     if not context.store.holds_files(folder.array):
         return None

@@ -53,6 +53,11 @@ class ReleaseFolder:
         return f"{self.root}/plan"
 
     @property
+    def planned_identity(self) -> str:
+        """File with the identity of the current plan."""
+        return f"{self.plan}/identity.json"
+
+    @property
     def obs_ids(self) -> str:
         """File with the consumers' list of planned cells."""
         return f"{self.root}/obs_ids.parquet"

@@ -1,6 +1,8 @@
 """A prepared checkpoint is built once, and again if it is damaged."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ import torch
 
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference import digests, weights
+from census_tf_dagster.inference import checkpoint_cache, digests, weights
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.prepared_checkpoint import load_model
+from census_tf_dagster.inference.sealed_file import is_sealed
 from tests.support.cells import ASSAYS, GENES
 
 
@@ -30,6 +33,57 @@ def test_built_once_for_each_precision(checkpoint: Checkpoint, tmp_path: Path, m
     monkeypatch.setattr(weights, "write_prepared", lambda *_: pytest.fail("built again"))
     assert prepare(checkpoint, "fp32", tmp_path / "cache") == first
     assert list(first.parent.glob(".*")) == []
+
+
+def test_of_two_that_prepare_at_once_one_builds(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one has found no file before the first one writes it. It waits, and takes the file of the first."""
+    built: list[str] = []
+    found_none: set[int] = set()
+    both = threading.Event()
+    look, write = checkpoint_cache.is_sealed, weights.write_prepared
+
+    def looking(path: Path) -> bool:
+        found = look(path)
+        found_none.add(threading.get_ident())
+        if len(found_none) == 2:
+            both.set()
+        return found
+
+    def writing(checkpoint: Checkpoint, precision: str, path: Path) -> None:
+        assert both.wait(60)
+        built.append(precision)
+        write(checkpoint, precision, path)
+
+    monkeypatch.setattr(checkpoint_cache, "is_sealed", looking)
+    monkeypatch.setattr(weights, "write_prepared", writing)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: prepare(checkpoint, "fp32", tmp_path / "cache"), range(2)))
+    assert paths[0] == paths[1]
+    assert built == ["fp32"]
+
+
+def memory(entry: str) -> int:
+    """Return an entry of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{entry}:")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak memory")
+def test_preparing_needs_less_memory_than_the_weights(tmp_path: Path) -> None:
+    genes = [f"ENSG{i:011d}" for i in range(5000)]
+    sizes = {"embed_dim": 512, "model_dim": 2048, "num_layers": 8, "esm_dim": 2560}
+    build_checkpoint(tmp_path / "checkpoint", genes, ASSAYS, **sizes)
+    # This begins a new peak.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    prepared = prepare(read_checkpoint(tmp_path / "checkpoint"), "fp32", tmp_path / "cache")
+    assert is_sealed(prepared)
+    grown = memory("VmHWM") - before
+    weights = tmp_path / "checkpoint" / "model_weights.pt"
+    assert grown < 0.5 * (weights.stat().st_size + prepared.stat().st_size)
 
 
 def flip(path: Path, at: int) -> None:

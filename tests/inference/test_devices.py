@@ -17,7 +17,7 @@ from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference import devices
 from census_tf_dagster.inference.checkpoint import read_checkpoint
-from census_tf_dagster.inference.checkpoint_cache import prepare
+from census_tf_dagster.inference.checkpoint_cache import kernel_folders, prepare
 from census_tf_dagster.inference.devices import DeviceLostError, open_devices
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.plan_release import make_plan
@@ -46,6 +46,29 @@ def test_a_device_is_the_engine(prepared: Path) -> None:
         assert device.about["name"] == "CPU"
         pid = device.process.pid
     assert not alive(pid)
+
+
+def variables(pid: int) -> dict[str, str]:
+    """Return the environment with which a process was started."""
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def test_compiled_kernels_are_kept_for_the_next_process(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen/by/the/deployment")
+    with open_devices(prepared, GENES, "cpu", None) as (device,):
+        found = variables(device.process.pid)
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == str(prepared.parents[1] / "inductor")
+    assert found["TRITON_CACHE_DIR"] == "/chosen/by/the/deployment"
+
+
+def test_kernels_are_kept_nowhere_near_a_cache_that_is_not_writable(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch would fail to compile. It then keeps them in the folder of temporary files."""
+    assert set(kernel_folders(prepared)) == {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    assert kernel_folders(Path("/proc/none/prepared/file")) == {}
 
 
 def test_a_second_answer_waits_until_the_first_is_committed(prepared: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from census_tf_dagster.pipeline.context import PlannedContext
 from census_tf_dagster.pipeline.copy_shard import copy_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
@@ -57,7 +58,9 @@ def test_reuse_with_the_store_on_s3(project: Project, s3: str, tmp_path: Path) -
         assert summary.totals.source is not None
         assert summary.totals.source.root.startswith(f"s3://the-store/some/prefix/reusing/{EARLIER}/")
         fill_planned(context)
-        assert sum(copy_shard(context, shard).cells_copied for shard in range(4)) == 160
+        with project.planned("reusing") as planned:
+            assert type(planned) is PlannedContext
+            assert sum(copy_shard(planned, shard).cells_copied for shard in range(4)) == 160
         finish_array(context)
         stored = read_array(context.folder.array, tmp_path, reader_config(s3))
     assert np.array_equal(stored.ids, np.arange(220))

@@ -134,6 +134,21 @@ def test_copies_are_the_earlier_values(project: Project) -> None:
     assert np.array_equal(stored.values[rest], value_of(rest, 16))
 
 
+@pytest.mark.parametrize("gene_order", ["vocabulary", "census"])
+def test_a_run_that_copies_needs_no_checkpoint(project: Project, gene_order: str) -> None:
+    releases = two_releases(project, gene_order=gene_order, shuffle_genes=gene_order == "vocabulary", shards=1)
+    verify_earlier(releases)
+    with project.context("reusing") as context:
+        make_plan(context)
+    shutil.rmtree(project.checkpoint)
+    shutil.rmtree(project.folder / "cache", ignore_errors=True)
+    assert project.command("release", "add", RELEASE).returncode == 0
+    done = project.materialize("reusing/reused_embeddings", f"{RELEASE}|0")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    stored = read_array(project.array("reusing"), project.folder)
+    assert np.array_equal(stored.ids, releases.unchanged())
+
+
 def test_with_the_order_of_the_release_nothing_wrong_is_reused(project: Project) -> None:
     releases = two_releases(project, gene_order="census")
     verify_earlier(releases)

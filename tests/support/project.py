@@ -15,13 +15,15 @@ import pandas as pd
 import scipy.sparse
 import yaml
 
+from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.definitions import census_resource, store_resource
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.inference.checkpoint import Checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.engine import Engine
-from census_tf_dagster.orchestration.asset_support import release_context
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.orchestration.asset_support import planned_context, release_context
+from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+from census_tf_dagster.pipeline.context import PlannedContext, ReleaseContext
 from tests.support.fork_server import ForkServer
 from tests.support.warm_processes import WarmProcess, run_module
 
@@ -160,12 +162,23 @@ class Project:
     @contextmanager
     def context(self, name: str, release: str = RELEASE) -> Iterator[ReleaseContext]:
         """Open a set's context in this process, as an asset does."""
-        attributes = yaml.safe_load((self.folder / "sets" / name / "defs.yaml").read_text())["attributes"]
-        # Not by changing this process's environment: TileDB's threads read it.
-        census = census_resource(self.env)
-        store = store_resource(self.env).model_copy(update={"cache": str(self.folder / "cache")})
-        with release_context(EmbeddingSet(**attributes).placed(), release, census, store) as context:
+        with release_context(self._settings(name), release, *self._resources()) as context:
             yield context
+
+    @contextmanager
+    def planned(self, name: str, release: str = RELEASE) -> Iterator[PlannedContext]:
+        """Open a set's context in this process, as the asset that copies cells does."""
+        with planned_context(self._settings(name), release, *self._resources()) as context:
+            yield context
+
+    def _settings(self, name: str) -> SetSettings:
+        attributes = yaml.safe_load((self.folder / "sets" / name / "defs.yaml").read_text())["attributes"]
+        return EmbeddingSet(**attributes).placed()
+
+    def _resources(self) -> tuple[CensusResource, StoreResource]:
+        # Not by changing this process's environment: TileDB's threads read it.
+        store = store_resource(self.env).model_copy(update={"cache": str(self.folder / "cache")})
+        return census_resource(self.env), store
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m census_tf_dagster` with these arguments."""

@@ -5,11 +5,12 @@ They start them as outside of tests if the variable REAL_DEVICES is set (the fix
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from census_tf_dagster.inference import devices
+from census_tf_dagster.inference.checkpoint_cache import kernel_folders
 from tests.support.fork_server import OURS, ForkedProcess
 
 REAL_DEVICES = "CENSUS_TF_TEST_REAL_DEVICES"
@@ -20,19 +21,20 @@ _really = devices._process
 class WarmDevice(ForkedProcess):
     """A device process. It ends with the fork server, and when its standard input is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, prepared: Path) -> None:
         theirs, ours = os.pipe()
         answers, answering = os.pipe()
         module, parent = "census_tf_dagster.inference.device_process", str(OURS.pid())
         with os.fdopen(theirs), os.fdopen(answering):
-            super().__init__(module, [parent], Path.cwd(), os.environ, stdin=theirs, stdout=answering)
+            environment = {**kernel_folders(prepared), **os.environ}
+            super().__init__(module, [parent], Path.cwd(), environment, stdin=theirs, stdout=answering)
         self.stdin: BinaryIO = os.fdopen(ours, "wb", buffering=0)
         self.stdout: BinaryIO = os.fdopen(answers, "rb", buffering=0)
 
 
 @contextmanager
-def _warm() -> Iterator[WarmDevice]:
-    process = WarmDevice()
+def _warm(prepared: Path) -> Iterator[WarmDevice]:
+    process = WarmDevice(prepared)
     try:
         yield process
     finally:
@@ -42,4 +44,8 @@ def _warm() -> Iterator[WarmDevice]:
         process.stdout.close()
 
 
-devices._process = lambda: _really() if REAL_DEVICES in os.environ else _warm()  # type: ignore[assignment, return-value]
+def _start(prepared: Path) -> "AbstractContextManager[Any]":
+    return _really(prepared) if REAL_DEVICES in os.environ else _warm(prepared)
+
+
+devices._process = _start  # type: ignore[assignment]

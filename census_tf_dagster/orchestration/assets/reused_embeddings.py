@@ -10,7 +10,7 @@ from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.orchestration.asset_support import (
     asset_key,
     asset_of,
-    partition_context,
+    planned_partition_context,
     shard_of,
     stop_if_run_is_over,
 )
@@ -67,7 +67,7 @@ def build_reused_embeddings(settings: SetSettings) -> dg.AssetsDefinition:
                 metadata = titled({"cells_done": done, "cells": progress.cells, "cells_per_second": rate})
                 context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=metadata))
 
-        with partition_context(settings, release, census, store) as opened:
+        with planned_partition_context(settings, release, census, store) as opened:
             summary = copy_shard(opened, shard, recompute=config.recompute, report=show)
             if summary.megabatches_copied:
                 # Check again: the array may have been verified between the first commit and the last.

@@ -20,7 +20,7 @@ from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
-    from census_tf_dagster.pipeline.context import ReleaseContext
+    from census_tf_dagster.pipeline.context import PlannedContext
     from census_tf_dagster.store.rules import Finding
 
 RULES = {
@@ -74,7 +74,7 @@ def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
 
 
 def report_if_stale(
-    context: dg.AssetExecutionContext, settings: SetSettings, release: str, opened: "ReleaseContext"
+    context: dg.AssetExecutionContext, settings: SetSettings, release: str, opened: "PlannedContext"
 ) -> None:
     """Report a release's array as no longer verified, within the run that changed it."""
     from census_tf_dagster.pipeline.finish_array import array_state
