@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch._dynamo.utils import counters
 from census_tf_dagster.inference import attention
 from census_tf_dagster.inference.attention import (
     MASK_BLOCK,
+    TRITON,
+    PackedKernel,
     mask_blocks,
     packed_attention,
     packed_terms,
@@ -49,13 +52,17 @@ def rule(offsets: np.ndarray) -> np.ndarray:
     return (cell[:, None] == cell) & (position[:, None] >= position) & (cell >= 0)
 
 
+@pytest.mark.parametrize("query_block", [MASK_BLOCK, 2 * MASK_BLOCK, 3 * MASK_BLOCK])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_blocks_are_those_of_the_rule(lengths: list[int]) -> None:
+def test_blocks_are_those_of_the_rule(lengths: list[int], query_block: int) -> None:
     offsets = offsets_of(lengths)
-    blocks = LENGTH // MASK_BLOCK
-    pairs = rule(offsets).reshape(blocks, MASK_BLOCK, blocks, MASK_BLOCK)
+    blocks = -(-LENGTH // query_block)
+    # The last block of queries may reach beyond the row.
+    pairs = np.zeros((blocks * query_block, LENGTH), bool)
+    pairs[:LENGTH] = rule(offsets)
+    pairs = pairs.reshape(blocks, query_block, LENGTH // MASK_BLOCK, MASK_BLOCK)
     some, every = pairs.any(axis=(1, 3)), pairs.all(axis=(1, 3))
-    part_number, part_index, whole_number, whole_index = mask_blocks(offsets, LENGTH)
+    part_number, part_index, whole_number, whole_index = mask_blocks(offsets, LENGTH, query_block)
     for block in range(blocks):
         part = part_index[block, : part_number[block]].tolist()
         whole = whole_index[block, : whole_number[block]].tolist()
@@ -71,12 +78,12 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), bias.to(DEVICE)
 
 
-def compare(lengths: list[int], attend: Callable[..., Tensor], seed: int = 0) -> None:
+def compare(lengths: list[int], attend: Callable[..., Tensor], seed: int = 0, kernel: PackedKernel = TRITON) -> None:
     offsets = offsets_of(lengths)
     q, k, v, bias = inputs(seed)
     used = offsets[-1]
     expected = plain_attention(q[:used], k[:used], v[:used], bias[:used], tuple(offsets.tolist()), SOFTCAP)
-    found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP))
+    found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP, HEAD_DIM, kernel))
     assert relative_errors(found[:used].flatten(1).cpu().numpy(), expected.flatten(1).cpu().numpy()).max() < 3e-6
     assert (found[used:] == 0).all(), "padding sees no key and gets 0"
 
@@ -97,16 +104,17 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("query_block", [MASK_BLOCK, 2 * MASK_BLOCK, 3 * MASK_BLOCK])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_packed_is_plain(lengths: list[int]) -> None:
-    compare(lengths, packed_attention)
+def test_packed_is_plain(lengths: list[int], query_block: int) -> None:
+    compare(lengths, packed_attention, kernel=replace(TRITON, query_block=query_block))
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_without_softcap() -> None:
     q, k, v, bias = inputs()
     plain = plain_attention(q, k, v, bias, (0, 500, LENGTH), 0.0)
-    packed = packed_attention(q, k, v, *packed_terms(bias, np.array([0, 500, LENGTH]), 0.0))
+    packed = packed_attention(q, k, v, *packed_terms(bias, np.array([0, 500, LENGTH]), 0.0, HEAD_DIM))
     assert relative_errors(packed.flatten(1).cpu().numpy(), plain.flatten(1).cpu().numpy()).max() < 3e-6
 
 

@@ -45,6 +45,11 @@ def test_rows_of_any_kind_give_the_same(engine: Engine) -> None:
     assert engine.idle
 
 
+def test_the_same_cells_give_the_same_bits(engine: Engine) -> None:
+    packed = cells(30, seed=0)
+    assert np.array_equal(engine.embed(packed), engine.embed(packed))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_padded_rows_give_the_same(engine: Engine) -> None:
     packed = cells(10, seed=1)
