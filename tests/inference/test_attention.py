@@ -1,5 +1,6 @@
 """Packed attention equals plain attention, and its mask equals the rule evaluated at every pair."""
 
+import importlib.util
 import itertools
 import json
 import shutil
@@ -25,6 +26,7 @@ from census_tf_dagster.inference.attention import (
     packed_terms,
     plain_attention,
 )
+from census_tf_dagster.inference.attention_choice import FLASH, QUERY_BLOCKS, TOLERANCE
 from tests.support.project import DEVICE, relative_errors
 
 HEADS, HEAD_DIM, SOFTCAP = 2, 16, 10.0
@@ -116,6 +118,36 @@ def test_without_softcap() -> None:
     plain = plain_attention(q, k, v, bias, (0, 500, LENGTH), 0.0)
     packed = packed_attention(q, k, v, *packed_terms(bias, np.array([0, 500, LENGTH]), 0.0, HEAD_DIM))
     assert relative_errors(packed.flatten(1).cpu().numpy(), plain.flatten(1).cpu().numpy()).max() < 3e-6
+
+
+def flash_of_this_gpu() -> PackedKernel | None:
+    """Return FlashAttention 4's kernel if this GPU and this environment have it."""
+    if DEVICE == "cpu" or importlib.util.find_spec("flash_attn") is None:
+        return None
+    query_block = QUERY_BLOCKS.get(torch.cuda.get_device_capability()[0])
+    return replace(FLASH, query_block=query_block) if query_block else None
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flash", [False, True], ids=["triton", "flash"])
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
+def test_half_precision(lengths: list[int], flash: bool, dtype: torch.dtype) -> None:
+    """The same rows as in float32, with each kernel of this device."""
+    kernel = flash_of_this_gpu() if flash else TRITON
+    if kernel is None:
+        pytest.skip("FlashAttention 4 needs CENSUS_TF_TEST_DEVICE=cuda on Hopper or Blackwell, and flash-attn-4")
+    offsets = offsets_of(lengths)
+    *qkv, bias = inputs()
+    q, k, v = (part.to(dtype) for part in qkv)
+    used = offsets[-1]
+    cell = tuple(offsets.tolist())
+    expected = plain_attention(q[:used].float(), k[:used].float(), v[:used].float(), bias[:used], cell, SOFTCAP)
+    attend = packed_attention if DEVICE == "cpu" else attention.compiled(packed_attention)
+    found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP, HEAD_DIM, kernel)).float()
+    errors = relative_errors(found[:used].flatten(1).cpu().numpy(), expected.flatten(1).cpu().numpy())
+    assert errors.max() <= TOLERANCE * torch.finfo(dtype).eps
+    assert (found[used:] == 0).all()
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="compiling for the CPU needs g++")
