@@ -10,7 +10,7 @@ from typing import Any
 
 from census_tf_dagster.errors import UserError
 
-NUMERIC_VERSION = 2
+NUMERIC_VERSION = 3
 """The version of the numeric code. Raise it by hand when the code may produce other values than before."""
 
 RELEASE_FIELDS = {"census_uri", "census_build_date", "value_filter", "mod", "gene_fingerprint"}

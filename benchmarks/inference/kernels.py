@@ -1,11 +1,12 @@
 """Show what the GPU's kernels compile to, for GPUs that are not here: registers, shared memory, instructions.
 
-    python -m benchmarks.inference.kernels [--quick] [--json] [--capabilities 80 86 89 90]
+    python -m benchmarks.inference.kernels [--quick] [--json] [--capabilities 80 86 89 90 100]
 
 Needs torch for CUDA, 2.11 or later, and gcc, but no GPU and no driver: a library that the program builds answers what
 torch asks of CUDA while it compiles. The program compiles a layer of tf_exemplar at its true width, as a worker does,
-and takes its attention kernel apart with Triton's own tools. It shows what a kernel needs and whether a GPU has that,
-not how fast the kernel is: only `benchmarks/gpu.sh` on a GPU can measure that.
+and the pooling of its tokens, and takes the kernels apart with Triton's own tools. Where flash-attn-4 is installed, it
+does so with that, too. It shows what a kernel needs and whether a GPU has that, not how fast the kernel is: only
+`benchmarks/gpu.sh` on a GPU can measure that.
 
 as torch does it   softcap by `torch.tanh`, tiles of torch's choice
 spilled            bytes a thread that do not fit its registers
@@ -13,12 +14,16 @@ instructions       in the loop over whole blocks, for each score of a thread; an
 """
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +33,7 @@ import torch
 
 from benchmarks.common import Shape, arguments_parser, table
 from census_tf_dagster.inference import attention, model
+from census_tf_dagster.inference.attention_choice import FLASH, QUERY_BLOCKS
 from census_tf_dagster.inference.engine import LONGEST_ROW
 
 GPUS = {
@@ -35,9 +41,18 @@ GPUS = {
     86: ("A10G", 80, 101_376),
     89: ("L4, L40S", 58, 101_376),
     90: ("H100", 132, 232_448),
+    100: ("B200", 148, 232_448),
 }
 """By compute capability: names, multiprocessors, most bytes of shared memory a block may take (CUDA's guide, table of
 compute capabilities)."""
+
+HEADS = 16
+WAYS = {
+    "ours": "attention with Triton",
+    "torch": "attention as torch does it",
+    "flash": "attention with FlashAttention 4",
+    "pooling": "pooling",
+}
 
 STUB = """
 int cudaGetDevice(int *device) { *device = 0; return 0; }
@@ -120,14 +135,17 @@ def pretend(capability: int) -> list[Any]:
     return found
 
 
-def compile_layer(capability: int, precision: str, *, as_torch: bool) -> list[Any]:
-    """Compile a layer; return its kernels."""
+def compile_layer(capability: int, precision: str, way: str) -> list[Any]:
+    """Compile a layer in one of `WAYS`; return its kernels."""
     from torch._subclasses import FakeTensorMode
     from torch.nn.attention import flex_attention as flex
 
     found = pretend(capability)
     dtype, shape, length = getattr(torch, precision), Shape("exemplar"), LONGEST_ROW["cuda"]
     width, softcap = shape.width, 10.0
+    kernel = attention.TRITON
+    if way == "flash":
+        kernel = replace(FLASH, query_block=QUERY_BLOCKS[capability // 10])
 
     def on_gpu(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="cuda")
@@ -138,43 +156,110 @@ def compile_layer(capability: int, precision: str, *, as_torch: bool) -> list[An
     attention.to_device = to_device
     # Blocks for the way back, which nothing here takes.
     flex._transpose_ordered = lambda number, index: (number, index)
-    if as_torch:
-        attention.FLOAT32_TILES = None
+    if way == "torch":
+        attention.FLOAT32_TILES = {}
     with FakeTensorMode(), torch.inference_mode():
         bias = on_gpu(length, dtype=torch.float32)
-        score_mod, mask = attention.packed_terms(bias, np.arange(0, length + 1, 2048), softcap)
-        if as_torch:
+        head_dim = width // HEADS
+        terms = attention.packed_terms(bias, np.arange(0, length + 1, 2048), softcap, head_dim, kernel)
+        if way == "torch":
 
             def score_mod(score: Any, *position: Any) -> Any:
                 *_, key = position
                 return softcap * torch.tanh((score + bias[key]) / softcap)
 
+            terms = score_mod, terms[1], 1 / math.sqrt(head_dim), {}
+
         vector, square = on_gpu(width), on_gpu(width, width)
         projection = model.QkvProjection(vector, vector, on_gpu(3 * width, width), None)
         weights = model.BlockWeights(square, vector, vector, vector, square, vector, square, vector)
         projected = on_gpu(length, width), on_gpu(length, 3 * width)
-        attend = attention.packed_attention, (score_mod, mask)
+        attend = attention.packed_attention, terms
         try:
             torch.compile(model.block, dynamic=False)(
-                projected, weights, projection, attend, 16, torch.nn.functional.gelu
+                projected, weights, projection, attend, HEADS, torch.nn.functional.gelu
             )
         except Compiled:
             return found
     raise AssertionError("nothing was compiled")
 
 
-def take_apart(kernel: Any) -> dict[str, Any]:
-    """Read an attention kernel's needs out of its machine code."""
+def compile_flash(capability: int) -> bytes:
+    """Compile attention with FlashAttention 4; return its machine code."""
+    import cutlass
+    from torch._inductor import async_compile
+    from torch._subclasses import FakeTensorMode
+
+    sources: list[str] = []
+
+    def keep(*named: Any, **_: Any) -> None:
+        sources.append(named[-1])
+
+    async_compile.AsyncCompile.cutedsl = keep
+    compile_layer(capability, "float16", "flash")
+    folder = Path(os.environ["CUTE_DSL_DUMP_DIR"])
+    (folder / "attention.py").write_text(sources[0])
+    space = runpy.run_path(str(folder / "attention.py"))
+    (function,) = (value for name, value in space.items() if name.endswith("_main"))
+    units = GPUS[capability][1]
+    cutlass.utils.HardwareInfo = lambda *_: SimpleNamespace(get_device_multiprocessor_count=lambda *_: units)
+    length, width = 8192, Shape("exemplar").width // HEADS
+    queries, keys = length // QUERY_BLOCKS[capability // 10], length // attention.MASK_BLOCK
+    with FakeTensorMode():
+
+        def on_gpu(*sizes: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(sizes, dtype=dtype, device="cuda")
+
+        q, k, v = (
+            part.transpose(0, 1)[None] for part in on_gpu(length, 3, HEADS, width, dtype=torch.float16).unbind(1)
+        )
+        out = on_gpu(1, length, HEADS, width, dtype=torch.float16).transpose(1, 2)
+        number, index = on_gpu(1, 1, queries), on_gpu(1, 1, queries, keys)
+        log_sum, bias = on_gpu(1, HEADS, length, dtype=torch.float32), on_gpu(length, dtype=torch.float32)
+        function(q, k, v, log_sum, number, index, number, index, bias, on_gpu(length), out, 0)
+    (found,) = folder.glob("*.cubin")
+    return found.read_bytes()
+
+
+def compile_pooling(capability: int) -> Any:
+    """Compile the kernel that sums the tokens of a cell, for half precision."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from census_tf_dagster.inference import pooling_kernel
+
+    types = {"values": "*fp16", "bounds": "*i64", "sums": "*fp32", "width": "i32"}
+    sizes = {"TOKENS": pooling_kernel.TOKENS, "WIDTH": pooling_kernel.WIDTH}
+    aligned = {(argument,): [["tt.divisibility", 16]] for argument in (0, 1, 2, 3)}
+    source = ASTSource(pooling_kernel.sum_kernel, types, sizes, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+def take_apart(cubin: bytes, scores: float | None) -> dict[str, Any]:
+    """Read what a kernel needs out of its machine code.
+
+    Parameters
+    ----------
+    cubin
+        The machine code.
+    scores
+        Scores that a thread computes in one step of the loop over keys; None: count no instructions.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, code = (
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
+    counted = {"registers": r"REG:(\d+)", "spilled": r"STACK:(\d+)"}
+    found: dict[str, Any] = {name: int(re.findall(pattern, usage)[0]) for name, pattern in counted.items()}
+    if scores is None:
+        return found
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     instructions = [(int(address, 16), text) for address, text in lines]
     loops = []
@@ -182,21 +267,33 @@ def take_apart(kernel: Any) -> dict[str, Any]:
         target = re.search(r"\bBRA.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < address:
             loops.append([text for at, text in instructions if int(target[1], 16) <= at <= address])
+    # Of the two loops over keys, that over whole blocks asks no mask: the shorter one. Each score takes an exponential.
+    whole = min((loop for loop in loops if sum("MUFU.EX2" in text for text in loop) >= scores), key=len)
+    found["instructions"] = len(whole) / scores
+    found["branches"] = sum(re.search(r"\bBRA\b", text) is not None for text in whole) / scores
+    return found
+
+
+def examine(capability: int, precision: str, way: str) -> dict[str, Any]:
+    """Compile one kernel and take it apart."""
+    if way == "flash":
+        # On Hopper, two groups of 128 threads share a tile of 128 x 128; on Blackwell, a thread has a query's 128 keys.
+        threads, scores = {9: (384, 64), 10: (512, 128)}[capability // 10]
+        return {"threads": threads, **take_apart(compile_flash(capability), scores)}
+    if way == "pooling":
+        kernel = compile_pooling(capability)
+    else:
+        kernels = compile_layer(capability, precision, way)
+        kernel = next(one for one in kernels if "flex_attention" in one.metadata.name)
     threads = kernel.metadata.num_warps * 32
-    counted = {"registers": r"REG:(\d+)", "spilled": r"STACK:(\d+)"}
-    found: dict[str, Any] = {name: int(re.findall(pattern, usage)[0]) for name, pattern in counted.items()}
-    found |= {"shared": kernel.metadata.shared, "threads": threads}
-    # Of the two loops over keys, that over whole blocks asks no mask: the shorter one. float32 has no tensor cores.
-    products = [loop for loop in loops if any(re.search(r"\bHG?MMA\b", text) for text in loop)]
-    if products:
-        whole = min(products, key=len)
+    scores = None
+    # float32 has no tensor cores: its loops are not comparable.
+    if way in ("ours", "torch") and precision == "float16":
         rows, keys = (
             int(re.findall(rf"{name}\s*:.*=\s*(\d+)", kernel.src.fn.src)[0]) for name in ("BLOCK_M", "BLOCK_N")
         )
         scores = rows * keys / threads
-        found["instructions"] = len(whole) / scores
-        found["branches"] = sum(re.search(r"\bBRA\b", text) is not None for text in whole) / scores
-    return found
+    return {"threads": threads, "shared": kernel.metadata.shared, **take_apart(kernel.asm["cubin"], scores)}
 
 
 def main() -> None:
@@ -207,8 +304,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.step:
         capability, precision, way = arguments.step
-        kernels = compile_layer(int(capability), precision, as_torch=way == "torch")
-        print(json.dumps(take_apart(next(one for one in kernels if "flex_attention" in one.metadata.name))))
+        print(json.dumps(examine(int(capability), precision, way)))
         return
     if not torch.version.cuda:
         parser.error(f"torch {torch.__version__} is not built for CUDA: install one that is (no GPU is needed)")
@@ -218,39 +314,40 @@ def main() -> None:
         build = ["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(stub)]
         subprocess.run(build, input=STUB, text=True, check=True)
         for capability in arguments.capabilities or ([90] if arguments.quick else list(GPUS)):
-            name, _, limit = GPUS[capability]
-            for precision in ("float16", "float32"):
-                for way in ("ours", "torch"):
-                    # A cache of its own: torch's does not tell GPUs without a driver apart.
-                    cache = f"{place}/{capability}-{precision}-{way}"
-                    env = {**os.environ, "LD_PRELOAD": str(stub), "TORCHINDUCTOR_CACHE_DIR": cache}
-                    env["TRITON_CACHE_DIR"] = f"{cache}/triton"
-                    step = [
-                        sys.executable,
-                        "-m",
-                        "benchmarks.inference.kernels",
-                        "--step",
-                        str(capability),
-                        precision,
-                        way,
-                    ]
-                    done = subprocess.run(step, env=env, capture_output=True, text=True)
-                    if done.returncode:
-                        raise RuntimeError(done.stderr[-6000:])
-                    found = json.loads(done.stdout.splitlines()[-1])
+            name, units, limit = GPUS[capability]
+            steps = [(precision, way) for precision in ("float16", "float32") for way in ("ours", "torch")]
+            if capability // 10 in QUERY_BLOCKS and importlib.util.find_spec("flash_attn"):
+                steps.append(("float16", "flash"))
+            for precision, way in [*steps, ("float16", "pooling")]:
+                # A cache of its own: torch's does not tell GPUs without a driver apart.
+                cache = Path(place) / f"{capability}-{precision}-{way}"
+                cache.mkdir()
+                env = {**os.environ, "LD_PRELOAD": str(stub), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+                env |= {"TRITON_CACHE_DIR": f"{cache}/triton", "CUTE_DSL_DUMP_DIR": str(cache)}
+                env |= {"CUTE_DSL_ARCH": f"sm_{capability}a", "FLASH_ATTENTION_ARCH": f"sm_{capability}"}
+                env |= {"FLASH_ATTENTION_NUM_SMS": str(units), "CUTE_DSL_KEEP_CUBIN": "1"}
+                module = [sys.executable, "-m", "benchmarks.inference.kernels"]
+                step = [*module, "--step", str(capability), precision, way]
+                done = subprocess.run(step, env=env, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(done.stderr[-6000:])
+                found = json.loads(done.stdout.splitlines()[-1])
+                shared = ""
+                if "shared" in found:
                     fits = "" if found["shared"] <= limit else ": more than there is"
-                    rows.append(
-                        [
-                            f"{name} (sm_{capability}), {precision}, {'ours' if way == 'ours' else 'as torch does it'}",
-                            f"{found['threads']} x {found['registers']}",
-                            f"{found['spilled']:,}",
-                            f"{found['shared'] / 1024:.0f} of {limit / 1024:.0f} KiB{fits}",
-                            f"{found['instructions']:.1f}; {found['branches']:.1f}" if "instructions" in found else "",
-                        ]
-                    )
-                    answers.append({"capability": capability, "precision": precision, "way": way, **found})
+                    shared = f"{found['shared'] / 1024:.0f} of {limit / 1024:.0f} KiB{fits}"
+                rows.append(
+                    [
+                        f"{name} (sm_{capability}), {precision}, {WAYS[way]}",
+                        f"{found['threads']} x {found['registers']}",
+                        f"{found['spilled']:,}",
+                        shared,
+                        f"{found['instructions']:.1f}; {found['branches']:.1f}" if "instructions" in found else "",
+                    ]
+                )
+                answers.append({"capability": capability, "precision": precision, "way": way, **found})
     print(f"torch {torch.__version__}, heads 128 wide, rows of {LONGEST_ROW['cuda']:,} tokens")
-    table(["attention kernel", "threads x registers", "spilled", "shared memory", "instructions; branches"], rows)
+    table(["kernel", "threads x registers", "spilled", "shared memory", "instructions; branches"], rows)
     if arguments.json:
         ours, theirs = (one["instructions"] for one in answers[:2])
         answer = {"ours": ours, "reference": theirs, "ratio": theirs / ours, "unit": "instructions a score"}

@@ -85,7 +85,7 @@ def _about(engine: Engine) -> Header:
     cuda = device.type == "cuda"
     return {
         "name": torch.cuda.get_device_name(device) if cuda else "CPU",
-        "attention": "FlexAttention" if cuda else "cell by cell",
+        "attention": engine.model.kernel.name if cuda else "cell by cell",
         "row_length": engine.row_length,
         "torch": torch.__version__,
     }

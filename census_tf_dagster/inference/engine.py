@@ -9,7 +9,7 @@ The forward pass belongs in `model`, the choice of cells for a row in `packing`.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.inference.attention import MASK_BLOCK
+from census_tf_dagster.inference.attention import MASK_BLOCK, TRITON
+from census_tf_dagster.inference.attention_choice import choose_kernel, first_line, without_flash
 from census_tf_dagster.inference.cell_errors import NonFiniteError
 from census_tf_dagster.inference.gpu import choose_device, is_lost, require_compiler, too_small
 from census_tf_dagster.inference.model import Model
@@ -156,11 +157,25 @@ class Engine:
 
         try:
             model, precision = load_model(prepared, genes, target)
-            engine = cls(model, precision, batch_size, load_wider if precision != "fp32" else None)
-            engine._warm_up()
+
+            def warm(model: Model) -> "Engine":
+                engine = cls(model, precision, batch_size, load_wider if precision != "fp32" else None)
+                engine._warm_up()
+                return engine
+
+            if target.type == "cpu":
+                return warm(model)
+            shape = model.shape
+            head_dim = shape.embed_dim // shape.num_heads
+            kernel = choose_kernel(target, model.table[0].dtype, shape.num_heads, head_dim, shape.softcap)
+            try:
+                return warm(replace(model, kernel=kernel))
+            except Exception as error:
+                if kernel is TRITON or is_lost(error) or isinstance(error, (torch.OutOfMemoryError, UserError)):
+                    raise
+                return warm(replace(model, kernel=without_flash(first_line(error))))
         except torch.OutOfMemoryError as error:
             raise too_small(target) from error.with_traceback(None)
-        return engine
 
     def embed(self, cells: PackedCells) -> npt.NDArray[np.float32]:
         """Embed cells and wait for the result.
@@ -355,8 +370,7 @@ def bytes_per_token(model: Model) -> int:
     """Estimate the bytes per token of a row: the largest set of activations that live at once."""
     dim, hidden = model.shape.embed_dim, model.shape.model_dim
     activations = 2 * 4 * dim + 3 * dim + 2 * hidden
-    pooling_in_float32 = 2 * (dim + hidden) * 4
-    return activations * model.table[0].element_size() + pooling_in_float32
+    return activations * model.table[0].element_size()
 
 
 def _seconds_between(began: "torch.cuda.Event | float", ended: "torch.cuda.Event | float") -> float:

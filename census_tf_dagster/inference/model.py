@@ -15,7 +15,6 @@ and are kept as a table. The last projection is linear, so tokens are pooled bef
 Attention belongs in `attention`, packing cells into rows in `packing`, loading weights in `prepared_checkpoint`.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,8 +24,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from census_tf_dagster.inference.attention import packed_attention, packed_terms, plain_attention, to_device
+from census_tf_dagster.inference.attention import (
+    TRITON,
+    PackedKernel,
+    compiled,
+    packed_attention,
+    packed_terms,
+    plain_attention,
+    to_device,
+)
 from census_tf_dagster.inference.packing import Row
+from census_tf_dagster.inference.pooling import pool
 from census_tf_dagster.inference.shape import ModelShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -111,6 +119,8 @@ class Model:
         Other weights of all layers.
     last_linear2
         A second copy of the last layer's last projection, in float32.
+    kernel
+        The attention kernel of packed rows.
     """
 
     shape: ModelShape
@@ -119,6 +129,7 @@ class Model:
     projections: tuple[QkvProjection, ...]
     blocks: tuple[BlockWeights, ...]
     last_linear2: Tensor
+    kernel: PackedKernel = TRITON
 
     @property
     def device(self) -> torch.device:
@@ -149,10 +160,11 @@ class Model:
         if row_length is None:
             attend = plain_attention, (bias, tuple(row.offsets.tolist()), self.shape.softcap)
         else:
-            attend = packed_attention, packed_terms(bias, row.offsets, self.shape.softcap)
+            head_dim = self.shape.embed_dim // self.shape.num_heads
+            attend = packed_attention, packed_terms(bias, row.offsets, self.shape.softcap, head_dim, self.kernel)
         functions: tuple[Callable[..., Projected], Callable[..., Projected]] = block, to_hidden
         if row_length is not None and self.device.type == "cuda":
-            functions = _compiled(block), _compiled(to_hidden)
+            functions = compiled(block), compiled(to_hidden)
         go_on, go_to_hidden = functions
         heads, activation = self.shape.num_heads, ACTIVATIONS[self.shape.activation]
         projected = F.embedding(tokens, self.table[0]), F.embedding(tokens, self.table[1])
@@ -161,26 +173,14 @@ class Model:
         last = self.blocks[-1]
         h, hidden = go_to_hidden(projected, last, attend, heads, activation)
 
-        cells = len(row.cells)
-        cell_of_token = np.repeat(np.arange(cells), np.diff(row.offsets))
-        # Tokens that are not pooled (assays, padding) are summed into an extra cell, which is dropped.
-        cell_of_token = np.where(row.tokens < self.pooled_from, cells, cell_of_token)
-        target = to_device(np.pad(cell_of_token, (0, padding), constant_values=cells), self.device)
-        h_sum, hidden_sum = (
-            torch.zeros(cells + 1, part.shape[1], device=self.device).index_add_(0, target, part.float())[:cells]
-            for part in (h, hidden)
-        )
-        summed = F.linear(hidden_sum, self.last_linear2) + h_sum
+        # An assay, which comes first in its cell, is not pooled.
+        first = row.offsets[:-1] + (row.tokens[row.offsets[:-1]] < self.pooled_from)
+        bounds = np.stack([first, row.offsets[1:]], axis=1)
+        summed = F.linear(pool(hidden, bounds), self.last_linear2) + pool(h, bounds)
         if last.linear2_bias is not None:
-            pooled = np.diff(row.offsets) - (row.tokens[row.offsets[:-1]] < self.pooled_from)
-            summed += to_device(pooled, self.device)[:, None] * last.linear2_bias.float()
+            pooled = to_device(bounds[:, 1] - bounds[:, 0], self.device)
+            summed += pooled[:, None] * last.linear2_bias.float()
         return summed / self.shape.seq_len
-
-
-@functools.cache
-def _compiled(function: Callable[..., Projected]) -> Callable[..., Projected]:
-    # Shapes are fixed, so each row length is compiled once, and all layers share one compilation.
-    return torch.compile(function, dynamic=False)
 
 
 def first_table(embeddings: Tensor, projection: QkvProjection, rows_at_once: int = 4096) -> Projected:

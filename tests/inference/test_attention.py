@@ -1,11 +1,13 @@
 """Packed attention equals plain attention, and its mask equals the rule evaluated at every pair."""
 
+import importlib.util
 import itertools
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,14 @@ from torch._dynamo.utils import counters
 from census_tf_dagster.inference import attention
 from census_tf_dagster.inference.attention import (
     MASK_BLOCK,
+    TRITON,
+    PackedKernel,
     mask_blocks,
     packed_attention,
     packed_terms,
     plain_attention,
 )
+from census_tf_dagster.inference.attention_choice import FLASH, QUERY_BLOCKS, TOLERANCE
 from tests.support.project import DEVICE, relative_errors
 
 HEADS, HEAD_DIM, SOFTCAP = 2, 16, 10.0
@@ -49,13 +54,17 @@ def rule(offsets: np.ndarray) -> np.ndarray:
     return (cell[:, None] == cell) & (position[:, None] >= position) & (cell >= 0)
 
 
+@pytest.mark.parametrize("query_block", [MASK_BLOCK, 2 * MASK_BLOCK, 3 * MASK_BLOCK])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_blocks_are_those_of_the_rule(lengths: list[int]) -> None:
+def test_blocks_are_those_of_the_rule(lengths: list[int], query_block: int) -> None:
     offsets = offsets_of(lengths)
-    blocks = LENGTH // MASK_BLOCK
-    pairs = rule(offsets).reshape(blocks, MASK_BLOCK, blocks, MASK_BLOCK)
+    blocks = -(-LENGTH // query_block)
+    # The last block of queries may reach beyond the row.
+    pairs = np.zeros((blocks * query_block, LENGTH), bool)
+    pairs[:LENGTH] = rule(offsets)
+    pairs = pairs.reshape(blocks, query_block, LENGTH // MASK_BLOCK, MASK_BLOCK)
     some, every = pairs.any(axis=(1, 3)), pairs.all(axis=(1, 3))
-    part_number, part_index, whole_number, whole_index = mask_blocks(offsets, LENGTH)
+    part_number, part_index, whole_number, whole_index = mask_blocks(offsets, LENGTH, query_block)
     for block in range(blocks):
         part = part_index[block, : part_number[block]].tolist()
         whole = whole_index[block, : whole_number[block]].tolist()
@@ -71,12 +80,12 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), bias.to(DEVICE)
 
 
-def compare(lengths: list[int], attend: Callable[..., Tensor], seed: int = 0) -> None:
+def compare(lengths: list[int], attend: Callable[..., Tensor], seed: int = 0, kernel: PackedKernel = TRITON) -> None:
     offsets = offsets_of(lengths)
     q, k, v, bias = inputs(seed)
     used = offsets[-1]
     expected = plain_attention(q[:used], k[:used], v[:used], bias[:used], tuple(offsets.tolist()), SOFTCAP)
-    found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP))
+    found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP, HEAD_DIM, kernel))
     assert relative_errors(found[:used].flatten(1).cpu().numpy(), expected.flatten(1).cpu().numpy()).max() < 3e-6
     assert (found[used:] == 0).all(), "padding sees no key and gets 0"
 
@@ -97,17 +106,48 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("query_block", [MASK_BLOCK, 2 * MASK_BLOCK, 3 * MASK_BLOCK])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_packed_is_plain(lengths: list[int]) -> None:
-    compare(lengths, packed_attention)
+def test_packed_is_plain(lengths: list[int], query_block: int) -> None:
+    compare(lengths, packed_attention, kernel=replace(TRITON, query_block=query_block))
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_without_softcap() -> None:
     q, k, v, bias = inputs()
     plain = plain_attention(q, k, v, bias, (0, 500, LENGTH), 0.0)
-    packed = packed_attention(q, k, v, *packed_terms(bias, np.array([0, 500, LENGTH]), 0.0))
+    packed = packed_attention(q, k, v, *packed_terms(bias, np.array([0, 500, LENGTH]), 0.0, HEAD_DIM))
     assert relative_errors(packed.flatten(1).cpu().numpy(), plain.flatten(1).cpu().numpy()).max() < 3e-6
+
+
+def flash_of_this_gpu() -> PackedKernel | None:
+    """Return FlashAttention 4's kernel if this GPU and this environment have it."""
+    if DEVICE == "cpu" or importlib.util.find_spec("flash_attn") is None:
+        return None
+    query_block = QUERY_BLOCKS.get(torch.cuda.get_device_capability()[0])
+    return replace(FLASH, query_block=query_block) if query_block else None
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flash", [False, True], ids=["triton", "flash"])
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
+def test_half_precision(lengths: list[int], flash: bool, dtype: torch.dtype) -> None:
+    """The same rows as in float32, with each kernel of this device."""
+    kernel = flash_of_this_gpu() if flash else TRITON
+    if kernel is None:
+        pytest.skip("FlashAttention 4 needs CENSUS_TF_TEST_DEVICE=cuda on Hopper or Blackwell, and flash-attn-4")
+    offsets = offsets_of(lengths)
+    *qkv, bias = inputs()
+    q, k, v = (part.to(dtype) for part in qkv)
+    used = offsets[-1]
+    cell = tuple(offsets.tolist())
+    expected = plain_attention(q[:used].float(), k[:used].float(), v[:used].float(), bias[:used], cell, SOFTCAP)
+    attend = packed_attention if DEVICE == "cpu" else attention.compiled(packed_attention)
+    found = attend(q, k, v, *packed_terms(bias, offsets, SOFTCAP, HEAD_DIM, kernel)).float()
+    errors = relative_errors(found[:used].flatten(1).cpu().numpy(), expected.flatten(1).cpu().numpy())
+    assert errors.max() <= TOLERANCE * torch.finfo(dtype).eps
+    assert (found[used:] == 0).all()
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="compiling for the CPU needs g++")

@@ -106,7 +106,7 @@ def test_what_a_device_reports(prepared: Path) -> None:
         about = _about(engine)
         assert engine.peak_bytes() == 5 * GIB + 1
     assert about["name"] == "GPU 1"
-    assert about["attention"] == "FlexAttention"
+    assert about["attention"] == "FlexAttention: Triton"
     assert about["row_length"] == 8 * 128
     assert machine.peak_of == [1]
 

@@ -45,6 +45,18 @@ def test_rows_of_any_kind_give_the_same(engine: Engine) -> None:
     assert engine.idle
 
 
+def test_the_same_cells_give_the_same_bits(engine: Engine) -> None:
+    packed = cells(30, seed=0)
+    assert np.array_equal(engine.embed(packed), engine.embed(packed))
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 5e-3), ("bf16", 4e-2)])
+def test_half_precision_is_near(engine: Engine, folder: Path, precision: str, bound: float) -> None:
+    packed = cells(30, seed=0)
+    half = load_engine(read_checkpoint(folder), GENES, precision)
+    assert relative_errors(half.embed(packed), one_by_one(engine, packed)).max() <= bound
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_padded_rows_give_the_same(engine: Engine) -> None:
     packed = cells(10, seed=1)

@@ -159,7 +159,7 @@ def test_control_packed_mask_off_fails(
 ) -> None:
     own = model_module.packed_terms
     monkeypatch.setattr(
-        model_module, "packed_terms", lambda bias, offsets, softcap: own(bias, offsets[[0, -1]], softcap)
+        model_module, "packed_terms", lambda bias, offsets, *others: own(bias, offsets[[0, -1]], *others)
     )
     assert relative_errors(embed_packed(read_checkpoint(checkpoint_folder)), reference).max() > 10 * BOUND
 

@@ -14,8 +14,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,9 +38,10 @@ MARK = "device_in_tests"
 class Machine:
     """Some GPUs, and the stream that all of them share."""
 
-    def __init__(self, gpus: int, free: int) -> None:
+    def __init__(self, gpus: int, free: int, capability: tuple[int, int]) -> None:
         self.gpus = gpus
         self.free = free
+        self.capability = capability
         self.current = 0
         self.used: set[int] = set()
         self.peak_of: list[int] = []
@@ -72,7 +74,8 @@ class Machine:
         return {"allocated_bytes": {"all": {"peak": 5 * GIB + index}}}
 
     def properties(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(name=f"GPU {index}", major=9, minor=0)
+        major, minor = self.capability
+        return SimpleNamespace(name=f"GPU {index}", major=major, minor=minor)
 
     def memory(self, index: int) -> tuple[int, int]:
         if not isinstance(index, int):
@@ -206,9 +209,20 @@ def event_of(machine: Machine) -> type:
     return Event
 
 
-def pretend(patch: pytest.MonkeyPatch, gpus: int, free: int = 70 * GIB) -> Machine:
-    """Let torch find some GPUs on this machine until `patch` is undone."""
-    machine = Machine(gpus, free)
+def pretend(
+    patch: pytest.MonkeyPatch,
+    gpus: int,
+    free: int = 70 * GIB,
+    capability: tuple[int, int] = (9, 0),
+    flash: bool = False,
+) -> Machine:
+    """Let torch find some GPUs on this machine until `patch` is undone, and flash-attn-4 if `flash` is true."""
+    machine = Machine(gpus, free, capability)
+    if flash:
+        for name in ("flash_attn", "flash_attn.cute"):
+            module = ModuleType(name)
+            module.__spec__, module.__path__ = ModuleSpec(name, None), []
+            patch.setitem(sys.modules, name, module)
     for name, double in {
         "_cuda_getDeviceCount": machine.count,
         "_has_cuda": True,
@@ -230,9 +244,12 @@ def pretend(patch: pytest.MonkeyPatch, gpus: int, free: int = 70 * GIB) -> Machi
         "Event": event_of(machine),
     }.items():
         patch.setattr(torch.cuda, name, double, raising=False)
-    # Kernels are not built here: layers run as they are, FlexAttention in its reference form.
-    patch.setattr(model_module, "_compiled", lambda function: function)
-    patch.setattr(attention, "flex_attention", _reference(attention.flex_attention))
+    # Kernels are not built here: layers run as they are, FlexAttention and pooling in their reference form.
+    for module in (attention, model_module):
+        patch.setattr(module, "compiled", lambda function: function)
+    patch.setattr(attention, "flex_attention", _reference(attention.flex_attention, machine))
+    kernel = SimpleNamespace(sum_of_tokens=lambda values, bounds: _sums(values, bounds))
+    patch.setitem(sys.modules, "census_tf_dagster.inference.pooling_kernel", kernel)
     # It calls vmap, whose tensors keep no marks.
     build = BlockMask.from_kv_blocks
     patch.setattr(BlockMask, "from_kv_blocks", lambda *arguments, **options: _plainly(build, *arguments, **options))
@@ -240,9 +257,16 @@ def pretend(patch: pytest.MonkeyPatch, gpus: int, free: int = 70 * GIB) -> Machi
     return machine
 
 
-def _reference(flex: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any, block_mask: Any, kernel_options: Any) -> Tensor:
-        del kernel_options
+def _sums(values: Tensor, bounds: Tensor) -> Tensor:
+    return torch.stack([values[start:stop].sum(0, dtype=torch.float32) for start, stop in bounds.tolist()])
+
+
+def _reference(flex: Callable[..., Tensor], machine: Machine) -> Callable[..., Tensor]:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any, block_mask: Any, scale: float, kernel_options: Any
+    ) -> Tensor:
+        if kernel_options.get("BACKEND") == "FLASH":
+            _refuse_as_flash(q, block_mask, machine.capability[0])
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch, _pop_mode_temporarily():
             warnings.simplefilter("ignore")
             # The compiler behind it would look for the GPU's generators and streams.
@@ -250,17 +274,44 @@ def _reference(flex: Callable[..., Tensor]) -> Callable[..., Tensor]:
             patch.setattr(torch.cuda, "_initialized", False)
             # Called directly, not traced for each row.
             patch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
-            found = flex(q, k, v, score_mod=score_mod, block_mask=block_mask)
+            found = flex(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale)
         return mark(found, device_of(q))
 
     return attend
 
 
+def _refuse_as_flash(q: Tensor, mask: BlockMask, major: int) -> None:
+    """Refuse what flash-attn-4 and torch's call of it refuse.
+
+    The rules and texts are those of `flash_attn/cute/interface.py` and `block_sparsity.py` (4.0.0b36), and of torch's
+    `_inductor/kernel/flex/flex_flash_attention.py` (2.13).
+    """
+    if "flash_attn.cute" not in sys.modules:
+        raise RuntimeError(
+            "BACKEND='FLASH' but flash attention cannot be used: CUTE flash attention library is not available. "
+        )
+    if mask.full_kv_num_blocks is None:
+        raise NotImplementedError("Flash attention with block mask but without full blocks is not supported yet")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise AssertionError("inputs must be float16, bfloat16, fp8 e4m3fn, or fp8 e5m2")
+    width = q.shape[-1]
+    if major not in (8, 12) and (width % 8 or not 8 <= width <= (256 if major == 9 else 128)):
+        raise AssertionError(f"(head_dim, head_dim_v)=({width}, {width}) is not supported on SM{major}0.")
+    if major == 8:
+        raise NotImplementedError("Custom user-provided score_mod is not supported on SM8x architectures.")
+    queries, keys = mask.BLOCK_SIZE
+    tile = 256 if major in (10, 11) else 128
+    if queries % tile:
+        raise ValueError(f"Block sparse tensors have block size {queries}, which must be a multiple of {tile}.")
+    if keys % 128 or (major == 9 and keys != 128):
+        raise ValueError("Block sparse tensors require BLOCK_SIZE_KV to be a multiple of 128.")
+
+
 @contextmanager
-def gpus_of_tests(count: int, free: int = 70 * GIB) -> Iterator[Machine]:
-    """Run a block on a machine with some GPUs."""
+def gpus_of_tests(count: int, free: int = 70 * GIB, **others: Any) -> Iterator[Machine]:
+    """Run a block on a machine with some GPUs; see `pretend`."""
     with pytest.MonkeyPatch.context() as patch:
-        machine = pretend(patch, count, free)
+        machine = pretend(patch, count, free, **others)
         with Devices(machine):
             yield machine
 
