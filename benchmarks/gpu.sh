@@ -55,7 +55,7 @@ else
     seconds=${LIMIT:-}
     engine=(--medians 1800 90 3500 --precisions fp16) upstream_mix=(--medians 1800 --precisions fp16)
     loop=(--cells 12288 --megabatches 3) reference=(--cells 1024 --megabatches 2) start=()
-    touch_tests=("$tests"/test_{engine,attention,non_finite,packing,equality_built}.py)
+    touch_tests=("$tests"/test_{engine,attention,attention_choice,pooling,non_finite,packing,equality_built}.py)
 fi
 failed=0
 
