@@ -20,7 +20,7 @@ GROUPS = {
     "matrix products": r"gemm|nvjet|cutlass|aten::(mm|bmm|addmm|baddbmm)\b",
     "layer norm": r"norm",
     "GELU": r"gelu",
-    "pooling": r"sum_kernel|index_add|index_reduce|segment|scatter|cumsum|pool",
+    "pooling": r"sum_kernel|aten::sum\b|index_add|index_reduce|segment|scatter|cumsum|pool",
     "copies and casts": r"copy|memcpy|memset|cast",
     "table lookup": r"index|gather|embedding",
 }
