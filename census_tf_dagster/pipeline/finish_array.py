@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from importlib.metadata import version
+from pathlib import PurePosixPath
 from typing import Any, get_args
 
 import yaml
@@ -141,6 +142,7 @@ def finish_array(
         context.store.write(context.folder.meta, _as_yaml(info))
     array.write_record(
         {
+            "checkpoint": PurePosixPath(context.settings.checkpoint).name,
             "plan": plan.totals.plan,
             "covered": verification.covered,
             "cells": verification.cells,

@@ -45,6 +45,7 @@ def test_whole_job_reads_back_in_a_fresh_process(project: Project) -> None:
     assert json.loads(stored.metadata["census_tf_identity"])["mod"] == 2
     record = json.loads(stored.metadata["census_tf_record"])
     assert (record["cells"], record["plan"]) == (len(planned), summary.totals.plan)
+    assert record["checkpoint"] == project.checkpoint.name
 
 
 def test_a_restarted_shard_does_only_what_is_missing(project: Project) -> None:
