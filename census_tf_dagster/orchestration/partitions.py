@@ -13,14 +13,12 @@ equal partitions in one run, so cells would be copied on a GPU node while the GP
 
 
 def shard_partitions(shards: int, dimension: str = "shard") -> dg.MultiPartitionsDefinition:
-    """Return release x shard. Shards are static, because a second dynamic dimension would break backfills."""
-    width = len(str(shards - 1))
-    return dg.MultiPartitionsDefinition(
-        {
-            "release": RELEASES,
-            dimension: dg.StaticPartitionsDefinition([f"{i:0{width}d}" for i in range(shards)]),
-        }
-    )
+    """Return release x shard. Shards are static, because a second dynamic dimension would break backfills.
+
+    A shard's key is its number without leading zeros, so that it stays the same when a set gets more shards.
+    """
+    keys = dg.StaticPartitionsDefinition([str(shard) for shard in range(shards)])
+    return dg.MultiPartitionsDefinition({"release": RELEASES, dimension: keys})
 
 
 with warnings.catch_warnings():

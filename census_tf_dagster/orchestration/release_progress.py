@@ -37,8 +37,7 @@ def observe_release(instance: dg.DagsterInstance, settings: SetSettings, release
     now = time.time()
     if any(now - at < RELEASE_EVERY_SECONDS for at, _, _ in _observations(instance, array, [release], 1)):
         return None
-    width = len(str(settings.shards - 1))
-    partitions = [f"{release}|{shard:0{width}d}" for shard in range(settings.shards)]
+    partitions = [f"{release}|{shard}" for shard in range(settings.shards)]
     done = {key: values["cells"] for key, values in _materialized(instance, shards, partitions)}
     running: dict[str, dict[str, Any]] = {}
     for at, key, values in _observations(instance, shards, partitions, 8 * settings.shards):

@@ -68,15 +68,20 @@ def test_partitions_map_both_ways_between_releases_and_shards() -> None:
     instance = dg.DagsterInstance.ephemeral()
     instance.add_dynamic_partitions(str(RELEASES.name), ["r1", "r2"])
     shards = shard_partitions(12)
-    r1 = {f"r1|{i:02d}" for i in range(12)}
+    r1 = {f"r1|{i}" for i in range(12)}
     up = BY_RELEASE.get_upstream_mapped_partitions_result_for_partitions(
         RELEASES.subset_with_partition_keys(["r1"]), RELEASES, shards, dynamic_partitions_store=instance
     )
     assert set(up.partitions_subset.get_partition_keys()) == r1
     down = BY_RELEASE.get_upstream_mapped_partitions_result_for_partitions(
-        shards.subset_with_partition_keys(["r1|03"]), shards, RELEASES, dynamic_partitions_store=instance
+        shards.subset_with_partition_keys(["r1|3"]), shards, RELEASES, dynamic_partitions_store=instance
     )
     assert set(down.partitions_subset.get_partition_keys()) == {"r1"}
+
+
+def test_more_shards_rename_no_shard() -> None:
+    few, many = (shard_partitions(shards).get_partitions_def_for_dimension("shard") for shards in (96, 1024))
+    assert many.get_partition_keys()[:96] == few.get_partition_keys()
 
 
 def test_definitions_load_without_the_data_plane() -> None:
