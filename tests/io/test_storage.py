@@ -141,7 +141,7 @@ def on_a_small_disk(project: Project) -> None:
     subprocess.run(["mount", "-o", "remount,size=40k", str(project.folder / "cache")], check=True)
     subprocess.run(["mount", "-o", "remount,rw", str(project.folder / "cache")], check=True)
     told("full: prepare", lambda: prepare(checkpoint, "fp32", project.folder / "cache"))
-    print("left behind:", [path.name for path in project.folder.glob("cache/*/*")])
+    print("left behind:", [path.name for path in project.folder.glob("cache/prepared/*")])
 
 
 def with_little_memory(project: Project) -> None:

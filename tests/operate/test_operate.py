@@ -356,7 +356,7 @@ def test_status_of_several_releases(idle: Operator) -> None:
     }"""
     partitions = {
         "obs_id_plan": [RELEASE, OTHER_RELEASES[0]],
-        "shard_embeddings": [f"{release}|{shard}" for release in (RELEASE, *OTHER_RELEASES) for shard in ("03", "10")],
+        "shard_embeddings": [f"{release}|{shard}" for release in (RELEASE, *OTHER_RELEASES) for shard in (3, 10)],
     }
     partitions["shard_embeddings"].append(f"{OTHER_RELEASES[1]}|11")
     for asset, keys in partitions.items():
