@@ -199,7 +199,7 @@ def _process(prepared: Path) -> "Iterator[subprocess.Popen[bytes]]":
     command = [sys.executable, "-m", "census_tf_dagster.inference.device_process", str(os.getpid())]
     # Reading and writing share the cores. Threads that spin while they wait would make them several times slower.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **kernel_folders(prepared), **os.environ}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)  # noqa: S603
+    process = _start(command, env)
     try:
         yield process
     finally:
@@ -208,6 +208,10 @@ def _process(prepared: Path) -> "Iterator[subprocess.Popen[bytes]]":
         process.wait()
         for pipe in (process.stdin, process.stdout):
             _pipe(pipe).close()
+
+
+def _start(command: list[str], env: dict[str, str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)  # noqa: S603
 
 
 def _message(process: "subprocess.Popen[bytes]") -> Header:

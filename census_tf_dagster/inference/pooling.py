@@ -32,4 +32,9 @@ def pool(values: Tensor, bounds: npt.NDArray[np.int64]) -> Tensor:
         from census_tf_dagster.inference.pooling_kernel import sum_of_tokens
 
         return sum_of_tokens(values, to_device(bounds, values.device))
+    return plain_sums(values, bounds)
+
+
+def plain_sums(values: Tensor, bounds: npt.NDArray[np.int64] | Tensor) -> Tensor:
+    """Sum the tokens of each cell without a kernel; see `pool`."""
     return torch.stack([values[start:stop].sum(0, dtype=torch.float32) for start, stop in bounds.tolist()])

@@ -17,7 +17,7 @@ from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
-    from census_tf_dagster.pipeline.context import PlannedContext, ReleaseContext
+    from census_tf_dagster.pipeline.context import Places, PlannedContext, ReleaseContext
 
 RUN_IS_OVER = 3
 """Exit status of a worker whose run has ended without it."""
@@ -95,7 +95,7 @@ def release_context(
     """Open the context of a release of a set, at the locations of the resources."""
     from census_tf_dagster.pipeline.context import open_context
 
-    with open_context(settings, **_places(release, census, store)) as opened:
+    with open_context(settings, _places(release, census, store)) as opened:
         yield opened
 
 
@@ -106,20 +106,15 @@ def planned_context(
     """Open what a run needs of a release of a set that copies cells: no checkpoint."""
     from census_tf_dagster.pipeline.context import open_planned
 
-    with open_planned(settings, **_places(release, census, store)) as opened:
+    with open_planned(settings, _places(release, census, store)) as opened:
         yield opened
 
 
-def _places(release: str, census: CensusResource, store: StoreResource) -> dict[str, Any]:
+def _places(release: str, census: CensusResource, store: StoreResource) -> "Places":
+    from census_tf_dagster.pipeline.context import Places
+
     census_uri, storage = census.place(release)
-    return {
-        "release": release,
-        "census_uri": census_uri,
-        "census": storage,
-        "store_uri": store.uri(),
-        "store": store.storage(),
-        "cache": store.cache_folder(),
-    }
+    return Places(release, census_uri, storage, store.uri(), store.storage(), store.cache_folder())
 
 
 @contextmanager

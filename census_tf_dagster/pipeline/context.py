@@ -44,23 +44,12 @@ class ReleaseContext(PlannedContext):
     cache: Path
 
 
-@contextmanager
-def open_context(
-    settings: SetSettings,
-    *,
-    release: str,
-    census_uri: str,
-    census: Storage,
-    store_uri: str,
-    store: Storage,
-    cache: Path,
-) -> Iterator[ReleaseContext]:
-    """Open Census and checkpoint, check them, and compute the identity.
+@dataclass(frozen=True)
+class Places:
+    """Where a release of a set lies.
 
-    Parameters
+    Attributes
     ----------
-    settings
-        The settings of the set.
     release
         Name of the release.
     census_uri, census
@@ -69,57 +58,32 @@ def open_context(
         Address of the store, and the storage that writes it. That storage also reads checkpoints on S3.
     cache
         Local folder for checkpoints from S3, prepared checkpoints, and compiled functions if necessary.
+    """
+
+    release: str
+    census_uri: str
+    census: Storage
+    store_uri: str
+    store: Storage
+    cache: Path
+
+
+@contextmanager
+def open_context(settings: SetSettings, places: Places) -> Iterator[ReleaseContext]:
+    """Open Census and checkpoint of a set, check them, and compute the identity.
 
     Raises
     ------
     UserError
         When something is missing or does not match; then nothing has been written.
     """
-    keep_below(cache)
-    with naming_lack_of_memory(), open_release(census_uri, settings.organism, census) as opened:
-        genes = opened.genes()
-        checkpoint = read_checkpoint(
-            fetch(settings.checkpoint, store, cache),
-            [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
-            cache,
-        )
-        if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
-            raise UserError(
-                f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
-                f"{settings.name} expects {settings.checkpoint_fingerprint}. Get the checkpoint from its publisher "
-                "again, or change `checkpoint_fingerprint` in the set's YAML."
-            )
-        _require_unique(opened, genes, checkpoint)
-        if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
-            raise UserError(
-                f"obs of {settings.organism} in {census_uri} lacks the column {checkpoint.aux_column!r}; expected it, "
-                f"because the checkpoint {settings.checkpoint} conditions on it: use a Census that has it, or another "
-                "checkpoint."
-            )
-        identity = identity_of(
-            settings,
-            census_uri,
-            opened.build_date,
-            gene_fingerprint=_gene_fingerprint(settings, genes, checkpoint),
-            checkpoint_fingerprint=checkpoint.fingerprint,
-            embedding_dim=checkpoint.shape.embed_dim,
-        )
-        folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
-        yield ReleaseContext(settings, release, identity, store, folder, opened, genes, checkpoint, cache)
+    with _opened(settings, places) as opened:
+        yield _whole(settings, places, opened)
 
 
 @contextmanager
-def open_planned(
-    settings: SetSettings,
-    *,
-    release: str,
-    census_uri: str,
-    census: Storage,
-    store_uri: str,
-    store: Storage,
-    cache: Path,
-) -> Iterator[PlannedContext]:
-    """Open a release that is planned, without its checkpoint; the parameters are those of `open_context`.
+def open_planned(settings: SetSettings, places: Places) -> Iterator[PlannedContext]:
+    """Open a release of a set that is planned, without its checkpoint.
 
     The identity is the one that the planner stored. If no plan of these settings states it, this opens everything, as
     `open_context` does.
@@ -129,25 +93,58 @@ def open_planned(
     UserError
         When the Census is missing, or as in `open_context`.
     """
-    with naming_lack_of_memory(), open_release(census_uri, settings.organism, census) as opened:
-        build_date = opened.build_date
-    identity = find_planned_identity(settings, release, census_uri, build_date, store_uri, store)
-    if identity is None:
-        with open_context(
-            settings,
-            release=release,
-            census_uri=census_uri,
-            census=census,
-            store_uri=store_uri,
-            store=store,
-            cache=cache,
-        ) as context:
-            yield context
-        return
-    keep_below(cache)
-    with naming_lack_of_memory():
-        folder = ReleaseFolder.of(store_uri, settings.name, release, identity)
-        yield PlannedContext(settings, release, identity, store, folder)
+    with _opened(settings, places) as opened:
+        identity = find_planned_identity(
+            settings, places.release, places.census_uri, opened.build_date, places.store_uri, places.store
+        )
+        if identity is None:
+            yield _whole(settings, places, opened)
+            return
+        folder = ReleaseFolder.of(places.store_uri, settings.name, places.release, identity)
+        yield PlannedContext(settings, places.release, identity, places.store, folder)
+
+
+@contextmanager
+def _opened(settings: SetSettings, places: Places) -> Iterator[OrganismRelease]:
+    keep_below(places.cache)
+    with (
+        naming_lack_of_memory(),
+        open_release(places.census_uri, settings.organism, places.census) as opened,
+    ):
+        yield opened
+
+
+def _whole(settings: SetSettings, places: Places, opened: OrganismRelease) -> ReleaseContext:
+    store, cache = places.store, places.cache
+    genes = opened.genes()
+    checkpoint = read_checkpoint(
+        fetch(settings.checkpoint, store, cache),
+        [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
+        cache,
+    )
+    if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
+        raise UserError(
+            f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
+            f"{settings.name} expects {settings.checkpoint_fingerprint}. Get the checkpoint from its publisher "
+            "again, or change `checkpoint_fingerprint` in the set's YAML."
+        )
+    _require_unique(opened, genes, checkpoint)
+    if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
+        raise UserError(
+            f"obs of {settings.organism} in {places.census_uri} lacks the column {checkpoint.aux_column!r}; expected "
+            f"it, because the checkpoint {settings.checkpoint} conditions on it: use a Census that has it, or another "
+            "checkpoint."
+        )
+    identity = identity_of(
+        settings,
+        places.census_uri,
+        opened.build_date,
+        gene_fingerprint=_gene_fingerprint(settings, genes, checkpoint),
+        checkpoint_fingerprint=checkpoint.fingerprint,
+        embedding_dim=checkpoint.shape.embed_dim,
+    )
+    folder = ReleaseFolder.of(places.store_uri, settings.name, places.release, identity)
+    return ReleaseContext(settings, places.release, identity, store, folder, opened, genes, checkpoint, cache)
 
 
 def _require_unique(release: OrganismRelease, genes: Genes, checkpoint: Checkpoint) -> None:

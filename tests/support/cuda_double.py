@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from census_tf_dagster.inference import attention
 from census_tf_dagster.inference import model as model_module
+from census_tf_dagster.inference.pooling import plain_sums
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -248,17 +249,13 @@ def pretend(
     for module in (attention, model_module):
         patch.setattr(module, "compiled", lambda function: function)
     patch.setattr(attention, "flex_attention", _reference(attention.flex_attention, machine))
-    kernel = SimpleNamespace(sum_of_tokens=lambda values, bounds: _sums(values, bounds))
+    kernel = SimpleNamespace(sum_of_tokens=plain_sums)
     patch.setitem(sys.modules, "census_tf_dagster.inference.pooling_kernel", kernel)
     # It calls vmap, whose tensors keep no marks.
     build = BlockMask.from_kv_blocks
     patch.setattr(BlockMask, "from_kv_blocks", lambda *arguments, **options: _plainly(build, *arguments, **options))
     patch.setenv("CC", "true")
     return machine
-
-
-def _sums(values: Tensor, bounds: Tensor) -> Tensor:
-    return torch.stack([values[start:stop].sum(0, dtype=torch.float32) for start, stop in bounds.tolist()])
 
 
 def _reference(flex: Callable[..., Tensor], machine: Machine) -> Callable[..., Tensor]:
