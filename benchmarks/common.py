@@ -21,6 +21,7 @@ import scipy.sparse
 from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
+from census_tf_dagster.identity import Identity
 
 VOCABULARIES = {"sapiens": 23_829, "exemplar": 110_290, "metazoa": 247_388}
 UPSTREAM = ".venv-upstream/bin/transcriptformer"
@@ -203,6 +204,11 @@ def thread_environment(threads: int) -> dict[str, str]:
     """Return this process's environment, with the libraries' thread pools set."""
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     return {**os.environ, **dict.fromkeys(pools, str(threads))}
+
+
+def array_identity(storage_precision: str, features: int) -> Identity:
+    """Return the identity of an array with made-up values."""
+    return Identity("u", "d", "o", None, 1, "census", "g", "c", "fp16", storage_precision, features)
 
 
 def arguments_parser(doc: str | None, quick: str) -> argparse.ArgumentParser:

@@ -15,8 +15,7 @@ from unittest import mock
 import numpy as np
 import tiledbsoma
 
-from benchmarks.common import arguments_parser, table
-from census_tf_dagster.identity import Identity
+from benchmarks.common import arguments_parser, array_identity, table
 from census_tf_dagster.io import storage as storage_module
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store import array as array_module
@@ -30,7 +29,7 @@ FILTERS = {"none": "NoOpFilter", "MD5": "ChecksumMD5Filter", "SHA-256": "Checksu
 def work(filter_type: str, values: np.ndarray) -> tuple[float, float]:
     """Write values with a filter and read them; return the microseconds of CPU a cell of both."""
     ids = np.arange(len(values), dtype=np.int64)
-    identity = Identity("u", "d", "o", None, 1, "census", "g", "c", "fp16", "bfloat16", FEATURES)
+    identity = array_identity("bfloat16", FEATURES)
     with (
         tempfile.TemporaryDirectory() as place,
         mock.patch.object(array_module, "_SHA256", {"_type": filter_type}),

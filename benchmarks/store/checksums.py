@@ -23,7 +23,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import VOCABULARIES, arguments_parser, peak_gib, spread, table
+from benchmarks.common import VOCABULARIES, arguments_parser, array_identity, peak_gib, spread, table
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.division import divide
 from census_tf_dagster.census.plan import plan_totals, with_checksums, write_plan
@@ -31,7 +31,6 @@ from census_tf_dagster.census.release import open_release
 from census_tf_dagster.demo.census import build_census
 from census_tf_dagster.demo.checkpoint import build_checkpoint
 from census_tf_dagster.demo.synthetic import KNOWN_ASSAYS, synthetic_organism
-from census_tf_dagster.identity import Identity
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.io.storage import Storage
@@ -57,7 +56,7 @@ def build(place: Path, cells: int, genes: int) -> None:
 def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[str, float]:
     """Do a shard's work one way; return CPU seconds and the peak memory of this process."""
     storage = Storage()
-    identity = Identity("u", "d", "o", None, 1, "census", "g", "c", "fp16", "bfloat16", FEATURES)
+    identity = array_identity("bfloat16", FEATURES)
     folder = ReleaseFolder.of(f"{place}/store-{way}-{round_}", "s", "r", identity)
     joinids = np.arange(cells, dtype=np.int64)
     batches = with_checksums(divide(joinids, np.full(cells, 1800, np.int32), 1, megabatch).megabatches, joinids)

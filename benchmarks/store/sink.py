@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import array_identity
 from benchmarks.reference_workflow import create_array, write_coo
-from census_tf_dagster.identity import Identity
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
 
@@ -53,7 +53,7 @@ def main() -> None:
 
         def ours(name: str) -> Callable[[str], None]:
             def write(uri: str) -> None:
-                identity = Identity("u", "d", "o", None, 1, "census", "g", "c", "fp32", name, FEATURES)
+                identity = array_identity(name, FEATURES)
                 array = EmbeddingsArray.create(uri, storage, identity, cells)
                 array.write(joinids, round_to_bfloat16(values) if name == "bfloat16" else values)
 

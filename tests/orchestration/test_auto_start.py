@@ -16,7 +16,7 @@ from census_tf_dagster.operate.runs import QUEUED, RUNNING, Run, fetch_runs, mat
 from census_tf_dagster.operate.status import ReleaseStatus, release_statuses
 from tests.support.builders import value_of
 from tests.support.deployment import Operator, running_locally, until
-from tests.support.project import RELEASE, REPOSITORY, Project, read_array
+from tests.support.project import RELEASE, Project, read_array
 from tests.support.release_directory import directory_server, entry
 from tests.support.releases import EARLIER, TwoReleases, two_releases, verify_earlier
 
@@ -145,7 +145,7 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with directory_server() as server:
         folder = tmp_path_factory.mktemp("auto")
-        env = {"CENSUS_TF_CENSUS": "public", "CENSUS_TF_CENSUS_DIRECTORY": server.url, "PYTHONPATH": str(REPOSITORY)}
+        env = {"CENSUS_TF_CENSUS": "public", "CENSUS_TF_CENSUS_DIRECTORY": server.url}
         project = Project(folder, env)
         releases = two_releases(project, shards=SHARDS, megabatch_size=CELLS)
         for name, rule in AUTOMATIC.items():

@@ -17,6 +17,7 @@ from dagster_aws.ecs import EcsRunLauncher
 from census_tf_dagster.orchestration.sensors import lost_runs
 from census_tf_dagster.orchestration.sensors.lost_runs import START_FAULT, TASK_TAG, ask_for_nodes_again
 from tests.support.ecs_double import TARGET, EcsDouble, Task
+from tests.support.launching import job
 
 REPORTS_SIGTERM = """
 import signal, time
@@ -124,16 +125,6 @@ def launched_by(launcher: RunLauncher) -> Iterator[dg.DagsterInstance]:
         mock.patch.object(type(instance), "run_launcher", new_callable=mock.PropertyMock, return_value=launcher),
     ):
         yield instance
-
-
-@dg.op
-def nothing() -> None:
-    pass
-
-
-@dg.job
-def job() -> None:
-    nothing()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from census_tf_dagster.orchestration.sensors.lost_runs import (
 )
 from tests.support.builders import tiny
 from tests.support.deployment import Operator, running, until
-from tests.support.project import RELEASE, REPOSITORY, Project, read_array
+from tests.support.project import RELEASE, Project, read_array
 
 pytestmark = pytest.mark.takes(250)
 
@@ -291,8 +291,7 @@ def switch(operator: Operator, *, on: bool) -> None:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    quick = Project(tmp_path_factory.mktemp("lost"), {"PYTHONPATH": str(REPOSITORY)})
-    project = tiny(quick, cells=CELLS, shards=2, megabatch_size=1)
+    project = tiny(Project(tmp_path_factory.mktemp("lost")), cells=CELLS, shards=2, megabatch_size=1)
     home = Path(project.env["DAGSTER_HOME"])
     (home / "dagster.yaml").write_text(INSTANCE.replace("max_concurrent_runs: 1", "max_concurrent_runs: 2"))
     assert project.command("release", "add", RELEASE).returncode == 0

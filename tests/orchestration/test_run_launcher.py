@@ -25,20 +25,11 @@ from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_runs, d
 from tests.support.helm_chart import instance_of
 from tests.support.k8s_deployment import CONTROL_IMAGE, read_values
 from tests.support.k8s_double import KubernetesDouble, eks_node, outside_of_the_cluster, serving
+from tests.support.launching import job
 from tests.support.placements import PLACEMENT, TAGS
 
 FITS = "g6e.2xlarge"
 LABELS = PLACEMENT["kubernetes"]["nodes"]["spot"]["node_selector"]
-
-
-@dg.op
-def nothing() -> None:
-    pass
-
-
-@dg.job
-def job() -> None:
-    nothing()
 
 
 @dataclass

@@ -115,7 +115,6 @@ def doubles(project: Project) -> Iterator[EcsDouble]:
         ecs = stack.enter_context(serving(double))
         project.env |= stack.enter_context(postgres()) | aws_env(moto, ecs)
         project.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{project.env['PATH']}"
-        project.env["PYTHONPATH"] = str(REPOSITORY)
         declare(project.folder / "sets")
         write_dagster_yaml(project.folder / "dagster_home")
         yield double

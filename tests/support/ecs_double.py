@@ -16,11 +16,11 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from tests.support.fork_server import ForkedProcess
+from tests.support.http_server import QuietHandler, served
 
 TARGET = "AmazonEC2ContainerServiceV20141113."
 Call = dict[str, Any]
@@ -150,23 +150,14 @@ class EcsDouble:
 def serving(double: EcsDouble) -> Iterator[str]:
     """Serve the double, and yield its address."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             status, content = double.answer(dict(self.headers), self.path, body)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/x-amz-json-1.1")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            self.reply(status, "application/x-amz-json-1.1", content)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            double.end()
+    try:
+        with served(Handler) as port:
+            yield f"http://127.0.0.1:{port}"
+    finally:
+        double.end()

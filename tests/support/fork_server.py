@@ -93,19 +93,23 @@ class ForkServer:
             time.sleep(0.02)
 
 
+OF_RUNS = (
+    "cellxgene_census",
+    "census_tf_dagster.definitions",
+    "census_tf_dagster.pipeline.embed_shard",
+    "census_tf_dagster.pipeline.finish_array",
+    "census_tf_dagster.pipeline.plan_release",
+    "tests.support.warm_devices",
+)
+"""What the run of an asset imports."""
 OURS = ForkServer(
     "ours",
     (
-        "cellxgene_census",
+        *OF_RUNS,
         "census_tf_dagster.cli",
-        "census_tf_dagster.definitions",
         "census_tf_dagster.inference.engine",
-        "census_tf_dagster.pipeline.embed_shard",
-        "census_tf_dagster.pipeline.finish_array",
-        "census_tf_dagster.pipeline.plan_release",
         "dagster._cli.api",
         "dagster_aws.components",
-        "tests.support.warm_devices",
     ),
 )
 

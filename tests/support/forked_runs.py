@@ -7,17 +7,10 @@ import multiprocessing
 
 import dagster._grpc.server as dagster_server
 
+from tests.support.fork_server import OF_RUNS
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "cellxgene_census",
-        "census_tf_dagster.definitions",
-        "census_tf_dagster.pipeline.embed_shard",
-        "census_tf_dagster.pipeline.finish_array",
-        "census_tf_dagster.pipeline.plan_release",
-        "tests.support.warm_devices",
-    ]
-)
+_context.set_forkserver_preload([*OF_RUNS])
 _start_run = dagster_server.DagsterApiServer.StartRun
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -27,6 +26,7 @@ from census_tf_dagster.config.node_types import (
     NODE_TYPES,
     allocatable_on_eks,
 )
+from tests.support.http_server import QuietHandler, served
 
 Object = dict[str, Any]
 
@@ -238,7 +238,7 @@ def _selected(one: Object, query: Mapping[str, str]) -> bool:
 def serving(double: KubernetesDouble) -> Iterator[str]:
     """Serve the double, and yield its address."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def respond(self) -> None:
             with double.lock:
                 reset = double.resets > 0
@@ -252,24 +252,12 @@ def serving(double: KubernetesDouble) -> Iterator[str]:
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, content = double.answer(self.command, url.path, query, json.loads(body or b"{}"))
-            encoded = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(encoded)))
-            self.end_headers()
-            self.wfile.write(encoded)
+            self.reply(status, "application/json", json.dumps(content).encode())
 
         do_GET = do_POST = do_DELETE = respond
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    with served(Handler) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def outside_of_the_cluster(folder: Path, address: str) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from threading import Event
 from typing import Any
+
+from tests.support.http_server import QuietHandler, served
 
 
 def entry(build: str, uri: str = "", *, lts: bool = True, **more: Any) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def directory_server() -> Iterator[DirectoryServer]:
     """Serve until the end of the block."""
     state = DirectoryServer()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             state.looks += 1
             if state.silent:
@@ -72,17 +73,8 @@ def directory_server() -> Iterator[DirectoryServer]:
                     self.wfile.write(bytes([byte]))
                     state.over.wait(state.pause)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        state.port = server.server_port
-        thread = Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with served(Handler) as state.port:
         try:
             yield state
         finally:
             state.over.set()
-            server.shutdown()
-            thread.join()
