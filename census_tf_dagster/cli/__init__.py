@@ -6,6 +6,7 @@ belong here.
 """
 
 import argparse
+import resource
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,14 @@ def _list_of_commands(commands: Commands) -> str:
     )
 
 
+def _lacks_memory(error: BaseException) -> bool:
+    """Tell whether Python got no memory, or could not load a library in a process whose address space is limited."""
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    # The loader's errors have no number; those of files have one.
+    loading = getattr(error, "errno", None) is None and not isinstance(error, ModuleNotFoundError)
+    return isinstance(error, MemoryError) or (limited and loading)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = build_parser().parse_args(argv)
@@ -63,11 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, DirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except MemoryError:
+    except (MemoryError, ImportError, OSError) as error:
         # It may come from an import, before any module can name it.
+        if not _lacks_memory(error):
+            raise
+        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         print(
-            "error: this process got no more memory; expected a few GB: give the machine more, or raise its limit "
-            "(`ulimit -v`, the container's memory).",
+            f"error: this process got no more memory ({why}); expected a few GB: give the machine more, or raise its "
+            "limit (`ulimit -v`, the container's memory).",
             file=sys.stderr,
         )
         return 1
