@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -94,7 +94,8 @@ def seconds_after_kill(worker: "subprocess.Popen[str]") -> float:
         return time.monotonic() - began
     finally:
         for pid in filter(alive, found):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_while_a_native_call_keeps_pythons_lock(prepared: Path, stuck_import: str, tmp_path: Path) -> None:

@@ -175,8 +175,10 @@ class ForkedProcess:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
+        # A process may have ended before its status arrives here.
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
