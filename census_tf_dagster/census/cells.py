@@ -3,7 +3,7 @@
 Turning counts into tokens belongs in `inference.tokens`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,35 +100,62 @@ def read_cells(
     stored, expressed = np.zeros((2, len(joinids)), np.int64)
     for row, (_, _, values) in zip(rows, tables, strict=True):
         _count(row, values, stored, expressed)
-    reasons: dict[int, str] = {}
-
-    def set_aside(wrong: npt.NDArray[np.bool_], why: Callable[[int], str]) -> None:
-        for row in np.flatnonzero(wrong).tolist():
-            reasons.setdefault(row, why(row))
-
     # This finds a Census that was copied in part or written twice. The Census builder counts stored values, which may
     # include zeros, so fewer expressed genes than obs states are not an error.
     stated = obs[NNZ].to_numpy() if release.has_nnz else expressed
-    set_aside(
-        (expressed > stated) | ((expressed == 0) & (stated > 0)),
-        lambda row: f"X/{LAYER} holds {expressed[row]} counts, and obs.{NNZ} states {stated[row]}",
-    )
+    reasons = {
+        row: f"X/{LAYER} holds {expressed[row]} counts, and obs.{NNZ} states {stated[row]}"
+        for row in np.flatnonzero((expressed > stated) | ((expressed == 0) & (stated > 0))).tolist()
+    }
     indptr = np.concatenate([[0], np.cumsum(stored)])
     columns, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
     filled = indptr[:-1].copy()
     for row, (_, genes, values) in zip(rows, tables, strict=True):
         _scatter(row, genes, values, filled, columns, counts)
-    set_aside(_sort_rows(indptr, columns, counts), lambda _: f"X/{LAYER} holds a gene twice")
+    assays = obs[assay_column].to_pylist()
+    return check_counts(joinids, indptr, columns, counts, assays, f"X/{LAYER}", reasons, whole_counts=whole_counts)
+
+
+def check_counts(
+    joinids: npt.NDArray[np.int64],
+    indptr: npt.NDArray[np.int64],
+    columns: npt.NDArray[np.int32],
+    counts: npt.NDArray[np.float32],
+    assays: Sequence[str],
+    where: str,
+    reasons: Mapping[int, str] | None = None,
+    *,
+    whole_counts: bool = False,
+) -> Cells:
+    """Sort each cell's counts by column, in place, and set aside cells whose counts cannot be right.
+
+    Parameters
+    ----------
+    joinids, indptr, columns, counts, assays
+        As in `Cells`, with the columns in any order.
+    where
+        The matrix, for the reasons.
+    reasons
+        Reasons to set cells aside that are known already, by row.
+    whole_counts
+        Whether to set aside also cells with counts that are not whole numbers.
+    """
+    found = dict(reasons or {})
+
+    def set_aside(wrong: npt.NDArray[np.bool_], why: Callable[[int], str]) -> None:
+        for row in np.flatnonzero(wrong).tolist():
+            found.setdefault(row, why(row))
+
+    set_aside(_sort_rows(indptr, columns, counts), lambda _: f"{where} holds a gene twice")
     impossible, fractional = _check_counts(indptr, counts)
-    set_aside(impossible >= 0, lambda row: f"X/{LAYER} holds {counts[impossible[row]]!s}, which is not a count")
+    set_aside(impossible >= 0, lambda row: f"{where} holds {counts[impossible[row]]!s}, which is not a count")
     if whole_counts:
         set_aside(
-            fractional >= 0, lambda row: f"X/{LAYER} holds {counts[fractional[row]]!s}, which is not a whole number"
+            fractional >= 0, lambda row: f"{where} holds {counts[fractional[row]]!s}, which is not a whole number"
         )
     kept = np.ones(len(joinids), np.bool_)
-    kept[list(reasons)] = False
-    assays = obs[assay_column].to_pylist()
-    if reasons:
+    kept[list(found)] = False
+    if found:
         of_kept = np.repeat(kept, np.diff(indptr))
         columns, counts = columns[of_kept], counts[of_kept]
         indptr = np.concatenate([[0], np.cumsum(np.diff(indptr)[kept])])
@@ -139,7 +166,7 @@ def read_cells(
         columns=columns,
         values=counts,
         assays=tuple(assays),
-        set_aside={int(joinids[row]): why for row, why in sorted(reasons.items())},
+        set_aside={int(joinids[row]): why for row, why in sorted(found.items())},
         fractional=int(np.count_nonzero((fractional >= 0) & kept)),
     )
 

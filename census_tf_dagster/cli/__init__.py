@@ -10,7 +10,7 @@ import resource
 import sys
 from collections.abc import Sequence
 
-from census_tf_dagster.cli import look_after_arrays, run_releases, try_it
+from census_tf_dagster.cli import embed_cells, look_after_arrays, run_releases, try_it
 from census_tf_dagster.cli.parsing import PROGRAM, Commands
 from census_tf_dagster.errors import INTERRUPTED, DirectoryError, UserError
 
@@ -18,6 +18,7 @@ GROUPS = {
     "try it": ("demo", "check", "canary"),
     "run releases": ("release", "launch", "approve", "status"),
     "look after arrays": ("verify", "inspect", "prune", "remove"),
+    "embed other cells": ("embed",),
 }
 """The titles and commands of the list in ``--help``, in its order."""
 
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, prog=parser.prog, metavar="COMMAND", help=argparse.SUPPRESS
     )
-    for group in (try_it, run_releases, look_after_arrays):
+    for group in (try_it, run_releases, look_after_arrays, embed_cells):
         group.add_commands(commands)
     parser.epilog = _list_of_commands(commands)
     return parser

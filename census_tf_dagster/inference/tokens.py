@@ -67,13 +67,17 @@ class Tokenizer:
 
     @classmethod
     def build(cls, gene_ids: Sequence[str], checkpoint: Checkpoint, gene_order: GeneOrder = "census") -> "Tokenizer":
-        """Assign the rows of the embedding table for a gene axis."""
+        """Assign the rows of the embedding table for a gene axis; see `genes_in_order`."""
+        return cls.over(gene_ids, genes_in_order(gene_ids, checkpoint, gene_order), checkpoint)
+
+    @classmethod
+    def over(cls, gene_ids: Sequence[str], known: Sequence[str], checkpoint: Checkpoint) -> "Tokenizer":
+        """Assign the rows of the embedding table for a gene axis, of which the genes `known` get a token, in order."""
         start_row = len(checkpoint.aux_vocab)
-        known = genes_in_order(gene_ids, checkpoint, gene_order)
         row_of_gene = {gene: start_row + 1 + i for i, gene in enumerate(known)}
         return cls(
             row_of_column=np.array([row_of_gene.get(gene, -1) for gene in gene_ids], dtype=np.int32),
-            known_genes=known,
+            known_genes=tuple(known),
             # Upstream masks by number, so it also masks an assay that has the number of `unknown`.
             assay_rows={
                 assay: row for assay, row in checkpoint.aux_vocab.items() if row != checkpoint.aux_vocab[UNKNOWN]
@@ -81,7 +85,7 @@ class Tokenizer:
             start_row=start_row,
             seq_len=checkpoint.shape.seq_len,
             eps=checkpoint.shape.log_counts_eps,
-            reorders=gene_order == "vocabulary" and known != genes_in_order(gene_ids, checkpoint, "census"),
+            reorders=tuple(known) != tuple(gene for gene in gene_ids if gene in row_of_gene),
         )
 
     def __call__(self, cells: Cells) -> PackedCells:

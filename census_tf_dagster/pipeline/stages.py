@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from census_tf_dagster.census.cells import Cells, read_cells
 from census_tf_dagster.census.plan import Megabatch
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.inference.checkpoint import Checkpoint
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import Device, Embedded, open_devices
 from census_tf_dagster.inference.packing import PackedCells
@@ -172,9 +174,59 @@ class _Line:
             return found
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """What turns counts into embeddings.
+
+    Attributes
+    ----------
+    checkpoint, tokenizer
+        The model, and the tokenizer for the gene axis of the counts.
+    precision, device, batch_size
+        As in `SetSettings`: compute_precision, device, batch_size.
+    cache
+        Local folder for the prepared checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    precision: str
+    device: str
+    batch_size: int | None
+    cache: Path
+
+
 @contextmanager
 def outcomes(
     context: ReleaseContext, todo: Sequence[Megabatch], ids: Sequence[Ids], times: Times, processes: int | None = None
+) -> Iterator[Iterator[Outcome]]:
+    """Run all stages for megabatches of a release, as `run_stages` does; `ids` are the joinids of each."""
+    settings = context.settings
+    embedding = Embedding(
+        context.checkpoint,
+        Tokenizer.build(context.genes.ids, context.checkpoint, settings.gene_order),
+        settings.compute_precision,
+        settings.device,
+        settings.batch_size,
+        context.cache,
+    )
+    whole_counts = settings.fractional_counts == "set_aside"
+
+    def read(key: int) -> Cells:
+        # An error that is not a UserError comes from the storage, not from these cells.
+        return read_cells(context.release, ids[key], context.checkpoint.aux_column, whole_counts=whole_counts)
+
+    with run_stages(embedding, todo, read, times, processes) as results:
+        yield results
+
+
+@contextmanager
+def run_stages(
+    embedding: Embedding,
+    todo: Sequence[Megabatch],
+    read_megabatch: Callable[[int], Cells],
+    times: Times,
+    processes: int | None = None,
 ) -> Iterator[Iterator[Outcome]]:
     """Run all stages for these megabatches; yield an iterator of results, in any order, one per megabatch.
 
@@ -182,10 +234,11 @@ def outcomes(
 
     Parameters
     ----------
-    context
-        The opened set and release.
-    todo, ids
-        The megabatches, and the joinids of each.
+    embedding
+        What turns counts into embeddings.
+    todo, read_megabatch
+        The megabatches, and the function that reads the cells of the one at a position of `todo`. A `UserError` that
+        it raises concerns these cells only; they are tried again. Any other error stops all stages.
     times
         Measurements; filled while the stages run.
     processes
@@ -202,7 +255,7 @@ def outcomes(
     read: queue.Queue[tuple[int, Cells]] = queue.Queue(maxsize=1)
     tokenized: queue.Queue[tuple[int, PackedCells]] = queue.Queue(maxsize=1)
     results: queue.Queue[tuple[Outcome, Device | None]] = queue.Queue(maxsize=1)
-    tokenizer = Tokenizer.build(context.genes.ids, context.checkpoint, context.settings.gene_order)
+    nothing = np.empty((0, embedding.checkpoint.shape.embed_dim), np.float32)
 
     def put(target: "queue.Queue[Any]", item: object, time_of: StageTime | None = None) -> None:
         line.wait(lambda: target.put(item, timeout=POLL_SECONDS), time_of)
@@ -210,20 +263,14 @@ def outcomes(
     sent: dict[int, _Sent] = {}
 
     def fail(key: int, error: Exception | str) -> None:
-        put(results, (Outcome(todo[key], NO_IDS, _no_embeddings(context), failure=str(error)), None))
+        put(results, (Outcome(todo[key], NO_IDS, nothing, failure=str(error)), None))
 
     def read_all() -> None:
-        for key, joinids in enumerate(ids):
+        for key in range(len(todo)):
             for attempt in range(1, TRIES + 1):
                 began = time.monotonic()
                 try:
-                    # An error that is not a UserError comes from the storage, not from these cells.
-                    cells = read_cells(
-                        context.release,
-                        joinids,
-                        context.checkpoint.aux_column,
-                        whole_counts=context.settings.fractional_counts == "set_aside",
-                    )
+                    cells = read_megabatch(key)
                 except UserError as error:
                     if attempt == TRIES:
                         fail(key, error)
@@ -233,8 +280,7 @@ def outcomes(
                 if len(cells.joinids):
                     put(read, (key, cells), times.stages["read"])
                 else:
-                    nothing = Outcome(todo[key], NO_IDS, _no_embeddings(context), set_aside=cells.set_aside)
-                    put(results, (nothing, None))
+                    put(results, (Outcome(todo[key], NO_IDS, nothing, set_aside=cells.set_aside), None))
                 break
 
     def tokenize_all() -> None:
@@ -242,7 +288,7 @@ def outcomes(
             key, cells = line.wait(lambda: read.get(timeout=POLL_SECONDS), times.stages["tokens"])
             began = time.monotonic()
             try:
-                packed = tokenizer(cells)
+                packed = embedding.tokenizer(cells)
             except Exception as error:
                 fail(key, f"{type(error).__name__}: {error}")
                 continue
@@ -260,7 +306,7 @@ def outcomes(
         while True:
             answer = device.receive()
             times.count(number, answer.counters)
-            put(results, (_outcome(todo[answer.key], sent.pop(answer.key), answer, _no_embeddings(context)), device))
+            put(results, (_outcome(todo[answer.key], sent.pop(answer.key), answer, nothing), device))
 
     def iter_results() -> Iterator[Outcome]:
         for _ in todo:
@@ -270,17 +316,15 @@ def outcomes(
             if device is not None:
                 device.commit()
 
-    settings = context.settings
     with ExitStack() as stack:
         # Threads are joined last, because threads that talk to a device end only after its process.
         stack.callback(line.stop)
         line.start(read_all)
         line.start(tokenize_all)
         began = time.monotonic()
-        prepared = prepare(context.checkpoint, settings.compute_precision, context.cache)
-        devices = stack.enter_context(
-            open_devices(prepared, tokenizer.known_genes, settings.device, settings.batch_size, processes)
-        )
+        prepared = prepare(embedding.checkpoint, embedding.precision, embedding.cache)
+        known = embedding.tokenizer.known_genes
+        devices = stack.enter_context(open_devices(prepared, known, embedding.device, embedding.batch_size, processes))
         stack.callback(line.stopped.set)
         times.load = time.monotonic() - began
         times.devices = [device.about for device in devices]
@@ -314,10 +358,6 @@ def _outcome(batch: Megabatch, sent: _Sent, answer: Embedded, nothing: npt.NDArr
         fractional=sent.fractional,
         tokens=answer.tokens,
     )
-
-
-def _no_embeddings(context: ReleaseContext) -> npt.NDArray[np.float32]:
-    return np.empty((0, context.identity.embedding_dim), np.float32)
 
 
 def _acquire(slots: threading.Semaphore) -> None:

@@ -55,15 +55,19 @@ class UpstreamCommand:
 
     def embed(self, checkpoint: Path, adata: anndata.AnnData, pretrained: Path | None = None) -> np.ndarray:
         """Embed in float32 on the CPU; rows as in `adata`, which needs var["ensembl_id"] and obs["assay"]."""
+        file = self.folder / f"cells-{self.runs}.h5ad"
+        adata.write_h5ad(file)
+        more = [] if pretrained is None else ["--pretrained-embedding", str(pretrained)]
+        return self.embed_file(checkpoint, file, *more)
+
+    def embed_file(self, checkpoint: Path, file: Path, *more: str) -> np.ndarray:
+        """Embed a file in float32 on the CPU."""
         self.runs += 1
         work = self.folder / str(self.runs)
         work.mkdir()
-        adata.write_h5ad(work / "cells.h5ad")
         command = ["inference", "--checkpoint-path", str(checkpoint)]
-        command += ["--data-file", str(work / "cells.h5ad"), "--output-path", str(work), "--precision", "32"]
-        command += ["--device", "cpu", "--disable-compile-block-mask"]
-        if pretrained is not None:
-            command += ["--pretrained-embedding", str(pretrained)]
+        command += ["--data-file", str(file), "--output-path", str(work), "--precision", "32"]
+        command += ["--device", "cpu", "--disable-compile-block-mask", *more]
         # Importing what it needs takes upstream eight seconds.
         server = ForkServer("upstream", ("transcriptformer.cli",), str(self.command.with_name("python")))
         done = run_module("tests.support.upstream_command", command, work, os.environ, server=server)

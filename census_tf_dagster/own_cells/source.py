@@ -1,0 +1,215 @@
+"""Opens the cells of an AnnData, an h5ad or zarr file, or a SOMA experiment, and finds their counts.
+
+What the counts are belongs in `counts`, which genes the model knows in `genes`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import tiledbsoma
+import zarr
+
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.names import is_local, normalise
+from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.own_cells.matrices import Rows, in_file, row_reader, soma_rows
+
+RAW = "raw"
+X = "X"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that may hold counts, with its gene axis.
+
+    Attributes
+    ----------
+    name
+        Its name for a person, such as ``raw.X``.
+    var
+        Its genes.
+    rows
+        Reads its rows.
+    """
+
+    name: str
+    var: pd.DataFrame
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class CellSource:
+    """Opened cells.
+
+    Attributes
+    ----------
+    name
+        Address for a person.
+    n_cells
+        Number of cells.
+    obs
+        Reads the metadata of all cells; its index names them.
+    matrices
+        Opens each matrix that may hold counts, by the name that a user gives.
+    default
+        The one that is read unless a user names another.
+    """
+
+    name: str
+    n_cells: int
+    obs: Callable[[], pd.DataFrame]
+    matrices: Mapping[str, Callable[[], Matrix]]
+    default: str
+
+    def matrix(self, layer: str | None) -> Matrix:
+        """Open a matrix.
+
+        Raises
+        ------
+        UserError
+            When there is none of that name.
+        """
+        name = layer or self.default
+        if name not in self.matrices:
+            raise UserError(
+                f"{self.name} has no matrix {name!r}; expected one of: {', '.join(self.matrices) or 'none is there'}. "
+                "Name one with `layer`."
+            )
+        return self.matrices[name]()
+
+    def fingerprint(self, matrix: Matrix) -> str:
+        """Return a SHA-256 over the names of cells and genes, which tells whether a file is still the same."""
+        digest = hashlib.sha256(f"{self.n_cells} {matrix.name}".encode())
+        for index in (self.obs().index, matrix.var.index):
+            digest.update(pd.util.hash_array(np.asarray(index, object)).tobytes())
+        return digest.hexdigest()
+
+
+@contextmanager
+def open_cells(cells: anndata.AnnData | str | Path, storage: Storage) -> Iterator[CellSource]:
+    """Open cells.
+
+    Parameters
+    ----------
+    cells
+        An AnnData; the path of an h5ad or zarr file; the path or S3 address of a SOMA experiment.
+    storage
+        The storage that reads S3.
+
+    Raises
+    ------
+    UserError
+        When there is nothing, or something else.
+    """
+    if isinstance(cells, anndata.AnnData):
+        yield _from_anndata(cells)
+        return
+    uri = normalise(str(cells))
+    path = Path(uri.removeprefix("file://"))
+    with ExitStack() as stack:
+        if is_local(uri) and not path.exists():
+            raise UserError(f"{uri} does not exist; expected an h5ad or zarr file, or a SOMA experiment.")
+        if is_local(uri) and path.is_file():
+            yield _from_container(uri, _open_h5ad(stack, path))
+        elif is_local(uri) and any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+            yield _from_container(uri, zarr.open_group(path, mode="r"))
+        else:
+            yield _from_experiment(uri, _open_experiment(stack, uri, storage))
+
+
+def _open_h5ad(stack: ExitStack, path: Path) -> h5py.File:
+    try:
+        return stack.enter_context(h5py.File(path))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read as HDF5 ({error}); expected an h5ad or zarr file, or a SOMA experiment. If it was "
+            "copied, copy it again."
+        ) from error
+
+
+def _open_experiment(stack: ExitStack, uri: str, storage: Storage) -> tiledbsoma.Experiment:
+    try:
+        return stack.enter_context(tiledbsoma.Experiment.open(uri, context=storage.soma_context))
+    except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
+        raise UserError(
+            f"{uri} cannot be opened as a SOMA experiment ({str(error).partition(chr(10))[0][:200]}); expected one, or "
+            "the path of an h5ad or zarr file. h5ad and zarr files on S3 are copied to this machine first."
+        ) from error
+
+
+def _from_anndata(adata: anndata.AnnData) -> CellSource:
+    def of(name: str, var: pd.DataFrame, matrix: Callable[[], Any]) -> Callable[[], Matrix]:
+        return lambda: Matrix(name, var, row_reader(matrix(), name))
+
+    matrices = {}
+    if adata.raw is not None:
+        matrices[RAW] = of("raw.X", adata.raw.var, lambda: adata.raw.X)
+    # AnnData reads X of a view of a file into memory; it offers no part of it.
+    if adata.isbacked or adata.X is not None:
+        matrices[X] = of(X, adata.var, lambda: adata.X)
+    for name in adata.layers:
+        matrices.setdefault(name, of(f"layers[{name!r}]", adata.var, lambda name=name: adata.layers[name]))
+    return CellSource("the AnnData", adata.n_obs, lambda: adata.obs, matrices, RAW if RAW in matrices else X)
+
+
+def _from_container(uri: str, container: Any) -> CellSource:
+    missing = [name for name in ("obs", "var") if name not in container]
+    if missing:
+        raise UserError(f"{uri} has no {' and no '.join(missing)}; expected an AnnData file.")
+
+    def of(name: str, var: str, path: str) -> Callable[[], Matrix]:
+        def opened() -> Matrix:
+            return Matrix(name, _frame(container[var]), row_reader(in_file(container[path]), f"{name} of {uri}"))
+
+        return opened
+
+    matrices = {}
+    if "raw/X" in container:
+        matrices[RAW] = of("raw.X", "raw/var", "raw/X")
+    if "X" in container:
+        matrices[X] = of(X, "var", "X")
+    for name in container.get("layers", ()):
+        matrices.setdefault(name, of(f"layers[{name!r}]", "var", f"layers/{name}"))
+    obs = _frame(container["obs"])
+    return CellSource(uri, len(obs), lambda: obs, matrices, RAW if RAW in matrices else X)
+
+
+def _frame(element: Any) -> pd.DataFrame:
+    return anndata.io.read_elem(element)
+
+
+def _from_experiment(uri: str, experiment: tiledbsoma.Experiment) -> CellSource:
+    found = sorted(experiment.ms)
+    if not found:
+        raise UserError(f"{uri} has no measurement; expected one with counts.")
+    measurement = "RNA" if "RNA" in found else found[0]
+    table = experiment.obs.read().concat().sort_by("soma_joinid")
+    joinids = table["soma_joinid"].to_numpy()
+    obs = table.to_pandas().set_index("obs_id" if "obs_id" in table.column_names else "soma_joinid", drop=False)
+    obs.index = obs.index.astype(str)
+    obs.index.name = None
+
+    def of(name: str) -> Callable[[], Matrix]:
+        def opened() -> Matrix:
+            matrix = experiment.ms[measurement].X[name]
+            where = f"ms[{measurement!r}].X[{name!r}]"
+            if not isinstance(matrix, tiledbsoma.SparseNDArray):
+                raise UserError(f"{where} of {uri} is dense; expected a sparse array: store it sparse.")
+            var = experiment.ms[measurement].var.read().concat().sort_by("soma_joinid").to_pandas()
+            columns = var["soma_joinid"].to_numpy()
+            var = var.set_index("var_id" if "var_id" in var else "soma_joinid", drop=False)
+            return Matrix(where, var, soma_rows(matrix, joinids, columns))
+
+        return opened
+
+    names = list(experiment.ms[measurement].X)
+    matrices = {name: of(name) for name in names}
+    return CellSource(uri, len(obs), lambda: obs, matrices, RAW if RAW in names else (names or [RAW])[0])

@@ -1,0 +1,131 @@
+"""Cells that cannot be embedded as they are given get one clear error, before anything is computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse
+
+from census_tf_dagster import embed
+from census_tf_dagster.errors import UserError
+from tests.support.own_files import GENES, checkpoint, some_cells
+
+__all__ = ["checkpoint"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+Change = Callable[[anndata.AnnData], None]
+
+
+def normalise(adata: anndata.AnnData, total: float = 1e4) -> scipy.sparse.csr_matrix:
+    sums = np.asarray(adata.X.sum(axis=1)).ravel()
+    return scipy.sparse.csr_matrix(adata.X.multiply(total / sums[:, None]), dtype=np.float32)
+
+
+def log_normalised(adata: anndata.AnnData) -> None:
+    adata.layers["counts"] = adata.X
+    adata.X = normalise(adata).log1p()
+
+
+def log_normalised_alone(adata: anndata.AnnData) -> None:
+    adata.X = normalise(adata).log1p()
+
+
+def log2_normalised(adata: anndata.AnnData) -> None:
+    adata.X = normalise(adata, 1e6).log1p() / np.log(2)
+
+
+def normalised(adata: anndata.AnnData) -> None:
+    adata.X = normalise(adata)
+
+
+def scaled(adata: anndata.AnnData) -> None:
+    values = adata.X.toarray()
+    adata.X = (values - values.mean(axis=0)) / (values.std(axis=0) + 1)
+
+
+def symbols(adata: anndata.AnnData) -> None:
+    del adata.var["ensembl_id"]
+
+
+def another_species(adata: anndata.AnnData) -> None:
+    adata.var["ensembl_id"] = [gene.replace("ENSG", "ENSMUSG") for gene in GENES]
+
+
+def twice(adata: anndata.AnnData) -> None:
+    adata.var["ensembl_id"] = [*GENES[:70], *GENES[1:11]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (log_normalised, r"X of the AnnData holds log-normalised values \(for example .*Give `layer='counts'`"),
+        (log_normalised_alone, "holds log-normalised values.*No other matrix of it has whole numbers"),
+        (log2_normalised, "holds log2-normalised values"),
+        (normalised, "holds normalised values"),
+        (scaled, "holds scaled values"),
+        (symbols, "knows none of the 80 genes .*for example 'symbol-0'.*these look like gene symbols"),
+        (another_species, r"knows none of the 80 genes .*use a checkpoint for this species"),
+        (twice, "10 genes that the checkpoint knows occur more than once .*`duplicate_genes='first'`"),
+    ],
+)
+def test_cells_that_cannot_be_right(checkpoint: Path, change: Change, said: str) -> None:
+    cells = some_cells()
+    change(cells)
+    with pytest.raises(UserError, match=said):
+        embed(cells, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layer": "nothing"}, r"has no matrix 'nothing'; expected one of: X\."),
+        ({"gene_column": "id"}, "var of the AnnData has no column 'id'; expected one of: ensembl_id, or `index`"),
+        ({"assay_column": "x"}, "obs of the AnnData has no column 'x'; expected one of: assay"),
+        ({"assay": "10x 3' v9"}, "does not know the assay .*expected one of: 10x 3' v3, Smart-seq2, unknown"),
+        ({"assay": "10x 3' v3", "assay_column": "assay"}, "both given"),
+        ({"device": "cuda"}, "this machine has no GPU"),
+        ({"device": "gpu"}, "device is 'gpu'; expected auto, cuda or cpu"),
+        ({"like": "nowhere"}, "is no array of embeddings that this project made"),
+    ],
+)
+def test_arguments_that_do_not_fit(checkpoint: Path, options: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        embed(some_cells(), checkpoint, **options)  # type: ignore[arg-type]
+
+
+def test_files_that_are_something_else(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.h5ad").write_text("no HDF5")
+    with pytest.raises(UserError, match=r"text\.h5ad cannot be read as HDF5"):
+        embed(tmp_path / "text.h5ad", checkpoint)
+    with pytest.raises(UserError, match="cannot be opened as a SOMA experiment"):
+        embed(tmp_path, checkpoint)
+    with pytest.raises(UserError, match="has no cells"):
+        embed(some_cells()[:0].copy(), checkpoint)
+
+
+def test_impossible_counts_are_nan_and_named(checkpoint: Path) -> None:
+    cells = some_cells()
+    expected = embed(cells, checkpoint, assay="Smart-seq2")
+    values = cells.X.toarray()
+    values[3, 5], values[7, 5], values[9, 5] = -1, np.inf, np.nan
+    cells.X = values
+    with pytest.warns(UserWarning, match=r"3 of 60 cells cannot be embedded and are NaN, by position: 3 \(X holds -1"):
+        found = embed(cells, checkpoint, assay="Smart-seq2")
+    wrong = np.isin(np.arange(60), [3, 7, 9])
+    assert np.isnan(found[wrong]).all()
+    assert np.abs(found[~wrong] - expected[~wrong]).max() <= 1e-5
+
+
+def test_an_anndata_gets_what_it_asks_for_and_keeps_its_counts(checkpoint: Path) -> None:
+    cells = some_cells()
+    order = np.argsort(-cells.X.indices, kind="stable")
+    assert len(order)
+    before = cells.X.copy()
+    found = embed(cells, checkpoint, assay="Smart-seq2", write=True)
+    assert np.array_equal(cells.obsm["X_transcriptformer"], found)
+    assert found.dtype == np.float32
+    assert '"gene_order": "file"' in cells.uns["transcriptformer"]
+    assert (before != cells.X).nnz == 0

@@ -1,0 +1,159 @@
+"""The command embeds files, goes on where it was killed, and damages nothing."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from census_tf_dagster import embed
+from census_tf_dagster.cli import main
+from tests.support.own_files import ASSAYS, checkpoint, some_cells
+from tests.support.project import REPOSITORY
+from tests.support.warm_processes import WarmProcess
+
+__all__ = ["checkpoint"]
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    some_cells().write_h5ad(tmp_path / "cells.h5ad")
+    return tmp_path / "cells.h5ad"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main(["embed", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_all_formats_hold_the_same(checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("h5ad", "parquet", "npy"):
+        code, out, _ = run(capsys, cells, "--checkpoint", checkpoint, "--format", name, "--json")
+        assert code == 0
+        (said,) = json.loads(out)["outputs"]
+        assert said["output"] == str(cells.with_name(f"cells.transcriptformer.{name}"))
+    expected = np.load(cells.with_name("cells.transcriptformer.npy"))
+    with pytest.warns(UserWarning, match="have an assay that the checkpoint does not know"):
+        assert np.array_equal(expected, embed(cells, checkpoint))
+    adata = anndata.read_h5ad(cells.with_name("cells.transcriptformer.h5ad"))
+    assert np.array_equal(adata.obsm["X_transcriptformer"], expected)
+    pd.testing.assert_frame_equal(adata.obs, anndata.read_h5ad(cells).obs)
+    table = pq.read_table(cells.with_name("cells.transcriptformer.parquet"))
+    assert table["cell"].to_pylist() == adata.obs_names.tolist()
+    assert np.array_equal(np.stack(table["embedding"].to_numpy()), expected)
+    descriptions = [
+        json.loads(adata.uns["transcriptformer"]),
+        json.loads(pq.read_schema(cells.with_name("cells.transcriptformer.parquet")).metadata[b"transcriptformer"]),
+        json.loads(cells.with_name("cells.transcriptformer.json").read_text()),
+    ]
+    assert descriptions[0] == descriptions[1] == descriptions[2]
+    assert descriptions[0]["identity"]["gene_column"] == "ensembl_id"
+    assert not list(cells.parent.glob("*.partial"))
+
+
+def test_a_killed_command_goes_on(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "many.h5ad"
+    adata = some_cells(8000)
+    adata.obs["assay"] = ASSAYS[0]
+    adata.write_h5ad(file)
+    arguments = [str(file), "--checkpoint", str(checkpoint)]
+    assert run(capsys, *arguments, "--out", tmp_path / "whole.npy")[0] == 0
+    output = tmp_path / "killed.npy"
+    journal = tmp_path / "killed.npy.partial" / "journal.jsonl"
+    kills, before = 0, 0
+    for lines in (3, 8, 14):
+        command = ["embed", *arguments, "--out", str(output)]
+        with WarmProcess("census_tf_dagster", command, REPOSITORY, os.environ) as worker:
+            while worker.poll() is None and (not journal.exists() or journal.read_text().count("\n") < lines):
+                time.sleep(0.001)
+            worker.kill()
+            kills += worker.wait() == -9
+    assert kills == 3
+    # What a process leaves that dies while it writes: a line that was cut, and values that were not written.
+    text = journal.read_text()
+    journal.write_text(text[: text.rindex('"checksum"')])
+    values = output.with_name("killed.npy.partial") / "values.npy"
+    with values.open("r+b") as broken:
+        broken.seek(values.stat().st_size - 8000 * 16 * 4)
+        broken.write(bytes(64))
+    code, out, _ = run(capsys, *arguments, "--out", output, "--json")
+    assert code == 0
+    (said,) = json.loads(out)["outputs"]
+    before = said["before"]
+    assert said["before"] >= 400 * 8
+    assert said["before"] + said["embedded"] == 8000
+    assert np.array_equal(np.load(output), np.load(tmp_path / "whole.npy"))
+    assert before
+
+
+def test_a_finished_file_is_not_embedded_again(
+    checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [cells, "--checkpoint", checkpoint]
+    assert run(capsys, *arguments)[0] == 0
+    output = cells.with_name("cells.transcriptformer.h5ad")
+    written = output.stat().st_mtime_ns
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    assert json.loads(out)["outputs"][0]["embedded"] == 0
+    code, _, said = run(capsys, *arguments, "--gene-order", "vocabulary")
+    assert code == 1
+    assert "exists and was made of other cells or with other settings (gene_order, gene_fingerprint)" in said
+    other = some_cells(seed=1)
+    other.obs_names = [f"other-{name}" for name in other.obs_names]
+    other.write_h5ad(cells)
+    code, _, said = run(capsys, *arguments)
+    assert code == 1
+    assert "(cells)" in said
+    assert output.stat().st_mtime_ns == written
+
+
+def test_an_unfinished_result_of_other_cells_is_kept(
+    checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = cells.with_name("cells.transcriptformer.h5ad.partial")
+    partial.mkdir()
+    (partial / "journal.jsonl").write_text('{"identity": {"checkpoint_fingerprint": "another"}}\n')
+    code, _, said = run(capsys, cells, "--checkpoint", checkpoint)
+    assert code == 1
+    assert "is the unfinished result of other cells or other settings (checkpoint_fingerprint" in said
+    assert (partial / "journal.jsonl").exists()
+
+
+def test_a_dry_run_computes_nothing(checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, said = run(capsys, cells, "--checkpoint", checkpoint, "--dry-run")
+    assert code == 0
+    assert "60 cells; the checkpoint knows 73 of 80 genes (ensembl_id)" in said
+    assert f"{cells} -> {cells.with_name('cells.transcriptformer.h5ad')} (fp32 on cpu); nothing was computed" in said
+    assert sorted(path.name for path in cells.parent.iterdir()) == ["cells.h5ad", "checkpoint"]
+
+
+def test_every_file_is_checked_before_the_first_is_embedded(
+    checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, said = run(capsys, cells, cells.with_name("missing.h5ad"), "--checkpoint", checkpoint)
+    assert (code, list(cells.parent.glob("*.transcriptformer.*"))) == (1, [])
+    assert "missing.h5ad does not exist" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.h5ad", "b.h5ad", "--out", "one.h5ad"], "--out one.h5ad is one file, and 2 files are given"),
+        (["a.h5ad", "--out", "one.h5ad", "--format", "npy"], "--out one.h5ad does not end in --format npy"),
+        (["x/a.h5ad", "y/a.h5ad", "--out", "z"], "two files would be written to z/a.transcriptformer.h5ad"),
+        (["a.h5ad", "a.h5ad"], "a file is given twice"),
+        (["s3://bucket/a"], "s3://bucket/a is not on this machine, so its output needs a place"),
+        (["a.h5ad", "--batch-size", "0"], "--batch-size is 0; expected at least 1"),
+    ],
+)
+def test_outputs_that_are_not_clear(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = run(capsys, *arguments, "--checkpoint", "nowhere")
+    assert code == 1
+    assert said in errors
