@@ -1,6 +1,7 @@
 """The demo writes real formats, which their own readers and upstream's own command can read."""
 
 import base64
+import json
 import os
 import re
 import subprocess
@@ -116,6 +117,24 @@ def test_the_page_for_readers_runs(demo: Path) -> None:
     code += "\nassert len(adata) == len(joinids) == len(embeddings) == len(centred) > 100 and verified and made_with"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_notebook_with_own_cells_runs(demo: Path, installed: dict[str, str]) -> None:
+    """So does the code of its page, on the file that the notebook leaves."""
+    notebook = json.loads((REPOSITORY / "docs" / "own_cells.ipynb").read_text())
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    page = (REPOSITORY / "docs" / "embed.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    block, replaced = re.subn("own_file, checkpoint = .*", "", block)
+    assert replaced == 1
+    code += f"\nalike = embeddings\n{block}\nassert np.isfinite(embeddings).all() and embeddings.shape == alike.shape"
+    env = {**installed, "MPLBACKEND": "agg", "CENSUS_TF_CACHE": str(demo / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=demo, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "(150, 64) float32\n(400, 64)\nthe nearest Census cell" in done.stdout
+    assert (demo / "demo-data" / "own_cells.png").stat().st_size > 10_000
 
 
 def test_a_second_demo_says_what_to_do(demo: Path) -> None:

@@ -23,6 +23,7 @@ BLOCK = re.compile(
 PYTHON_RUN_BY = {
     "README.md": "below",
     "read.md": "tests/demo/test_demo.py",
+    "embed.md": "tests/demo/test_demo.py",
     "use.md": "below",
     "publish.md": "tests/store/test_rules.py",
 }
