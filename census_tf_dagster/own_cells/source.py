@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _from_anndata(adata: anndata.AnnData) -> CellSource:
     if adata.isbacked or adata.X is not None:
         matrices[X] = of(X, adata.var, lambda: adata.X)
     for name in adata.layers:
-        matrices.setdefault(name, of(f"layers[{name!r}]", adata.var, lambda name=name: adata.layers[name]))
+        matrices.setdefault(name, of(f"layers[{name!r}]", adata.var, partial(adata.layers.__getitem__, name)))
     return CellSource("the AnnData", adata.n_obs, lambda: adata.obs, matrices, RAW if RAW in matrices else X)
 
 
