@@ -62,10 +62,10 @@ def build(folder: Path, cells: int, repeats: int) -> None:
 def embed(folder: Path, name: str) -> dict[str, float]:
     """Embed a file; return its rate, seconds and peak memory."""
     from census_tf_dagster.own_cells.embed import Options, embed_file, open_options
-    from census_tf_dagster.own_cells.model import Places
+    from census_tf_dagster.own_cells.model import Access
 
     options = Options(str(folder / "checkpoint"), device="cpu")
-    places = Places.of_environment(folder / "cache")
+    access = Access.of_environment(folder / "cache")
     device: list[float] = [0.0]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -74,8 +74,8 @@ def embed(folder: Path, name: str) -> dict[str, float]:
             str(folder / f"{name}.h5ad"),
             output,
             options,
-            places,
-            open_options(options, places),
+            access,
+            open_options(options, access),
             lambda _: device.append(children_peak_gib()),
         )
     return {

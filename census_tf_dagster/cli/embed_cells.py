@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,7 @@ def add_commands(commands: Commands) -> None:
     embed.add_argument("--batch-size", type=int, help="most cells in a row of the model (default: as many as fit)")
     embed.add_argument(
         "--pretrained-embedding",
+        dest="pretrained_embeddings",
         action="append",
         default=[],
         metavar="FILE",
@@ -75,39 +76,28 @@ def add_commands(commands: Commands) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from census_tf_dagster.own_cells.embed import Options, embed_file, open_options, opened
-    from census_tf_dagster.own_cells.model import Places
+    from census_tf_dagster.own_cells.embed import Options, embed_file, open_options, open_own_cells
+    from census_tf_dagster.own_cells.model import Access
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; expected at least 1.")
     outputs = _outputs(arguments.files, arguments.out, arguments.format)
-    options = Options(
-        checkpoint=arguments.checkpoint,
-        layer=arguments.layer,
-        gene_column=arguments.gene_column,
-        duplicate_genes=arguments.duplicate_genes,
-        assay_column=arguments.assay_column,
-        assay=arguments.assay,
-        like=arguments.like,
-        gene_order=arguments.gene_order,
-        precision=arguments.precision,
-        device=arguments.device,
-        batch_size=arguments.batch_size,
-        pretrained_embeddings=arguments.pretrained_embedding,
-    )
-    places = Places.of_environment()
-    model = open_options(options, places)
+    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
+    access = Access.of_environment()
+    model = open_options(options, access)
     # Every file is checked before anything is computed.
+    said: list[str] = []
     for file in arguments.files:
-        with opened(file, options, places, model) as work:
-            print_progress("\n".join([work.progress.about, *work.progress.notes]))
+        with open_own_cells(file, options, access, model) as own:
+            said += own.progress.notes
+            print_progress("\n".join([own.progress.about, *own.progress.notes]))
     done = []
     for file, output in outputs.items():
         if arguments.dry_run:
             print_progress(f"{file} -> {output} ({model.precision} on {model.device}); nothing was computed")
             continue
-        progress = embed_file(file, output, options, places, model, _Reporter(file))
-        print_progress("\n".join([f"{output}: {progress}", *progress.notes]))
+        progress = embed_file(file, output, options, access, model, _Reporter(file))
+        print_progress("\n".join([f"{output}: {progress}", *(note for note in progress.notes if note not in said)]))
         facts = {**asdict(progress), "set_aside": {str(cell): why for cell, why in progress.set_aside.items()}}
         done.append({"file": file, "output": str(output), **facts})
     if arguments.json:

@@ -3,8 +3,8 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.tokens import Tokenizer
 from census_tf_dagster.own_cells.counts import require_counts
 from census_tf_dagster.own_cells.genes import Duplicates, find_genes
-from census_tf_dagster.own_cells.model import Device, Order, OwnIdentity, OwnModel, Places, Precision, open_model
-from census_tf_dagster.own_cells.outputs import KEY, UNS, read_description, write_output
-from census_tf_dagster.own_cells.partial_result import Done, PartialResult, checksum, open_partial
+from census_tf_dagster.own_cells.model import Access, Device, Order, OwnIdentity, OwnModel, Precision, open_model
+from census_tf_dagster.own_cells.outputs import KEY, UNS, read_description, require_space, write_output
+from census_tf_dagster.own_cells.partial_result import Done, PartialResult, checksum, open_partial, partial_folder
 from census_tf_dagster.own_cells.source import CellSource, Matrix, open_cells
 from census_tf_dagster.pipeline.stages import Embedding, Outcome, Times, run_stages
 from census_tf_dagster.store.array import round_to_bfloat16
@@ -33,6 +33,8 @@ SMALLEST_MEGABATCH = 64
 STEPS = 20
 """Megabatches into which a small file is divided, so that its progress shows."""
 UNKNOWN_ASSAY = "unknown"
+FEW_KNOWN = 0.1
+"""Share of known genes below which a user is told."""
 NAMED = 3
 """Cells that a note names."""
 
@@ -184,15 +186,16 @@ def embed(
         batch_size=batch_size,
         pretrained_embeddings=[str(path) for path in pretrained_embeddings],
     )
-    places = Places.of_environment()
-    with opened(cells, options, places, open_options(options, places)) as work:
-        embeddings = np.full((work.source.n_cells, work.dim), np.nan, np.float32)
-        for outcome in work.run(work.megabatches):
-            embeddings[outcome.joinids] = outcome.embeddings
-            if report is not None:
-                report(work.progress)
-        description = work.description()
-    for note in work.progress.notes:
+    access = Access.of_environment()
+    with open_own_cells(cells, options, access, open_options(options, access)) as own:
+        embeddings = np.full((own.source.n_cells, own.dim), np.nan, np.float32)
+        with closing(own.run(own.megabatches)) as outcomes:
+            for outcome in outcomes:
+                embeddings[outcome.joinids] = outcome.embeddings
+                if report is not None:
+                    report(own.progress)
+        description = own.description()
+    for note in own.progress.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     if isinstance(cells, anndata.AnnData) and write:
         cells.obsm[KEY] = embeddings
@@ -200,12 +203,12 @@ def embed(
     return embeddings
 
 
-def open_options(options: Options, places: Places) -> OwnModel:
+def open_options(options: Options, access: Access) -> OwnModel:
     """Open the checkpoint that options name."""
     return open_model(
         options.checkpoint,
         options.pretrained_embeddings,
-        places,
+        access,
         options.device,
         options.precision,
         options.gene_order,
@@ -217,7 +220,7 @@ def embed_file(
     cells: str,
     output: Path,
     options: Options,
-    places: Places,
+    access: Access,
     model: OwnModel,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> Progress:
@@ -229,7 +232,7 @@ def embed_file(
         As in `embed`, but no AnnData.
     output
         The file to write: ``.h5ad``, ``.parquet`` or ``.npy``. If it exists with the same identity, nothing is done.
-    options, places, model
+    options, access, model
         How, with what.
     report
         Called after each megabatch.
@@ -239,30 +242,33 @@ def embed_file(
     UserError
         When something is missing or cannot be right, or the output is something else.
     """
-    with opened(cells, options, places, model) as work:
-        identity = {**asdict(work.identity), "cells": work.source.fingerprint(work.matrix)}
+    with open_own_cells(cells, options, access, model) as own:
+        identity = {**asdict(own.identity), "cells": own.source.fingerprint(own.matrix)}
         if output.exists() or output.is_symlink():
             _require_own(output, identity)
-            work.progress.before = work.source.n_cells
-            return work.progress
-        ranges = [(batch.first, batch.last + 1) for batch in work.megabatches]
-        with open_partial(output, identity, ranges, work.dim) as partial:
-            work.take_over(partial)
-            report(work.progress)
-            missing = [batch for batch in work.megabatches if batch.index not in partial.done]
-            for outcome in work.run(missing) if missing else ():
-                _keep(partial, outcome)
-                report(work.progress)
-            description = {**work.description(), "identity": identity}
+            own.progress.before = own.source.n_cells
+            return own.progress
+        ranges = [(batch.first, batch.last + 1) for batch in own.megabatches]
+        if not partial_folder(output).exists():
+            require_space(output, (own.source.n_cells, own.dim))
+        with open_partial(output, identity, ranges, own.dim) as partial:
+            own.take_over(partial)
+            report(own.progress)
+            missing = [batch for batch in own.megabatches if batch.index not in partial.done]
             try:
-                write_output(output, partial, work.source.obs(), description)
+                if missing:
+                    with closing(own.run(missing)) as outcomes:
+                        for outcome in outcomes:
+                            _keep(partial, outcome)
+                            report(own.progress)
+                write_output(output, partial, own.source.obs(), {**own.description(), "identity": identity})
+                partial.remove()
             except OSError as error:
                 raise UserError(
-                    f"{output} cannot be written ({error}); expected a writable folder with free space. All embeddings "
-                    f"are in {partial.folder}: free space, and run the command again."
+                    f"{output} cannot be written ({error}); expected a writable folder with free space. What is "
+                    f"embedded is in {partial.folder}: free space, and run the command again."
                 ) from error
-            partial.remove()
-        return work.progress
+        return own.progress
 
 
 def _require_own(output: Path, identity: dict[str, Any]) -> None:
@@ -285,7 +291,7 @@ def _keep(partial: PartialResult, outcome: Outcome) -> None:
 
 
 @dataclass
-class Work:
+class OwnCells:
     """Opened cells and model."""
 
     source: CellSource
@@ -302,7 +308,7 @@ class Work:
         """Width of the embeddings."""
         return self.embedding.checkpoint.shape.embed_dim
 
-    def run(self, todo: Sequence[Megabatch]) -> Iterator[Outcome]:
+    def run(self, todo: Sequence[Megabatch]) -> Generator[Outcome, None, None]:
         """Yield the result of each megabatch, in any order; add to `progress`.
 
         Raises
@@ -378,9 +384,11 @@ class Work:
 
 
 @contextmanager
-def opened(cells: anndata.AnnData | str | Path, options: Options, places: Places, model: OwnModel) -> Iterator[Work]:
+def open_own_cells(
+    cells: anndata.AnnData | str | Path, options: Options, access: Access, model: OwnModel
+) -> Iterator[OwnCells]:
     """Open cells and check that they can be embedded."""
-    with open_cells(cells, places.storage) as source:
+    with open_cells(cells, access.storage) as source:
         if not source.n_cells:
             raise UserError(f"{source.name} has no cells; expected at least one.")
         matrix = source.matrix(options.layer)
@@ -392,15 +400,20 @@ def opened(cells: anndata.AnnData | str | Path, options: Options, places: Places
             f"{len(genes):,} genes ({column})"
         )
         progress = Progress(about, source.n_cells)
+        if len(known) < FEW_KNOWN * len(genes):
+            progress.notes.append(
+                f"the checkpoint knows only {len(known):,} of {len(genes):,} genes; if these are the right ids, it "
+                "sees little of the cells."
+            )
         assays, described = _assays(source, model, options, progress)
         size = min(max(source.n_cells // STEPS, SMALLEST_MEGABATCH), LARGEST_MEGABATCH)
         tokenizer = Tokenizer.over(genes, known, model.checkpoint)
-        yield Work(
+        yield OwnCells(
             source=source,
             matrix=matrix,
             identity=model.identity(known, matrix.name, column, described),
             embedding=Embedding(
-                model.checkpoint, tokenizer, model.precision, model.device, options.batch_size, places.cache
+                model.checkpoint, tokenizer, model.precision, model.device, options.batch_size, access.cache
             ),
             progress=progress,
             megabatches=[

@@ -31,14 +31,14 @@ Device = Literal["auto", "cuda", "cpu"]
 
 
 @dataclass(frozen=True)
-class Places:
+class Access:
     """The storage that reads S3, and the local folder for fetched and prepared checkpoints."""
 
     storage: Storage
     cache: Path
 
     @classmethod
-    def of_environment(cls, cache: Path | None = None) -> "Places":
+    def of_environment(cls, cache: Path | None = None) -> "Access":
         """Return those of the variables CENSUS_TF_STORE_S3_REGION, CENSUS_TF_STORE_S3_ENDPOINT and CENSUS_TF_CACHE."""
         region = variables.region(os.environ, "CENSUS_TF_STORE_S3_REGION", "")
         endpoint = variables.endpoint(os.environ, "CENSUS_TF_STORE_S3_ENDPOINT")
@@ -168,7 +168,7 @@ class OwnModel:
 def open_model(
     checkpoint: str,
     pretrained: Sequence[str],
-    places: Places,
+    access: Access,
     device: Device,
     precision: Precision | None,
     order: Order | None,
@@ -188,15 +188,15 @@ def open_model(
     if device == "auto":
         device = "cuda" if count_gpus() else "cpu"
     found = read_checkpoint(
-        fetch(normalise(checkpoint), places.storage, places.cache),
-        [fetch(normalise(path), places.storage, places.cache) for path in pretrained],
-        places.cache,
+        fetch(normalise(checkpoint), access.storage, access.cache),
+        [fetch(normalise(path), access.storage, access.cache) for path in pretrained],
+        access.cache,
     )
     if like is None:
         default = DEFAULT_COMPUTE_PRECISION if device == "cuda" else "fp32"
         return OwnModel(found, precision or default, "float32", "embed", device, order or "file", None, "")
     address = normalise(like)
-    identity = _identity_of_array(address, places.storage)
+    identity = _identity_of_array(address, access.storage)
     _require_same(identity, found, address, precision, order)
     return OwnModel(
         checkpoint=found,

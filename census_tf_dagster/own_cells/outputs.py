@@ -1,6 +1,7 @@
 """Writes finished embeddings as h5ad, Parquet or numpy file, in blocks, and reads back which identity a file has."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,25 @@ UNS = "transcriptformer"
 ROWS_AT_ONCE = 4096
 
 Description = dict[str, Any]
+
+
+def require_space(output: Path, shape: tuple[int, int]) -> None:
+    """Raise an error if the disk has no space for embeddings of a shape, while they are computed and finished.
+
+    Raises
+    ------
+    UserError
+        With the bytes that are free and those that are needed.
+    """
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    # A numpy file is what is written while they are computed; the other formats are written beside it.
+    copies = 1 if output.suffix == ".npy" else 2
+    needed, free = shape[0] * shape[1] * 4 * copies, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 2**30:,.1f} GiB free; expected {needed / 2**30:,.1f} GiB for {shape[0]:,} cells. "
+            "Free space, or give another `--out`."
+        )
 
 
 def write_output(path: Path, result: PartialResult, obs: pd.DataFrame, description: Description) -> None:
@@ -65,6 +85,14 @@ def _write_parquet(path: Path, result: PartialResult, obs: pd.DataFrame, descrip
 
 
 def _write_h5ad(path: Path, result: PartialResult, obs: pd.DataFrame, description: Description) -> None:
+    try:
+        _write_hdf5(path, result, obs, description)
+    except RuntimeError as error:
+        # HDF5 writes late, and h5py then raises this for a disk without space.
+        raise OSError(str(error).partition("\n")[0]) from error
+
+
+def _write_hdf5(path: Path, result: PartialResult, obs: pd.DataFrame, description: Description) -> None:
     anndata.AnnData(obs=obs, uns={UNS: json.dumps(description)}).write_h5ad(path)
     with h5py.File(path, "r+") as file:
         chunks = (max(min(ROWS_AT_ONCE, result.shape[0]), 1), result.shape[1])

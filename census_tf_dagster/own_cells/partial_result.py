@@ -118,6 +118,11 @@ class PartialResult:
                 file.write("\n")
 
 
+def partial_folder(output: Path) -> Path:
+    """Return the folder beside an output that holds it while it is computed."""
+    return output.with_name(f"{output.name}.partial")
+
+
 @contextmanager
 def open_partial(
     output: Path, identity: dict[str, Any], ranges: list[tuple[int, int]], dim: int
@@ -140,7 +145,7 @@ def open_partial(
     UserError
         When the folder cannot be written, another process works on it, or it belongs to another identity.
     """
-    folder = output.with_name(f"{output.name}.partial")
+    folder = partial_folder(output)
     n_cells = ranges[-1][1] if ranges else 0
     header = {"identity": identity, "megabatches": len(ranges), "shape": [n_cells, dim]}
     result = PartialResult(folder, header, n_cells, dim)
@@ -149,6 +154,17 @@ def open_partial(
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((folder / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stored = _stored_header(result._journal)
+            if stored not in (None, header):
+                raise UserError(
+                    f"{folder} is the unfinished result of other cells or other settings "
+                    f"({_difference(stored, header)}). Finish it with those, remove the folder, or give another "
+                    "`--out`."
+                )
+            if stored is None:
+                result._begin()
+            else:
+                result._resume(ranges)
         except BlockingIOError as error:
             raise UserError(f"another process writes {output}; wait for it, or give another `--out`.") from error
         except OSError as error:
@@ -156,16 +172,6 @@ def open_partial(
                 f"{folder} cannot be written ({error}); expected a writable folder with free space: give another "
                 "`--out`."
             ) from error
-        stored = _stored_header(result._journal)
-        if stored is None:
-            result._begin()
-        elif stored == header:
-            result._resume(ranges)
-        else:
-            raise UserError(
-                f"{folder} is the unfinished result of other cells or other settings ({_difference(stored, header)}). "
-                f"Finish it with those, remove the folder, or give another `--out`."
-            )
         yield result
 
 

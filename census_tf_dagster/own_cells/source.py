@@ -142,7 +142,7 @@ def _open_experiment(stack: ExitStack, uri: str, storage: Storage) -> tiledbsoma
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
         raise UserError(
             f"{uri} cannot be opened as a SOMA experiment ({str(error).partition(chr(10))[0][:200]}); expected one, or "
-            "the path of an h5ad or zarr file. h5ad and zarr files on S3 are copied to this machine first."
+            "the path of an h5ad or zarr file. Copy h5ad and zarr files from S3 to this machine."
         ) from error
 
 
@@ -168,7 +168,7 @@ def _from_container(uri: str, container: Any) -> CellSource:
 
     def of(name: str, var: str, path: str) -> Callable[[], Matrix]:
         def opened() -> Matrix:
-            return Matrix(name, _frame(container[var]), row_reader(in_file(container[path]), f"{name} of {uri}"))
+            return Matrix(name, _frame(uri, container[var]), row_reader(in_file(container[path]), f"{name} of {uri}"))
 
         return opened
 
@@ -179,12 +179,18 @@ def _from_container(uri: str, container: Any) -> CellSource:
         matrices[X] = of(X, "var", "X")
     for name in container.get("layers", ()):
         matrices.setdefault(name, of(f"layers[{name!r}]", "var", f"layers/{name}"))
-    obs = _frame(container["obs"])
+    obs = _frame(uri, container["obs"])
     return CellSource(uri, len(obs), lambda: obs, matrices, RAW if RAW in matrices else X)
 
 
-def _frame(element: Any) -> pd.DataFrame:
-    return anndata.io.read_elem(element)
+def _frame(uri: str, element: Any) -> pd.DataFrame:
+    frame = anndata.io.read_elem(element)
+    if not isinstance(frame, pd.DataFrame):
+        raise UserError(
+            f"{uri} was written by an anndata before 0.7; expected a newer form: read it with `anndata.read_h5ad`, and "
+            "write it again."
+        )
+    return frame
 
 
 def _from_experiment(uri: str, experiment: tiledbsoma.Experiment) -> CellSource:

@@ -1,7 +1,10 @@
 """The command embeds files, goes on where it was killed, and damages nothing."""
 
+import fcntl
 import json
 import os
+import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -124,6 +127,54 @@ def test_an_unfinished_result_of_other_cells_is_kept(
     assert code == 1
     assert "is the unfinished result of other cells or other settings (checkpoint_fingerprint" in said
     assert (partial / "journal.jsonl").exists()
+
+
+def test_a_disk_without_space_is_named(checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After it, the command goes on."""
+    assert run(capsys, cells, "--checkpoint", checkpoint, "--out", cells.with_name("first.npy"))[0] == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    output = cells.with_name("second.parquet")
+    # The values fit, and the finished file does not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+    try:
+        code, _, said = run(capsys, cells, "--checkpoint", checkpoint, "--out", output)
+        assert code == 1
+        assert f"{output} cannot be written" in said
+        code, _, said = run(capsys, cells, "--checkpoint", checkpoint, "--out", output.with_name("no") / "b.npy")
+        assert code == 0, said
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+        code, _, said = run(capsys, cells, "--checkpoint", checkpoint, "--out", cells.with_name("third.npy"))
+        assert code == 1
+        assert f"{cells.with_name('third.npy.partial')} cannot be written" in said
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not output.exists()
+    code, out, _ = run(capsys, cells, "--checkpoint", checkpoint, "--out", output, "--json")
+    assert code == 0
+    assert json.loads(out)["outputs"][0]["embedded"] == 0
+    embeddings = np.stack(pq.read_table(output)["embedding"].to_numpy())
+    assert np.array_equal(embeddings, np.load(cells.with_name("first.npy")))
+
+
+def test_space_is_looked_for_first(
+    checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(cells)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 60 * 16 * 4 - 1))
+    code, _, said = run(capsys, cells, "--checkpoint", checkpoint, "--out", cells.parent / "new" / "out.h5ad")
+    assert code == 1
+    assert f"{cells.parent} has 0.0 GiB free; expected 0.0 GiB for 60 cells" in said
+    assert run(capsys, cells, "--checkpoint", checkpoint, "--out", cells.parent / "new" / "out.npy")[0] == 0
+
+
+def test_two_commands_for_one_output(checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = cells.with_name("out.npy")
+    output.with_name("out.npy.partial").mkdir()
+    with (output.with_name("out.npy.partial") / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, said = run(capsys, cells, "--checkpoint", checkpoint, "--out", output)
+    assert code == 1
+    assert f"another process writes {output}" in said
 
 
 def test_a_dry_run_computes_nothing(checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
