@@ -277,8 +277,8 @@ def _require_own(output: Path, identity: dict[str, Any]) -> None:
     differing = [name for name in identity if name != "package" and stored.get(name) != identity[name]]
     if differing:
         raise UserError(
-            f"{output} exists and was made of other cells or with other settings ({', '.join(differing)}). Remove it, "
-            "or give another `--out`."
+            f"{output} exists and was made with other settings, or of a file that has changed since "
+            f"({', '.join(differing)}). Remove it, or give another `--out`."
         )
 
 

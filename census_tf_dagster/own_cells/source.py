@@ -6,7 +6,7 @@ What the counts are belongs in `counts`, which genes the model knows in `genes`.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class CellSource:
         Opens each matrix that may hold counts, by the name that a user gives.
     default
         The one that is read unless a user names another.
+    version
+        Size and time of the last write of a file; empty for an AnnData.
     """
 
     name: str
@@ -69,6 +71,7 @@ class CellSource:
     obs: Callable[[], pd.DataFrame]
     matrices: Mapping[str, Callable[[], Matrix]]
     default: str
+    version: str = ""
 
     def matrix(self, layer: str | None) -> Matrix:
         """Open a matrix.
@@ -87,8 +90,8 @@ class CellSource:
         return self.matrices[name]()
 
     def fingerprint(self, matrix: Matrix) -> str:
-        """Return a SHA-256 over the names of cells and genes, which tells whether a file is still the same."""
-        digest = hashlib.sha256(f"{self.n_cells} {matrix.name}".encode())
+        """Return a SHA-256 over version and names of cells and genes, which tells whether a file is still the same."""
+        digest = hashlib.sha256(f"{self.n_cells} {matrix.name} {self.version}".encode())
         for index in (self.obs().index, matrix.var.index):
             digest.update(pd.util.hash_array(np.asarray(index, object)).tobytes())
         return digest.hexdigest()
@@ -119,11 +122,15 @@ def open_cells(cells: anndata.AnnData | str | Path, storage: Storage) -> Iterato
         if is_local(uri) and not path.exists():
             raise UserError(f"{uri} does not exist; expected an h5ad or zarr file, or a SOMA experiment.")
         if is_local(uri) and path.is_file():
-            yield _from_container(uri, _open_h5ad(stack, path))
-        elif is_local(uri) and any((path / name).exists() for name in ("zarr.json", ".zgroup")):
-            yield _from_container(uri, zarr.open_group(path, mode="r"))
+            found = _from_container(uri, _open_h5ad(stack, path))
+            version = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
         else:
-            yield _from_experiment(uri, _open_experiment(stack, uri, storage))
+            if is_local(uri) and any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+                found = _from_container(uri, zarr.open_group(path, mode="r"))
+            else:
+                found = _from_experiment(uri, _open_experiment(stack, uri, storage))
+            version = f"{storage.size(uri)} {storage.last_written(uri)}"
+        yield replace(found, version=version)
 
 
 def _open_h5ad(stack: ExitStack, path: Path) -> h5py.File:

@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import tiledbsoma.io
 
 from census_tf_dagster import embed
 from census_tf_dagster.cli import main
+from tests.support.moto_servers import REGION, upload
 from tests.support.own_files import ASSAYS, checkpoint, some_cells
 from tests.support.project import REPOSITORY
 from tests.support.warm_processes import WarmProcess
@@ -107,10 +109,9 @@ def test_a_finished_file_is_not_embedded_again(
     assert json.loads(out)["outputs"][0]["embedded"] == 0
     code, _, said = run(capsys, *arguments, "--gene-order", "vocabulary")
     assert code == 1
-    assert "exists and was made of other cells or with other settings (gene_order, gene_fingerprint)" in said
-    other = some_cells(seed=1)
-    other.obs_names = [f"other-{name}" for name in other.obs_names]
-    other.write_h5ad(cells)
+    assert "or of a file that has changed since (gene_order, gene_fingerprint)" in said
+    # Cells of the same names have other counts.
+    some_cells(seed=1).write_h5ad(cells)
     code, _, said = run(capsys, *arguments)
     assert code == 1
     assert "(cells)" in said
@@ -191,6 +192,28 @@ def test_every_file_is_checked_before_the_first_is_embedded(
     code, _, said = run(capsys, cells, cells.with_name("missing.h5ad"), "--checkpoint", checkpoint)
     assert (code, list(cells.parent.glob("*.transcriptformer.*"))) == (1, [])
     assert "missing.h5ad does not exist" in said
+
+
+def test_an_experiment_on_s3(
+    checkpoint: Path,
+    tmp_path: Path,
+    s3: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adata = some_cells()
+    tiledbsoma.io.from_anndata(str(tmp_path / "lab"), adata, measurement_name="RNA", X_layer_name="raw")
+    upload(tmp_path / "lab", s3, "labs", "lab")
+    monkeypatch.setenv("CENSUS_TF_STORE_S3_ENDPOINT", s3)
+    monkeypatch.setenv("CENSUS_TF_STORE_S3_REGION", REGION)
+    output = tmp_path / "out.npy"
+    code, _, said = run(capsys, "s3://labs/lab", "--checkpoint", checkpoint, "--out", output)
+    assert code == 0, said
+    with pytest.warns(UserWarning, match="have an assay"):
+        assert np.array_equal(np.load(output), embed(adata, checkpoint))
+    code, _, said = run(capsys, "s3://labs/nothing", "--checkpoint", checkpoint, "--out", output)
+    assert code == 1
+    assert "s3://labs/nothing cannot be opened as a SOMA experiment" in said
 
 
 @pytest.mark.parametrize(
