@@ -100,7 +100,7 @@ def read_checkpoint(folder: Path, pretrained: Sequence[Path] = (), cache: Path |
             hint = f" Did you mean {' or '.join(str(path.parent) for path in inside)}?" if inside else ""
             raise UserError(
                 f"{folder} has no {name}; expected a checkpoint folder as `transcriptformer download` makes it: "
-                f"correct the set's `checkpoint`.{hint}"
+                f"correct `checkpoint`.{hint}"
             )
     config = read_config(folder / "config.json")
     gene_files = [folder / "vocabs" / name for name in config.gene_files]

@@ -46,7 +46,7 @@ def fetch(uri: str, storage: Storage, cache: Path) -> Path:
         if not path.exists():
             raise UserError(
                 f"{path} does not exist; expected a checkpoint folder as `transcriptformer download` makes it: correct "
-                "the set's `checkpoint`."
+                "`checkpoint`."
             )
         return path
     objects = _find_objects(uri, storage)
@@ -79,7 +79,7 @@ def _find_objects(uri: str, storage: Storage) -> dict[str, S3Object]:
         if found is None:
             raise UserError(
                 f"{uri} has no {name}; expected a checkpoint folder as `transcriptformer download` makes it: correct "
-                "the set's `checkpoint`, or upload the file."
+                "`checkpoint`, or upload the file."
             )
         objects[f"{basename}/{name}"] = found
     return objects

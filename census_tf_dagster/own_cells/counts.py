@@ -28,7 +28,9 @@ def require_counts(source: CellSource, matrix: Matrix) -> None:
     UserError
         With the other matrices of these cells that hold counts.
     """
-    found = describe(matrix.rows(0, min(LOOKED_AT, source.n_cells)))
+    cells = min(LOOKED_AT, source.n_cells)
+    rows = matrix.rows(0, cells)
+    found = describe(rows) if rows.count_nonzero() else f"no count in the first {cells} cells"
     if found is None:
         return
     others = [name for name in source.matrices if _holds_counts(source, name, matrix.name)]

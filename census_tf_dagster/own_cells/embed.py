@@ -273,7 +273,9 @@ def embed_file(
 
 def _require_own(output: Path, identity: dict[str, Any]) -> None:
     found = read_description(output)
-    stored = (found or {}).get("identity", {})
+    if found is None:
+        raise UserError(f"{output} exists and is no output of this command; give another `--out`, or move it.")
+    stored = found.get("identity", {})
     differing = [name for name in identity if name != "package" and stored.get(name) != identity[name]]
     if differing:
         raise UserError(
@@ -392,8 +394,8 @@ def open_own_cells(
         if not source.n_cells:
             raise UserError(f"{source.name} has no cells; expected at least one.")
         matrix = source.matrix(options.layer)
-        require_counts(source, matrix)
         column, genes = find_genes(matrix, source.name, model.checkpoint, options.gene_column, options.duplicate_genes)
+        require_counts(source, matrix)
         known = model.known_genes(genes)
         about = (
             f"{matrix.name} of {source.name}: {source.n_cells:,} cells; the checkpoint knows {len(known):,} of "
@@ -452,7 +454,10 @@ def _assays(source: CellSource, model: OwnModel, options: Options, progress: Pro
         return [UNKNOWN_ASSAY] * source.n_cells, "none"
     assays = [value if isinstance(value, str) else UNKNOWN_ASSAY for value in obs[column]]
     counted = pd.Series(assays).value_counts()
-    unknown = [str(label) for label in counted.index if label not in vocabulary or label == UNKNOWN_ASSAY]
+    without = int(counted.get(UNKNOWN_ASSAY, 0))
+    unknown = [str(label) for label in counted.index if label not in vocabulary]
+    if without:
+        progress.notes.append(f"{without:,} of {source.n_cells:,} cells have no assay and get no assay token")
     if unknown:
         progress.notes.append(
             f"{int(counted[unknown].sum()):,} of {source.n_cells:,} cells have an assay that the checkpoint does not "

@@ -1,7 +1,7 @@
 """Finds the gene ids of a matrix, and the order in which the model sees them."""
 
 from collections import Counter
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 
@@ -47,6 +47,10 @@ def find_genes(
         When there is no such column, the checkpoint knows none of the ids, or an id occurs twice.
     """
     var = matrix.var
+    if duplicates not in get_args(Duplicates):
+        raise UserError(f"duplicate_genes is {duplicates!r}; expected {' or '.join(get_args(Duplicates))}.")
+    if not len(var):
+        raise UserError(f"{matrix.name} of {where} has no genes; expected at least one.")
     if column not in (None, INDEX, *var.columns):
         raise UserError(
             f"var of {where} has no column {column!r}; expected one of: {', '.join(map(str, var.columns))}, or "
@@ -57,10 +61,10 @@ def find_genes(
     known = {name: sum(map(checkpoint.knows, found)) for name, found in ids.items()}
     chosen = max(candidates, key=known.__getitem__)
     if not known[chosen]:
-        examples = ", ".join(repr(gene) for gene in ids[chosen][:3])
+        examples = ", ".join(repr(str(gene)) for gene in _column(var, chosen)[:3])
         raise UserError(
-            f"the checkpoint {checkpoint.folder} knows none of the {len(var):,} genes of {where} (looked for in var's "
-            f"{', '.join(candidates)}; for example {examples}). {_hint(ids[chosen], checkpoint)}"
+            f"the checkpoint {checkpoint.folder} knows none of the {len(var):,} genes of {matrix.name} of {where} "
+            f"(looked for in var's {', '.join(candidates)}; for example {examples}). {_hint(ids[chosen], checkpoint)}"
         )
     genes = ids[chosen]
     twice = sorted(gene for gene, often in Counter(genes).items() if often > 1 and checkpoint.knows(gene))
@@ -76,8 +80,11 @@ def find_genes(
 
 
 def _ids(var: pd.DataFrame, column: str) -> tuple[str, ...]:
-    values = var.index if column == INDEX else var[column]
-    return tuple(str(gene).split(".")[0] for gene in values)
+    return tuple(str(gene).split(".")[0] for gene in _column(var, column))
+
+
+def _column(var: pd.DataFrame, column: str) -> pd.Index | pd.Series:
+    return var.index if column == INDEX else var[column]
 
 
 def _only_first(genes: tuple[str, ...]) -> tuple[str, ...]:
@@ -93,5 +100,8 @@ def _hint(genes: tuple[str, ...], checkpoint: Checkpoint) -> str:
     example = next((gene for gene in checkpoint.gene_rows if gene.startswith("ENS")), None)
     expected = f"Expected Ensembl ids such as {example}" if example else "Expected ids as the checkpoint has them"
     if not any(gene[:3].upper() == "ENS" for gene in genes[:1000]):
-        return f"{expected}, and these look like gene symbols: add a column with ids to var, and name it `gene_column`."
-    return f"{expected}: use a checkpoint for this species, or `pretrained_embeddings`."
+        return (
+            f"{expected}, and these look like gene symbols: add a column with ids to this matrix's var and name it "
+            "`gene_column`, or give the `layer` whose var has ids."
+        )
+    return f"{expected}: use a checkpoint that knows these genes, or `pretrained_embeddings`."

@@ -46,12 +46,16 @@ def row_reader(matrix: Any, where: str) -> Rows:
             f"{where} is a {type(matrix).__module__}.{type(matrix).__qualname__}; expected a numpy array or a CSR or "
             "CSC matrix. Convert it first, for example with `adata.to_memory()`."
         )
-    if matrix.dtype.kind not in "fiub":
+    if matrix.dtype.kind not in "fiu":
         raise UserError(f"{where} has values of type {matrix.dtype}; expected numbers. Give the layer with raw counts.")
     if isinstance(matrix, CSCDataset):
         return _RowsOfColumns(matrix)
     if scipy.sparse.issparse(matrix):
         matrix = matrix.tocsr()
+    # scipy knows neither half precision nor another order of bytes.
+    odd = (matrix.dtype.itemsize == 2 and matrix.dtype.kind == "f") or not matrix.dtype.isnative
+    if odd and not isinstance(matrix, CSRDataset):
+        return lambda start, stop: scipy.sparse.csr_matrix(np.asarray(matrix[start:stop], np.float32))
     return lambda start, stop: _canonical(scipy.sparse.csr_matrix(matrix[start:stop]))
 
 

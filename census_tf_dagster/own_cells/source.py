@@ -4,7 +4,7 @@ What the counts are belongs in `counts`, which genes the model knows in `genes`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,7 +165,12 @@ def _from_anndata(adata: anndata.AnnData) -> CellSource:
         matrices[X] = of(X, adata.var, lambda: adata.X)
     for name in adata.layers:
         matrices.setdefault(name, of(f"layers[{name!r}]", adata.var, partial(adata.layers.__getitem__, name)))
-    return CellSource("the AnnData", adata.n_obs, lambda: adata.obs, matrices, RAW if RAW in matrices else X)
+    return CellSource("the AnnData", adata.n_obs, lambda: adata.obs, matrices, _default(matrices))
+
+
+def _default(matrices: Collection[str]) -> str:
+    """Return `raw` if it is there, as upstream does, then X, then the only one."""
+    return next((name for name in (RAW, X) if name in matrices), next(iter(matrices), X) if len(matrices) == 1 else X)
 
 
 def _from_container(uri: str, container: Any) -> CellSource:
@@ -187,7 +192,7 @@ def _from_container(uri: str, container: Any) -> CellSource:
     for name in container.get("layers", ()):
         matrices.setdefault(name, of(f"layers[{name!r}]", "var", f"layers/{name}"))
     obs = _frame(uri, container["obs"])
-    return CellSource(uri, len(obs), lambda: obs, matrices, RAW if RAW in matrices else X)
+    return CellSource(uri, len(obs), lambda: obs, matrices, _default(matrices))
 
 
 def _frame(uri: str, element: Any) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Cells that cannot be embedded as they are given get one clear error, before anything is computed."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def twice(adata: anndata.AnnData) -> None:
         (normalised, "holds normalised values"),
         (scaled, "holds scaled values"),
         (symbols, "knows none of the 80 genes .*for example 'symbol-0'.*these look like gene symbols"),
-        (another_species, r"knows none of the 80 genes .*use a checkpoint for this species"),
+        (another_species, r"knows none of the 80 genes .*use a checkpoint that knows these genes"),
         (twice, "10 genes that the checkpoint knows occur more than once .*`duplicate_genes='first'`"),
     ],
 )
@@ -88,12 +89,38 @@ def test_cells_that_cannot_be_right(checkpoint: Path, change: Change, said: str)
         ({"assay": "10x 3' v3", "assay_column": "assay"}, "both given"),
         ({"device": "cuda"}, "this machine has no GPU"),
         ({"device": "gpu"}, "device is 'gpu'; expected auto, cuda or cpu"),
+        ({"duplicate_genes": "last"}, "duplicate_genes is 'last'; expected refuse or first"),
         ({"like": "nowhere"}, "is no array of embeddings that this project made"),
     ],
 )
 def test_arguments_that_do_not_fit(checkpoint: Path, options: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         embed(some_cells(), checkpoint, **options)  # type: ignore[arg-type]
+
+
+def test_matrices_without_counts(checkpoint: Path) -> None:
+    cells = some_cells()
+    cells.layers["nothing"] = scipy.sparse.csr_matrix(cells.shape, dtype=np.float32)
+    with pytest.raises(UserError, match=r"no count in the first 60 cells; expected raw counts\. Give `layer='X'`"):
+        embed(cells, checkpoint, layer="nothing")
+    cells.layers["expressed"] = cells.X.astype(bool)
+    with pytest.raises(UserError, match=r"layers\['expressed'\] has values of type bool; expected numbers"):
+        embed(cells, checkpoint, layer="expressed")
+    with pytest.raises(UserError, match="has no genes"):
+        embed(anndata.AnnData(np.ones((3, 0), np.float32)), checkpoint)
+
+
+def test_an_interrupted_call_leaves_nothing_running(checkpoint: Path) -> None:
+    """Nor does it wait for the traceback to go: threads that read a file after it is closed end the process."""
+    before = set(threading.enumerate())
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        embed(some_cells(2000), checkpoint, report=interrupt)
+    assert caught.tb is not None
+    assert set(threading.enumerate()) == before
 
 
 def test_files_that_are_something_else(checkpoint: Path, tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ FORMS: dict[str, Form] = {
     "int64": with_values(np.int64),
     "float64": with_values(np.float64),
     "uint16": with_values(np.uint16),
+    "half precision": lambda adata, _: anndata.AnnData(adata.X.toarray().astype(np.float16), adata.obs, adata.var),
+    "other bytes": lambda adata, _: anndata.AnnData(adata.X.toarray().astype(">i4"), adata.obs, adata.var),
     "csc": column_wise,
     "dense, lzf": dense,
     "gzip": lambda adata, folder: written(folder, adata, compression="gzip"),
@@ -97,6 +99,7 @@ FORMS: dict[str, Form] = {
     "view of a file": view_of_a_file,
     "view": view,
     "layer": layer,
+    "only a layer": lambda adata, _: anndata.AnnData(obs=adata.obs, var=adata.var, layers={"counts": adata.X}),
     "values in two parts": split_values,
 }
 
