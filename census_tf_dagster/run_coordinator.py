@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import dagster as dg
+from dagster._core.events import RunFailureReason
 from dagster._core.instance import DagsterInstance
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
+from dagster._core.storage.tags import ROOT_RUN_ID_TAG, RUN_FAILURE_REASON_TAG
 from dagster._serdes import ConfigurableClassData
 
-from census_tf_dagster.config.placement import NODE_TAG
+from census_tf_dagster.config.placement import NODE_TAG, ON_DEMAND_TAG
 from census_tf_dagster.errors import UserError
 
 Platform = Literal["ecs", "kubernetes"]
@@ -35,6 +37,17 @@ SIZE_RESOURCES = ("cpu", "memory", "ephemeral-storage")
 
 ASKED_TAG, PLACED_TAG = "census_tf/placement_asked", "census_tf/placement_digest"
 """On a run that was placed: the run's own placing tags, and a digest of the result. A retry inherits both."""
+
+PURCHASE_TAG, MISSED_TAG = "census_tf/purchase", "census_tf/nodes_missed"
+"""On a run: ``on_demand`` once its shard has moved to such nodes, and how often ECS had no node for it. A retry
+inherits both."""
+_ON_DEMAND = {ON_DEMAND_TAG: "", PURCHASE_TAG: "on_demand"}
+FAULTS = {
+    RunFailureReason.STEP_FAILURE.value,
+    RunFailureReason.RUN_EXCEPTION.value,
+    RunFailureReason.JOB_INITIALIZATION_FAILURE.value,
+}
+"""Dagster's reasons of a failure whose worker was there. Run monitoring gives no reason for a worker that was lost."""
 
 
 class PlacingRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
@@ -71,7 +84,9 @@ class PlacingRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         if run.status == dg.DagsterRunStatus.NOT_STARTED:
             try:
                 steps = step_tags(self._instance, run)
-                self._instance.add_run_tags(run.run_id, place(self._platform, steps, run.tags))
+                may_move = any(ON_DEMAND_TAG in tags for tags in steps.values())
+                lost = lost_nodes(self._instance, run) if may_move else 0
+                self._instance.add_run_tags(run.run_id, place(self._platform, steps, run.tags, lost))
             except UserError:
                 # Otherwise Dagster would submit the run again and again, and each time it would be refused.
                 self._instance.add_run_tags(run.run_id, {"dagster/max_retries": "0"})
@@ -100,7 +115,34 @@ def step_tags(instance: DagsterInstance, run: dg.DagsterRun) -> dict[str, Tags]:
         ) from error
 
 
-def place(platform: str, steps: Mapping[str, Tags], run: Tags) -> dict[str, str]:
+def lost_nodes(instance: DagsterInstance, run: dg.DagsterRun) -> int:
+    """Count the nodes that a run's shard has lost, or did not get, in this run and those that it retries."""
+    missed = int(run.tags.get(MISSED_TAG, "0"))
+    if run.root_run_id is None:
+        return missed
+    group = [
+        *instance.get_runs(dg.RunsFilter(run_ids=[run.root_run_id])),
+        *instance.get_runs(dg.RunsFilter(tags={ROOT_RUN_ID_TAG: run.root_run_id})),
+    ]
+    failed = [one for one in group if one.status == dg.DagsterRunStatus.FAILURE]
+    return missed + sum(one.tags.get(RUN_FAILURE_REASON_TAG) not in FAULTS for one in failed)
+
+
+def move_on_ecs(instance: DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Tell whether a run for which no spot node came now moves to on-demand nodes, and change its tags.
+
+    The caller notes in `MISSED_TAG` that no node came, once ECS has accepted a new task.
+    """
+    move = json.loads(run.tags.get(ON_DEMAND_TAG) or "null")
+    if move is None or lost_nodes(instance, run) + 1 < move["after"]:
+        return False
+    moved = {name: value for name, value in move["tags"].items() if name in PLACED_BY["ecs"]}
+    placed = {name: run.tags[name] for name in PLACED_BY["ecs"] if name in run.tags} | moved
+    instance.add_run_tags(run.run_id, {**moved, **_ON_DEMAND, PLACED_TAG: _digest(placed)})
+    return True
+
+
+def place(platform: str, steps: Mapping[str, Tags], run: Tags, lost: int = 0) -> dict[str, str]:
     """Return the tags that place a run.
 
     Steps without a placement run on the node of the other steps.
@@ -113,6 +155,8 @@ def place(platform: str, steps: Mapping[str, Tags], run: Tags) -> dict[str, str]
         The tags of each step, by step key.
     run
         The run's own tags. A retry's tags include the placement of its parent.
+    lost
+        Number of spot nodes that the shard has lost or did not get.
 
     Raises
     ------
@@ -126,18 +170,27 @@ def place(platform: str, steps: Mapping[str, Tags], run: Tags) -> dict[str, str]
         # A retry inherited these tags from its parent. The plan may have a newer placement, so they are dropped.
         own = json.loads(run[ASKED_TAG])
         stale = {name: nothing for name, nothing in names.items() if run.get(name)} | {NODE_TAG: "cpu"}
+        stale |= {name: "" for name in (ON_DEMAND_TAG, PURCHASE_TAG) if run.get(name)}
     else:
         stale = {}
     wanted = _agreed(platform, steps)
     if not wanted:
         return stale | own if stale else {}
     placed = {name: value for name, value in wanted.items() if name in names}
+    purchase: Tags = {}
+    if ON_DEMAND_TAG in wanted:
+        move = json.loads(wanted[ON_DEMAND_TAG])
+        purchase = {ON_DEMAND_TAG: wanted[ON_DEMAND_TAG]}
+        if run.get(PURCHASE_TAG) == "on_demand" or lost >= move["after"]:
+            placed |= {name: value for name, value in move["tags"].items() if name in names}
+            purchase = _ON_DEMAND
     for name, value in own.items():
         placed[name] = _resized(name, placed.get(name, ""), value)
     return {
         **stale,
         **placed,
         **{name: wanted[name] for name in (NODE_TAG,) if name in wanted},
+        **purchase,
         ASKED_TAG: json.dumps(own),
         PLACED_TAG: _digest(placed),
     }
@@ -145,7 +198,7 @@ def place(platform: str, steps: Mapping[str, Tags], run: Tags) -> dict[str, str]
 
 def _agreed(platform: str, steps: Mapping[str, Tags]) -> Tags:
     """Return the placing tags that all steps with a placement have; none when no step has one."""
-    names = (NODE_TAG, *PLACED_BY[platform])
+    names = (NODE_TAG, *PLACED_BY[platform], ON_DEMAND_TAG)
     asks = {key: {name: tags[name] for name in names if name in tags} for key, tags in steps.items()}
     asking = {key: tags for key, tags in asks.items() if tags}
     if not asking:
@@ -195,4 +248,6 @@ def _within(part: Any, whole: Any) -> bool:
 
 
 def _digest(placed: Tags) -> str:
-    return hashlib.sha256(json.dumps(sorted(placed.items())).encode()).hexdigest()[:16]
+    # An empty tag says nothing, and a retry cannot know whether its parent had it.
+    stated = sorted((name, value) for name, value in placed.items() if value)
+    return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]

@@ -24,6 +24,10 @@ FILE, PAGE = "placement.yaml", "docs/placement.md"
 NODE_TAG = "census_tf/node"
 """``gpu`` on each run that needs a GPU node. The limit on the size of the fleet counts this tag."""
 
+ON_DEMAND_TAG = "census_tf/on_demand"
+"""On a shard that may move from spot to on-demand nodes: JSON with ``after``, the number of spot nodes that it may lose
+or not get, and ``tags``, the placing tags that then replace its own."""
+
 KEPT_ON_ITS_NODE = {
     "karpenter.sh/do-not-disrupt": "true",
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -161,6 +165,13 @@ class Placement(_Replaceable):
     memory_gib: int | None = Field(default=None, ge=1, le=65536, description="Memory of each shard, in GiB.")
     disk_gib: int | None = Field(default=None, ge=1, le=65536, description="Disk of each shard, in GiB.")
     purchase: Purchase = Field(default="on_demand", description="How the nodes are bought.")
+    on_demand_after: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="With purchase: spot, the number of times that a shard may lose its node or get none. After that "
+        "it runs on on-demand nodes. Default: it stays with spot nodes.",
+    )
     gpu_type: GpuType | None = Field(
         default=None, description="GPU type of these nodes. Costs assume a speed for it until one has been measured."
     )
@@ -192,9 +203,18 @@ class Placement(_Replaceable):
         Raises
         ------
         UserError
-            When an entry of the platform is missing, the kind of purchase has no nodes, a shard fits none of
-            `instance_types`, or `disk_gib` is set and `ecs.disk` is missing.
+            When an entry of the platform is missing, the kind of purchase (or on-demand, with `on_demand_after`) has
+            no nodes, a shard fits none of `instance_types`, or `disk_gib` is set and `ecs.disk` is missing.
         """
+        tags = self._tags()
+        if self.purchase == "spot" and self.on_demand_after is not None:
+            then = self.model_copy(update={"purchase": "on_demand"})._tags()
+            changes = {name: value for name, value in then.items() if value != tags[name]}
+            tags[ON_DEMAND_TAG] = json.dumps({"after": self.on_demand_after, "tags": changes}, sort_keys=True)
+        return tags
+
+    def _tags(self) -> dict[str, str]:
+        """Return the tags of one kind of purchase."""
         tags = {NODE_TAG: "gpu"} if self.gpus else {}
         if self.ecs is not None:
             self._require_room(dict.fromkeys(self.instance_types, "ECS"))
@@ -268,6 +288,11 @@ class Placement(_Replaceable):
         }
 
     def _of_purchase(self, kinds: Mapping[Purchase, T], where: str) -> T:
+        if self.purchase == "spot" and self.on_demand_after is not None and "on_demand" not in kinds:
+            raise UserError(
+                f"placement: on_demand_after is {self.on_demand_after}, and {where} has only "
+                f"{', '.join(sorted(kinds))}. Add on_demand there, or leave on_demand_after out."
+            )
         if self.purchase not in kinds:
             raise UserError(
                 f"placement: purchase is {self.purchase}, and {where} has only {', '.join(sorted(kinds))}. Add the "

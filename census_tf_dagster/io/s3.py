@@ -112,6 +112,8 @@ class S3Object:
 
 
 _AGAIN = "run this again."
+_REFUSED_KEYS = ("ExpiredToken", "400")
+"""S3's codes when keys have expired. The answer to a HEAD request has no body, so boto3 only knows its status."""
 
 ARCHIVE_CLASS = "GLACIER_IR"
 """S3's storage class for objects that are read about once a quarter: much cheaper, and readable within milliseconds."""
@@ -314,6 +316,11 @@ class S3Objects:
         try:
             return request()
         except ClientError as error:
+            if error.response["Error"]["Code"] in _REFUSED_KEYS:
+                raise UserError(
+                    f"S3 refuses the AWS keys of this environment at {uri} ({error}). Expected keys that have not "
+                    "expired, and the bucket's region: use a role, whose keys are renewed, or set new keys."
+                ) from error
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if status == HTTPStatus.NOT_FOUND:
                 return None

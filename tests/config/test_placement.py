@@ -85,6 +85,25 @@ def test_a_set_replaces_what_it_names() -> None:
     assert '"example.com/purchase": "on_demand"' in tags["dagster-k8s/config"]
 
 
+def test_a_spot_placement_may_name_when_it_moves_to_on_demand_nodes() -> None:
+    tags = Placement.model_validate(PLACEMENT | {"on_demand_after": 2}).tags()
+    move = json.loads(tags.pop("census_tf/on_demand"))
+    assert tags == TAGS
+    on_demand = Placement.model_validate(PLACEMENT | {"purchase": "on_demand"}).tags()
+    assert (move["after"], move["tags"].keys()) == (2, {"ecs/run_task_kwargs", "dagster-k8s/config"})
+    assert TAGS | move["tags"] == on_demand
+    bought = Placement.model_validate(PLACEMENT | {"purchase": "on_demand", "on_demand_after": 2})
+    assert bought.tags() == on_demand
+
+
+@pytest.mark.parametrize(("platform", "kinds"), [("ecs", "capacity_providers"), ("kubernetes", "nodes")])
+def test_on_demand_nodes_that_are_nowhere_are_refused(platform: str, kinds: str) -> None:
+    part = PLACEMENT[platform] | {kinds: {"spot": PLACEMENT[platform][kinds]["spot"]}}
+    placement = Placement.model_validate(PLACEMENT | {platform: part, "on_demand_after": 2})
+    with pytest.raises(UserError, match=rf"^placement: on_demand_after is 2, and {platform}\.{kinds} has only spot\."):
+        placement.tags()
+
+
 def kubernetes_config(placement: Placement) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(placement.tags()["dagster-k8s/config"])
     return config

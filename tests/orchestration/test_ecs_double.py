@@ -14,10 +14,13 @@ import pytest
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
 from dagster_aws.ecs import EcsRunLauncher
 
+from census_tf_dagster.config.placement import Placement
 from census_tf_dagster.orchestration.sensors import lost_runs
 from census_tf_dagster.orchestration.sensors.lost_runs import START_FAULT, TASK_TAG, ask_for_nodes_again
+from census_tf_dagster.run_coordinator import place
 from tests.support.ecs_double import TARGET, EcsDouble, Task
 from tests.support.launching import job
+from tests.support.placements import PLACEMENT
 
 REPORTS_SIGTERM = """
 import signal, time
@@ -104,12 +107,15 @@ class Launcher(RunLauncher):
         super().__init__()
         self.double = double
         self.launched: list[str] = []
+        self.providers: list[str] = []
         self.refuses = False
 
     def launch_run(self, context: LaunchRunContext) -> None:
         if self.refuses:
             raise RuntimeError("at most 100 tasks may be provisioning")
         self.launched.append(context.dagster_run.run_id)
+        kwargs = json.loads(context.dagster_run.tags.get("ecs/run_task_kwargs", "{}"))
+        self.providers += [one["capacityProvider"] for one in kwargs.get("capacityProviderStrategy", ())]
 
     def terminate(self, run_id: str) -> bool:
         raise NotImplementedError(run_id)
@@ -153,6 +159,28 @@ def test_a_task_for_which_no_node_came_is_replaced(tmp_path: Path, reason: str, 
         assert launcher.launched == ([run.run_id] if asked_again else [])
         assert len(said) == bool(reason)
         assert elsewhere.run_id not in "".join(said)
+
+
+def test_a_run_that_got_no_spot_node_twice_asks_for_an_on_demand_one(tmp_path: Path) -> None:
+    double = waiting_task(tmp_path)
+    double.tasks[0].stop_before_start("Capacity is unavailable at this time")
+    launcher = Launcher(double)
+    moves = Placement.model_validate(PLACEMENT | {"on_demand_after": 2}).tags()
+    tags = {TASK_TAG: "task-1", **place("ecs", {"shard": moves}, {})}
+    with launched_by(launcher) as instance:
+        run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, tags=tags)
+        # ECS may refuse new tasks for a while. No node was asked for then.
+        launcher.refuses = True
+        assert all("was refused" in line for _ in range(3) for line in ask_for_nodes_again(instance))
+        launcher.refuses = False
+        said = [line for _ in range(3) for line in ask_for_nodes_again(instance)]
+        left = instance.get_run_by_id(run.run_id)
+    assert launcher.providers == ["gpu-spot", "gpu-on-demand", "gpu-on-demand"]
+    assert [line.partition("waits for ")[2] for line in said] == ["one", "an on-demand node", "one"]
+    # If this node is lost, the retry inherits the tags and stays with on-demand nodes.
+    assert left is not None
+    again = place("ecs", {"shard": moves}, left.tags)
+    assert "gpu-on-demand" in again["ecs/run_task_kwargs"]
 
 
 def test_a_refused_task_leaves_the_others_their_turn(tmp_path: Path) -> None:

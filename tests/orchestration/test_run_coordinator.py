@@ -7,16 +7,28 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.events import JobFailureData, RunFailureReason
 from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.test_utils import instance_for_test
+from dagster_shared.check import CheckError
 
 from census_tf_dagster.config.placement import Placement
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.run_coordinator import ASKED_TAG, PLACED_TAG, PlacingRunCoordinator, place, step_tags
+from census_tf_dagster.run_coordinator import (
+    ASKED_TAG,
+    PLACED_TAG,
+    PURCHASE_TAG,
+    PlacingRunCoordinator,
+    lost_nodes,
+    place,
+    step_tags,
+)
 from tests.support.placements import PLACEMENT, TAGS
 
 ECS = {name: value for name, value in TAGS.items() if name.startswith(("ecs/", "census_tf/"))}
 K8S = {name: TAGS[name] for name in ("dagster-k8s/config", "census_tf/node")}
+MOVES = Placement.model_validate(PLACEMENT | {"on_demand_after": 2}).tags()
+ON_DEMAND = Placement.model_validate(PLACEMENT | {"purchase": "on_demand"}).tags()
 NEWER = Placement.model_validate(PLACEMENT | {"memory_gib": 60}).tags()
 
 
@@ -119,6 +131,27 @@ def test_what_a_newer_placement_no_longer_asks_for_is_taken_back() -> None:
     }
 
 
+@pytest.mark.parametrize(("platform", "node"), [("ecs", "ecs/run_task_kwargs"), ("kubernetes", "dagster-k8s/config")])
+def test_a_shard_moves_to_on_demand_nodes_and_stays_there(platform: str, node: str) -> None:
+    first = place(platform, {"shard": MOVES}, {})
+    second = first | place(platform, {"shard": MOVES}, first, 1)
+    assert first[node] == second[node] == TAGS[node]
+    assert PURCHASE_TAG not in second
+    third = second | place(platform, {"shard": MOVES}, second, 2)
+    assert (third[node], third[PURCHASE_TAG]) == (ON_DEMAND[node], "on_demand")
+    # A count that starts again, as when the records of old runs were deleted.
+    assert third | place(platform, {"shard": MOVES}, third) == third
+    back = third | place(platform, {"shard": TAGS}, third, 3)
+    assert (back[node], back[PURCHASE_TAG]) == (TAGS[node], "")
+
+
+def test_a_retry_moves_though_the_task_definition_has_the_sizes() -> None:
+    unsized = {"cpu": None, "memory_gib": None, "on_demand_after": 1}
+    moves = Placement.model_validate(PLACEMENT | unsized).tags()
+    first = place("ecs", {"shard": moves}, {})
+    assert place("ecs", {"shard": moves}, first, 1)["ecs/run_task_kwargs"] == ON_DEMAND["ecs/run_task_kwargs"]
+
+
 @pytest.fixture
 def instance() -> Iterator[dg.DagsterInstance]:
     coordinator = {
@@ -132,6 +165,59 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 @dg.asset(op_tags=TAGS)
 def shard() -> None: ...
+
+
+@dg.asset(op_tags=MOVES)
+def moving() -> None: ...
+
+
+def of_retry(first: dg.DagsterRun, failed: dg.DagsterRun) -> dict[str, Any]:
+    """What Dagster gives to the retry of a failed run: its tags, and the names of both."""
+    names = {"dagster/root_run_id": first.run_id, "dagster/parent_run_id": failed.run_id}
+    return {"root_run_id": first.run_id, "parent_run_id": failed.run_id, "tags": {**failed.tags, **names}}
+
+
+@pytest.mark.parametrize(
+    ("reason", "lost"),
+    [
+        (None, 1),  # Run monitoring gives none for a worker that was lost.
+        (RunFailureReason.UNEXPECTED_TERMINATION, 1),  # SIGTERM, such as that of a drained node of Kubernetes.
+        (RunFailureReason.START_TIMEOUT, 1),
+        (RunFailureReason.RUN_WORKER_RESTART, 1),
+        (RunFailureReason.STEP_FAILURE, 0),
+        (RunFailureReason.RUN_EXCEPTION, 0),
+        (RunFailureReason.JOB_INITIALIZATION_FAILURE, 0),
+    ],
+)
+def test_only_nodes_that_were_lost_count(
+    instance: dg.DagsterInstance, reason: RunFailureReason | None, lost: int
+) -> None:
+    assets = dg.Definitions(assets=[shard]).resolve_implicit_global_asset_job_def()
+    other, first = instance.create_run_for_job(assets), instance.create_run_for_job(assets)
+    instance.report_run_failed(other)
+    ended = JobFailureData(error=None, failure_reason=reason) if reason else None
+    instance.report_run_failed(first, "it failed", ended)
+    second = instance.create_run_for_job(assets, **of_retry(first, first))
+    assert (lost_nodes(instance, first), lost_nodes(instance, second)) == (0, lost)
+    instance.report_run_failed(second, "it failed", ended)
+    third = instance.create_run_for_job(assets, **of_retry(first, second))
+    assert lost_nodes(instance, third) == 2 * lost
+
+
+def test_a_shard_that_lost_its_nodes_is_submitted_for_others(instance: dg.DagsterInstance) -> None:
+    assets = dg.Definitions(assets=[moving]).resolve_implicit_global_asset_job_def()
+    run = first = instance.create_run_for_job(assets)
+    used = []
+    for _ in range(4):
+        submitted = SubmitRunContext(run, workspace=None)  # type: ignore[arg-type]
+        with pytest.raises(CheckError, match="external_pipeline_origin"):
+            instance.run_coordinator.submit_run(submitted)
+        placed = instance.get_run_by_id(run.run_id)
+        assert placed is not None
+        used.append(json.loads(placed.tags["ecs/run_task_kwargs"])["capacityProviderStrategy"][0]["capacityProvider"])
+        instance.report_run_failed(placed, "its node is gone")
+        run = instance.create_run_for_job(assets, **of_retry(first, placed))
+    assert used == ["gpu-spot", "gpu-spot", "gpu-on-demand", "gpu-on-demand"]
 
 
 def test_the_plan_is_read_as_it_was_persisted(instance: dg.DagsterInstance) -> None:

@@ -22,6 +22,7 @@ from dagster_k8s.job import get_job_name_from_run_id
 
 from census_tf_dagster.orchestration.sensors import lost_runs
 from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_runs, delete_jobs_left_behind
+from census_tf_dagster.run_coordinator import lost_nodes
 from tests.support.helm_chart import instance_of
 from tests.support.k8s_deployment import CONTROL_IMAGE, read_values
 from tests.support.k8s_double import KubernetesDouble, eks_node, outside_of_the_cluster, serving
@@ -115,6 +116,23 @@ def test_a_job_that_waited_too_long_never_starts(
         assert (deployment.cluster.jobs, deployment.cluster.pods) == ({}, {})
     deployment.cluster.add_node(eks_node(FITS, LABELS))
     assert deployment.cluster.started == ([] if looked else [name])
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_a_node_that_was_lost_or_did_not_come_counts(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, waited: bool
+) -> None:
+    run = deployment.launch(dg.DagsterRunStatus.NOT_STARTED if waited else dg.DagsterRunStatus.STARTED)
+    if waited:
+        time_out(deployment, monkeypatch)
+    else:
+        deployment.cluster.end(get_job_name_from_run_id(run.run_id), succeeded=False)
+        deployment.monitor()
+    assert deployment.status(run) == "FAILURE"
+    names = {"root_run_id": run.run_id, "parent_run_id": run.run_id}
+    tags = {f"dagster/{name}": value for name, value in names.items()}
+    retry = deployment.instance.create_run_for_job(job, tags=tags, **names)
+    assert lost_nodes(deployment.instance, retry) == 1
 
 
 @pytest.mark.usefixtures("a_minute_later")

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ import boto3
 
 from tests.support.fork_server import ForkServer
 from tests.support.project import REPOSITORY
+from tests.support.rotating_keys import Settings, Used
 from tests.support.warm_processes import WarmProcess
 
 MOTO = ForkServer("moto", ("moto.cloudformation.models", "moto.server"))
 REGION = "us-east-1"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -53,7 +55,7 @@ def _running(port: int, module: str, *arguments: str) -> Iterator[WarmProcess]:
 @contextmanager
 def moto_server() -> Iterator[str]:
     """Run an AWS server in memory, and return its endpoint."""
-    port = _free_port()
+    port = free_port()
     with _running(port, "tests.support.moto_mended", "-H", "127.0.0.1", "-p", str(port)):
         yield f"http://127.0.0.1:{port}"
 
@@ -80,13 +82,23 @@ class Proxy:
 @contextmanager
 def s3_proxy(endpoint: str, folder: Path, *, seed: int = 0, share: float = 0.0) -> Iterator[Proxy]:
     """Run a proxy before an S3 server that fails a share of the requests."""
-    port, outage = _free_port(), folder / f"outage-{os.urandom(4).hex()}"
+    port, outage = free_port(), folder / f"outage-{os.urandom(4).hex()}"
     upstream = endpoint.rpartition(":")[2]
     with _running(port, "tests.support.s3_proxy", str(port), upstream, str(seed), str(share), str(outage)) as server:
         proxy = Proxy(f"http://127.0.0.1:{port}", outage)
         yield proxy
         server.send_signal(signal.SIGTERM)
         proxy.counts.update(json.loads(server.stdout.readline()))
+
+
+@contextmanager
+def rotating_keys(settings: Settings) -> Iterator[Used]:
+    """Run the server of short-lived keys before an S3 server. What happened is known once it has ended."""
+    used = Used()
+    with _running(settings.port, "tests.support.rotating_keys", json.dumps(asdict(settings))) as server:
+        yield used
+        server.send_signal(signal.SIGTERM)
+        vars(used).update(json.loads(server.stdout.readline()))
 
 
 def client(endpoint: str, service: str = "s3") -> Any:

@@ -26,6 +26,7 @@ from census_tf_dagster.config.dagster_names import (
     WILL_RETRY_TAG,
 )
 from census_tf_dagster.io.worker_process import WorkerProcess
+from census_tf_dagster.run_coordinator import MISSED_TAG, move_on_ecs
 
 if TYPE_CHECKING:
     from dagster._core.events import DagsterEvent
@@ -149,13 +150,16 @@ def ask_for_nodes_again(instance: dg.DagsterInstance) -> Iterator[str]:
             instance.report_run_failed(now, f"The worker could not start ({fault[0]}).\n{said}")
             yield f"run {run.run_id} failed: its worker could not start ({fault[0]})"
             continue
+        wanted = "an on-demand node" if move_on_ecs(instance, now) else "one"
+        placed = instance.get_run_by_id(run.run_id) or now
         try:
-            instance.run_launcher.launch_run(LaunchRunContext(now, workspace=None))
+            instance.run_launcher.launch_run(LaunchRunContext(placed, workspace=None))
         except Exception as error:
             yield f"run {run.run_id}: no node came for its task, and a new one was refused ({error})"
             continue
-        instance.report_engine_event("No node came for the task of this run, so a new task waits for one.", now)
-        yield f"run {run.run_id}: no node came for its task, and a new task waits for one"
+        instance.add_run_tags(run.run_id, {MISSED_TAG: str(int(now.tags.get(MISSED_TAG, "0")) + 1)})
+        instance.report_engine_event(f"No node came for the task of this run, so a new task waits for {wanted}.", now)
+        yield f"run {run.run_id}: no node came for its task, and a new task waits for {wanted}"
 
 
 def ask_for_lost_retries(instance: dg.DagsterInstance) -> Iterator[str]:
