@@ -26,7 +26,7 @@ from tests.support.project import (
     relative_errors,
 )
 
-pytestmark = pytest.mark.takes(480)
+pytestmark = pytest.mark.takes(180)
 
 ORGANISMS = {
     "mouse_merfish_500": ("mus_musculus", "Mus musculus"),
@@ -102,8 +102,9 @@ def test_vocabulary_order_is_upstreams_on_a_var_in_that_order(
 
 @pytest.mark.upstream
 def test_full_window(project: Project, real_file: Path, upstream_command: UpstreamCommand) -> None:
-    mod = {"mouse_merfish_500": 32, "human_10x_chr21": 70}[real_file.stem]
-    assert check(project, real_file, upstream_command, in_process, seq_len=2047, mod=mod) >= 16
+    # Upstream computes the whole window of each cell, so a few cells are enough.
+    mod = {"mouse_merfish_500": 84, "human_10x_chr21": 185}[real_file.stem]
+    assert check(project, real_file, upstream_command, in_process, seq_len=2047, mod=mod) == 6
 
 
 @pytest.mark.soak

@@ -32,7 +32,7 @@ from tests.support.builders import N_GENES, tiny
 from tests.support.in_process import Deployment
 from tests.support.project import RELEASE, Project, read_array
 
-pytestmark = pytest.mark.takes(160)
+pytestmark = pytest.mark.takes(100)
 
 CELLS = 900
 LATER = "2026-05-08"
@@ -97,18 +97,37 @@ def stored(project: Project) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "report.json").read_text())
 
 
-@pytest.fixture
-def good(project: Project) -> Project:
+def make_good(project: Project) -> Project:
     tiny(project, cells=CELLS, megabatch_size=64, value_filter="is_primary_data == True")
     finish(project, by_type)
     return project
 
 
-def test_coverage_is_what_pandas_counts(good: Project) -> None:
-    report_of(good)
-    _, report = stored(good)
-    obs = obs_of(good)
-    present = read_array(good.array("tiny"), good.folder).ids
+@pytest.fixture
+def good(project: Project) -> Project:
+    return make_good(project)
+
+
+@pytest.fixture(scope="module")
+def assessed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Report]:
+    """A good array and its report, for tests that change neither."""
+    project = make_good(Project(tmp_path_factory.mktemp("assessed")))
+    return project, report_of(project)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report without pictures and the UMAP that they show, which take nearly all of its time."""
+    monkeypatch.setattr(step, "project", lambda embeddings, _: np.zeros((len(embeddings), 2), np.float32))
+    for draw in ("_draw", "_draw_counts"):
+        monkeypatch.setattr(step, draw, lambda *_: {})
+
+
+def test_coverage_is_what_pandas_counts(assessed: tuple[Project, Report]) -> None:
+    project, _ = assessed
+    _, report = stored(project)
+    obs = obs_of(project)
+    present = read_array(project.array("tiny"), project.folder).ids
     assert 0 < len(present) < CELLS
     for column in ("cell_type", "tissue_general", "dataset_id", "assay"):
         names = obs[column].astype(str)
@@ -126,6 +145,7 @@ def test_coverage_is_what_pandas_counts(good: Project) -> None:
         assert found.planned.is_monotonic_decreasing
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_shard_without_a_verification_counts_as_not_embedded(good: Project) -> None:
     (verification, *_) = sorted((good.folder / "store").rglob("verification/*/*.json"))
     verification.unlink()
@@ -136,16 +156,16 @@ def test_a_shard_without_a_verification_counts_as_not_embedded(good: Project) ->
     assert rows.planned.sum() - rows.embedded.sum() == missing > 0
 
 
-def test_genes_per_cell_and_counts_outside_are_what_numpy_counts(good: Project) -> None:
-    report_of(good)
-    _, report = stored(good)
-    obs = obs_of(good)
+def test_genes_per_cell_and_counts_outside_are_what_numpy_counts(assessed: tuple[Project, Report]) -> None:
+    project, _ = assessed
+    _, report = stored(project)
+    obs = obs_of(project)
     genes = obs.nnz[obs.is_primary_data]
     found = report["genes_per_cell"]
     assert (found["window"], found["cells_over_window"]) == (63, int((genes > 63).sum()))
     assert 0 < found["cells_over_window"] < len(genes)
     assert found["quantile_0.5"] == np.quantile(genes, 0.5, method="inverted_cdf")
-    uri = good.folder / "census" / RELEASE / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw"
+    uri = project.folder / "census" / RELEASE / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw"
     with tiledbsoma.open(str(uri)) as layer:
         table = layer.read().tables().concat().to_pandas()
     table = table[obs.is_primary_data.to_numpy()[table.soma_dim_0]]
@@ -163,9 +183,9 @@ PICTURES = {f"umap_{what}" for what in ("cell_type", "tissue", "dataset", "assay
 }
 
 
-def test_pictures_are_real_and_the_same_every_time(good: Project) -> None:
-    first = report_of(good)
-    folder, report = stored(good)
+def test_pictures_are_real_and_the_same_every_time(assessed: tuple[Project, Report]) -> None:
+    project, first = assessed
+    folder, report = stored(project)
     assert set(report["pictures"]) == {f"{name}.png" for name in PICTURES} == {one.name for one in folder.glob("*.png")}
     for name in PICTURES:
         content = (folder / f"{name}.png").read_bytes()
@@ -178,15 +198,15 @@ def test_pictures_are_real_and_the_same_every_time(good: Project) -> None:
             # Something is drawn: many pixels are not paper.
             shades = np.asarray(image.convert("L"))
             assert 0.01 < (shades < 250).mean() < 0.6
-    again = report_of(good)
+    again = report_of(project)
     assert again.pictures == first.pictures
     assert again.about["sample"] == first.about["sample"]
     assert again.distribution.to_bytes() == first.distribution.to_bytes()
 
 
-def test_colours_tell_cell_types_apart(good: Project) -> None:
+def test_colours_tell_cell_types_apart(assessed: tuple[Project, Report]) -> None:
     """Take the points' colours from the picture: as many strong ones as there are types, none in a shuffled place."""
-    report = report_of(good)
+    _, report = assessed
     with Image.open(io.BytesIO(report.pictures["umap_cell_type"])) as image:
         pixels = np.asarray(image.convert("RGB"))[78:-78, 50 : image.width * 58 // 100].reshape(-1, 3).astype(int)
     wanted = [[int(shade[i : i + 2], 16) for i in (1, 3, 5)] for shade in pictures.PALETTE[:6]]
@@ -249,10 +269,12 @@ def test_cells_without_counts_are_left_out_of_what_is_measured(project: Project,
     assert report.about["cells_without_counts"] == (len(ZEROS) if nnz else None)
 
 
-def test_a_good_array_passes(good: Project) -> None:
-    assert checks(report_of(good)) == GOOD
+def test_a_good_array_passes(assessed: tuple[Project, Report]) -> None:
+    _, report = assessed
+    assert checks(report) == GOOD
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("values", "check", "grave"),
     [(collapsed, "no_collapsed_dimensions", True), (shuffled, "neighbours_share_cell_type", False)],
@@ -265,6 +287,7 @@ def test_a_damaged_array_fails_one_check(project: Project, values: Values, check
     assert report.verdicts[check].grave == grave
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("same", [True, False])
 def test_drift_is_from_the_release_before(good: Project, same: bool) -> None:
     # Other cells of the same types, in another order.
@@ -281,6 +304,7 @@ def test_drift_is_from_the_release_before(good: Project, same: bool) -> None:
     assert "no earlier release" in report_of(good).verdicts["drift_from_previous_release"].text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_model_is_nothing_to_compare_with(good: Project) -> None:
     organism = synthetic_organism("homo_sapiens", "Homo sapiens", CELLS, N_GENES, "ENSG", seed=2, median_genes=40)
     build_census(str(good.folder / "census" / LATER), LATER, [organism])

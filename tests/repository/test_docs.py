@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from census_tf_dagster.config_reference import configure_page
+from tests.support.fork_server import OURS
 from tests.support.project import REPOSITORY
 
-pytestmark = pytest.mark.takes(200)
+pytestmark = pytest.mark.takes(150)
 
 TOP = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES = [*TOP, *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -27,6 +28,14 @@ PYTHON_RUN_BY = {
     "use.md": "below",
     "publish.md": "tests/store/test_rules.py",
 }
+
+FORK = """
+import os, sys
+from pathlib import Path
+from tests.support.fork_server import ForkedProcess
+
+sys.exit(ForkedProcess("dagster", sys.argv[1:], Path.cwd(), os.environ).wait())
+"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,19 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, code: str) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+@pytest.fixture(scope="module")
+def forked_dagster(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a command `dagster` that is forked, because importing what it needs takes seconds."""
+    command = tmp_path_factory.mktemp("bin") / "dagster"
+    command.write_text(f"#!{sys.executable}\n{FORK}")
+    command.chmod(0o755)
+    # If the command started the server, the server would keep the command's output open.
+    OURS.pid()
+    return command.parent
+
+
+def run(folder: Path, code: str, *commands: Path) -> str:
+    path = ":".join(map(str, (*commands, Path(sys.executable).parent, os.environ["PATH"])))
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     command = ["bash", "-euo", "pipefail", "-c", code]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -73,12 +93,12 @@ def run(folder: Path, code: str) -> str:
     return done.stdout
 
 
-def test_shell_blocks_run(demo_data: Path) -> None:
+def test_shell_blocks_run(demo_data: Path, forked_dagster: Path) -> None:
     shell = [block for block in blocks() if block.kind == "bash"]
     assert any(block.reason is None for block in shell)
     for block in shell:
         if block.reason is None:
-            run(demo_data, block.code)
+            run(demo_data, block.code, forked_dagster)
     array = next((demo_data / "demo-data" / "store" / "demo_mouse").glob("*/*/embeddings"))
     for page in ("README.md", "use.md"):
         (python,) = [block.code for block in blocks() if block.page.name == page and block.kind == "python"]
