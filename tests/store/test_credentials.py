@@ -128,7 +128,7 @@ def outlive_keys(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a network of its own needs root")
-@pytest.mark.parametrize("kind", ["ecs", "eks", "irsa"])
+@pytest.mark.parametrize("kind", ["ecs", pytest.param("eks", marks=pytest.mark.soak), "irsa"])
 def test_a_shard_outlives_its_keys(tmp_path: Path, kind: str) -> None:
     make_certificate(tmp_path)
     (tmp_path / "hosts").write_text(f"127.0.0.1 localhost {STS}\n")
