@@ -16,7 +16,7 @@ ui: $(VENV)/.worker  ## open Dagster's web interface, on the demo unless DAGSTER
 	DAGSTER_HOME="$(DAGSTER_HOME)" $(BIN)/dagster dev -w workspace.yaml -p $(PORT)
 
 test: $(VENV)/.dev $(UPSTREAM)/.ready lint  ## run everything that CI runs
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not soak" --upstream=$(UPSTREAM)/bin/transcriptformer tests
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not soak" --upstream=$(UPSTREAM)/bin/transcriptformer tests
 
 test-fast: $(VENV)/.dev  ## run the quick tests of the data plane
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak and not upstream and not takes" \
