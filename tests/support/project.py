@@ -64,8 +64,10 @@ class UpstreamCommand:
         command += ["--device", "cpu", "--disable-compile-block-mask"]
         if pretrained is not None:
             command += ["--pretrained-embedding", str(pretrained)]
-        # Importing what it needs takes upstream eight seconds.
-        server = ForkServer("upstream", ("transcriptformer.cli",), str(self.command.with_name("python")))
+        # Importing what it needs takes upstream eight seconds. Its scores take hundreds of megabytes at each operation,
+        # which the kernel hands out faster as huge pages.
+        python = str(self.command.with_name("python"))
+        server = ForkServer("upstream", ("transcriptformer.cli",), python, {"THP_MEM_ALLOC_ENABLE": "1"})
         done = run_module("tests.support.upstream_command", command, work, os.environ, server=server)
         assert done.returncode == 0, done.stderr[-3000:]
         return np.asarray(anndata.read_h5ad(work / "embeddings.h5ad").obsm["embeddings"])
