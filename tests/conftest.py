@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from census_tf_dagster.pipeline.upstream import find_upstream
 from tests.support.moto_servers import moto_server
@@ -12,6 +13,9 @@ from tests.support.project import SHARED_DATA, Project, UpstreamCommand
 from tests.support.warm_devices import REAL_DEVICES
 
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
+# The workers of a test run share the cores. A second thread would make each operation wait until both have a core.
+# Device processes have all threads, as outside of tests.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,7 @@ from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.support.builders import tiny
 from tests.support.project import RELEASE, Project
 
-pytestmark = pytest.mark.takes(200)
+pytestmark = pytest.mark.takes(30)
 
 
 def test_release_add_and_list(project: Project) -> None:

@@ -26,7 +26,7 @@ from tests.support.on_s3 import reader_config
 from tests.support.postgres import postgres
 from tests.support.project import RELEASE, REPOSITORY, Project, read_array
 
-pytestmark = pytest.mark.takes(180)
+pytestmark = pytest.mark.takes(50)
 
 SETS, PLACEMENT = REPOSITORY / "deploy" / "sets", REPOSITORY / "deploy" / "ecs"
 ACCOUNT = "123456789012"

@@ -34,7 +34,7 @@ from tests.support.builders import tiny
 from tests.support.deployment import PATIENCE, QUICK, Operator, free_port, materialize, running_locally, until
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
 
-pytestmark = pytest.mark.takes(390)
+pytestmark = pytest.mark.takes(330)
 
 CELLS = 120
 OTHER_RELEASES = ("2025-01-30", "2024-07-01")

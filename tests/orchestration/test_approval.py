@@ -18,7 +18,7 @@ from tests.support.builders import tiny
 from tests.support.project import RELEASE, Project
 from tests.support.release_directory import directory_server, entry, retracted
 
-pytestmark = pytest.mark.takes(95)
+pytestmark = pytest.mark.takes(60)
 
 NODES = {"gpus": 0, "gpu_type": "L40S", "usd_per_gpu_hour": 1e9, "fleet_gpus": 4}
 BY_ITSELF = {CONDITION_TAG: "true"}

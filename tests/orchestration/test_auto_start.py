@@ -20,7 +20,7 @@ from tests.support.project import RELEASE, Project, read_array
 from tests.support.release_directory import directory_server, entry
 from tests.support.releases import EARLIER, TwoReleases, two_releases, verify_earlier
 
-pytestmark = pytest.mark.takes(400)
+pytestmark = pytest.mark.takes(420)
 
 CELLS, REUSED = 220, 160
 AUTOMATIC = {"cheap": {"budget": 1e6}, "dear": {"budget": 1.0}, "asked": {"budget": 1.0}}

@@ -33,7 +33,7 @@ from tests.support.ecs_double import Task
 from tests.support.postgres import PASSWORD
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
 
-pytestmark = pytest.mark.takes(260)
+pytestmark = pytest.mark.takes(240)
 
 CELLS, SHARDS = 480, 4
 FALSELY_LOST = 1

@@ -41,7 +41,7 @@ from tests.support.builders import tiny
 from tests.support.deployment import Operator, running, until
 from tests.support.project import RELEASE, Project, read_array
 
-pytestmark = pytest.mark.takes(250)
+pytestmark = pytest.mark.takes(270)
 
 HOLD = "import sys; print('here', flush=True); sys.stdin.read()"
 

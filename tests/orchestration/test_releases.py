@@ -18,7 +18,7 @@ from census_tf_dagster.orchestration.sensors.release_watch import RELEASES_NAME,
 from tests.support.project import Project
 from tests.support.release_directory import DirectoryServer, directory_server, entry, retracted
 
-pytestmark = pytest.mark.takes(220)
+pytestmark = pytest.mark.takes(35)
 
 PLAN = dg.AssetKey(["tiny", "obs_id_plan"])
 OLD, NEW = "2025-01-30", "2025-11-08"

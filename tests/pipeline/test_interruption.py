@@ -30,7 +30,7 @@ from tests.support.processes import children, gone_within
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
 from tests.support.warm_processes import WarmProcess
 
-pytestmark = pytest.mark.takes(240)
+pytestmark = pytest.mark.takes(90)
 
 CELLS = 400
 

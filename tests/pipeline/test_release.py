@@ -20,7 +20,7 @@ from census_tf_dagster.store.verification import VerificationError, verify_shard
 from tests.support.builders import tiny
 from tests.support.project import Project, read_array
 
-pytestmark = pytest.mark.takes(190)
+pytestmark = pytest.mark.takes(50)
 
 
 def run_all(context: ReleaseContext) -> None:

@@ -26,7 +26,7 @@ from tests.support.builders import value_of
 from tests.support.project import BOUND, RELEASE, Project, read_array, relative_errors
 from tests.support.releases import EARLIER, Contents, TwoReleases, fill_planned, two_releases, verify_earlier
 
-pytestmark = pytest.mark.takes(260)
+pytestmark = pytest.mark.takes(170)
 
 
 def reused_joinids(context: ReleaseContext) -> np.ndarray:

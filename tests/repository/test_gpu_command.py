@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.project import REPOSITORY, UpstreamCommand
 
-pytestmark = pytest.mark.takes(60)
+pytestmark = pytest.mark.takes(110)
 
 
 def rehearse(part: str, output: Path, upstream: str = "") -> str:

@@ -26,7 +26,7 @@ from census_tf_dagster.store.fragments import Fragment
 from tests.support.builders import fill, fill_shard, tiny
 from tests.support.project import RELEASE, Project, read_array
 
-pytestmark = pytest.mark.takes(140)
+pytestmark = pytest.mark.takes(150)
 
 CELL = 57
 """The cell whose value, fragment or shard is damaged."""

@@ -11,7 +11,7 @@ from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.support.builders import age, tiny
 from tests.support.project import BOUND, RELEASE, Project, UpstreamCommand
 
-pytestmark = pytest.mark.takes(100)
+pytestmark = pytest.mark.takes(50)
 
 
 def test_inspect_shows_what_is_there_and_remove_asks_twice(project: Project) -> None:

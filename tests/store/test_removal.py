@@ -28,7 +28,7 @@ from tests.support.builders import age, fill, tiny
 from tests.support.moto_servers import client
 from tests.support.project import RELEASE, Project
 
-pytestmark = pytest.mark.takes(180)
+pytestmark = pytest.mark.takes(100)
 
 DAY = 86400
 

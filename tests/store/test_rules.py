@@ -28,7 +28,7 @@ from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support.builders import PUBLICATION, fill, tiny
 from tests.support.project import RELEASE, Project
 
-pytestmark = pytest.mark.takes(120)
+pytestmark = pytest.mark.takes(75)
 
 RULES = ["schema", "shape", "storage_version", "cells", "features", "values", "publication", "obs_ids"]
 

@@ -27,7 +27,7 @@ from tests.support.on_s3 import on_s3, reader_config
 from tests.support.project import BOUND, RELEASE, REPOSITORY, Project, read_array, relative_errors
 from tests.support.warm_processes import WarmProcess
 
-pytestmark = pytest.mark.takes(700)
+pytestmark = pytest.mark.takes(550)
 
 SECRET = "a-secret-that-nobody-may-see"
 

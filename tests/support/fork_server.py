@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,14 @@ class ForkServer:
         What it imports. None of these may start a thread when it is imported, which a fork would lack.
     python
         The interpreter.
+    environment
+        Variables that the server has besides those of the process that starts it.
     """
 
     name: str
     preload: tuple[str, ...]
     python: str = sys.executable
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def pid(self) -> int:
         """Return the process id of the server, which is the parent of all its processes."""
@@ -80,7 +83,7 @@ class ForkServer:
         owner = address.parent.name.split("-")[1]
         command = [self.python, "-m", "tests.support.fork_server", str(address), owner, *self.preload]
         # OpenMP reads this when torch is imported; `devices` sets it for its processes.
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **self.environment}
         server = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )

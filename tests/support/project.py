@@ -68,8 +68,10 @@ class UpstreamCommand:
         command = ["inference", "--checkpoint-path", str(checkpoint)]
         command += ["--data-file", str(file), "--output-path", str(work), "--precision", "32"]
         command += ["--device", "cpu", "--disable-compile-block-mask", *more]
-        # Importing what it needs takes upstream eight seconds.
-        server = ForkServer("upstream", ("transcriptformer.cli",), str(self.command.with_name("python")))
+        # Importing what it needs takes upstream eight seconds. Its scores take hundreds of megabytes at each operation,
+        # which the kernel hands out faster as huge pages.
+        python = str(self.command.with_name("python"))
+        server = ForkServer("upstream", ("transcriptformer.cli",), python, {"THP_MEM_ALLOC_ENABLE": "1"})
         done = run_module("tests.support.upstream_command", command, work, os.environ, server=server)
         assert done.returncode == 0, done.stderr[-3000:]
         return np.asarray(anndata.read_h5ad(work / "embeddings.h5ad").obsm["embeddings"])
