@@ -18,8 +18,9 @@ import requests
 
 from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.support.builders import tiny
+from tests.support.deployment import free_port
 from tests.support.fork_server import SERVERS
-from tests.support.moto_servers import REGION, client, free_port, moto_server, rotating_keys
+from tests.support.moto_servers import REGION, client, moto_server, rotating_keys
 from tests.support.on_s3 import on_s3, reader_config
 from tests.support.project import RELEASE, REPOSITORY, Project, read_array
 from tests.support.rotating_keys import HELD_COMMITS, Settings, Used

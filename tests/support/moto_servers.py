@@ -23,8 +23,7 @@ MOTO = ForkServer("moto", ("moto.cloudformation.models", "moto.server"))
 REGION = "us-east-1"
 
 
-def free_port() -> int:
-    """Return a port of this machine that nobody uses."""
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -55,7 +54,7 @@ def _running(port: int, module: str, *arguments: str) -> Iterator[WarmProcess]:
 @contextmanager
 def moto_server() -> Iterator[str]:
     """Run an AWS server in memory, and return its endpoint."""
-    port = free_port()
+    port = _free_port()
     with _running(port, "tests.support.moto_mended", "-H", "127.0.0.1", "-p", str(port)):
         yield f"http://127.0.0.1:{port}"
 
@@ -82,7 +81,7 @@ class Proxy:
 @contextmanager
 def s3_proxy(endpoint: str, folder: Path, *, seed: int = 0, share: float = 0.0) -> Iterator[Proxy]:
     """Run a proxy before an S3 server that fails a share of the requests."""
-    port, outage = free_port(), folder / f"outage-{os.urandom(4).hex()}"
+    port, outage = _free_port(), folder / f"outage-{os.urandom(4).hex()}"
     upstream = endpoint.rpartition(":")[2]
     with _running(port, "tests.support.s3_proxy", str(port), upstream, str(seed), str(share), str(outage)) as server:
         proxy = Proxy(f"http://127.0.0.1:{port}", outage)
