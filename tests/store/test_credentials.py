@@ -26,7 +26,7 @@ from tests.support.project import RELEASE, REPOSITORY, Project, read_array
 from tests.support.rotating_keys import HELD_COMMITS, Settings, Used
 from tests.support.warm_processes import run_module
 
-pytestmark = pytest.mark.takes(300)
+pytestmark = pytest.mark.takes(60)
 
 MEGABATCHES = HELD_COMMITS + 2
 CELLS = 10 * MEGABATCHES
@@ -129,7 +129,8 @@ def outlive_keys(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a network of its own needs root")
-@pytest.mark.parametrize("kind", ["ecs", pytest.param("eks", marks=pytest.mark.soak), "irsa"])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["ecs", "eks", "irsa"])
 def test_a_shard_outlives_its_keys(tmp_path: Path, kind: str) -> None:
     make_certificate(tmp_path)
     (tmp_path / "hosts").write_text(f"127.0.0.1 localhost {STS}\n")
