@@ -90,6 +90,8 @@ def find_cells(storage: Storage, uri: str, keys: Keys) -> Int64Array:
                 if len(joinids) and len(chosen):
                     found[chosen] = _match(earlier, joinids, keys[chosen])
     except (ValueError, KeyError, TypeError, pa.ArrowInvalid, OSError, tiledb.TileDBError) as error:
+        # TileDB gives no reason. If S3 refuses access or does not answer, this raises the error that says so.
+        storage.exists(uri)
         raise UserError(
             f"the cells' keys at {uri} cannot be read ({error}). Expected the Parquet file that its obs_id_plan wrote: "
             "materialize obs_id_plan of that release again."

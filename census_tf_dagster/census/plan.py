@@ -185,8 +185,9 @@ class Plan:
     ) -> list[tuple[Int64Array, Int64Array]]:
         """Read and check the first and the last of these columns, for each megabatch."""
         found = []
+        uri = f"{self.folder}/{self.totals.plan}.obs_ids.parquet"
         try:
-            with storage.open(f"{self.folder}/{self.totals.plan}.obs_ids.parquet") as file:
+            with storage.open(uri) as file:
                 parquet = pq.ParquetFile(file)
                 for batch in batches:
                     table = parquet.read_row_group(batch.index, columns=columns)
@@ -197,6 +198,8 @@ class Plan:
                         raise ValueError(f"megabatch {batch.index} holds other ids than the plan")
                     found.append((ids, last))
         except _DAMAGE as error:
+            # TileDB gives no reason. If S3 refuses access or does not answer, this raises the error that says so.
+            storage.exists(uri)
             raise _damaged(self.folder, error) from error
         return found
 

@@ -8,14 +8,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import requests
 
+from census_tf_dagster.census.key_file import find_cells
+from census_tf_dagster.census.plan import read_plan
+from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.s3 import S3Settings
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.pipeline.plan_release import make_plan
 from tests.support.builders import tiny
 from tests.support.deployment import free_port
@@ -175,6 +183,32 @@ def test_keys_that_nobody_renews_are_refused(project: Project, monkeypatch: pyte
     assert "expired" in failed.stderr, failed.stderr[-3000:]
     assert sum(used.expired.values()) > 0
     assert "S3 refuses the AWS keys of this environment at s3://the-store/some/prefix" in again.stdout + again.stderr
+
+
+def test_a_plan_that_expired_keys_cannot_read_is_not_called_damaged(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(project, cells=CELLS, shards=1, reuse=True)
+    with store_of_a_role(project, "fixed") as (settings, _):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", settings.key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", settings.secret)
+        on_s3(project, f"http://127.0.0.1:{settings.port}")
+        with project.context("tiny") as context:
+            make_plan(context)
+            plan = read_plan(context.store, context.folder.plan)
+        given = requests.get(f"http://127.0.0.1:{settings.port}/v2/credentials/some-id", timeout=10).json()
+        for name, key in (("ACCESS_KEY_ID", "AccessKeyId"), ("SECRET_ACCESS_KEY", "SecretAccessKey")):
+            monkeypatch.setenv(f"AWS_{name}", given[key])
+        monkeypatch.setenv("AWS_SESSION_TOKEN", given["Token"])
+        expires = datetime.fromisoformat(given["Expiration"])
+        time.sleep(max((expires - datetime.now(UTC)).total_seconds(), 0))
+        # boto3 keeps the keys that it found first.
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+        late = Storage(S3Settings(REGION, f"http://127.0.0.1:{settings.port}"))
+        with pytest.raises(UserError, match="S3 refuses the AWS keys of this environment"):
+            plan.read_ids(late, plan.megabatches)
+        with pytest.raises(UserError, match="S3 refuses the AWS keys of this environment"):
+            find_cells(late, plan.keys, np.zeros((1, 2), np.uint64))
 
 
 def make_certificate(folder: Path) -> None:
