@@ -161,21 +161,33 @@ def test_a_shard_outlives_its_keys(tmp_path: Path, kind: str) -> None:
     assert used["asked"].keys() == {"sts" if kind == "irsa" else kind}
 
 
+def use_keys(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the keys of a user in the variables. boto3 keeps those that it found first in a process."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", settings.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", settings.secret)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+
+
+def expired_keys(settings: Settings) -> dict[str, str]:
+    """Get keys, wait for their end, and return them as variables."""
+    given = requests.get(f"http://127.0.0.1:{settings.port}/v2/credentials/some-id", timeout=10).json()
+    time.sleep(max((datetime.fromisoformat(given["Expiration"]) - datetime.now(UTC)).total_seconds(), 0))
+    return {
+        "AWS_ACCESS_KEY_ID": given["AccessKeyId"],
+        "AWS_SECRET_ACCESS_KEY": given["SecretAccessKey"],
+        "AWS_SESSION_TOKEN": given["Token"],
+    }
+
+
 def test_keys_that_nobody_renews_are_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(project, cells=CELLS, shards=1, megabatch_size=CELLS // MEGABATCHES)
     with store_of_a_role(project, "fixed") as (settings, used):
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", settings.key)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", settings.secret)
+        use_keys(settings, monkeypatch)
         on_s3(project, f"http://127.0.0.1:{settings.port}")
         with project.context("tiny") as context:
             make_plan(context)
         # Keys in variables are the first that every client takes, and it cannot know when they expire.
-        given = requests.get(f"http://127.0.0.1:{settings.port}/v2/credentials/some-id", timeout=10).json()
-        project.env |= {
-            "AWS_ACCESS_KEY_ID": given["AccessKeyId"],
-            "AWS_SECRET_ACCESS_KEY": given["SecretAccessKey"],
-            "AWS_SESSION_TOKEN": given["Token"],
-        }
+        project.env |= expired_keys(settings)
         arguments = [str(project.folder), "tiny", "0"]
         failed = run_module("tests.support.s3_driver", arguments, REPOSITORY, project.env)
         again = project.command("inspect")
@@ -190,19 +202,13 @@ def test_a_plan_that_expired_keys_cannot_read_is_not_called_damaged(
 ) -> None:
     tiny(project, cells=CELLS, shards=1, reuse=True)
     with store_of_a_role(project, "fixed") as (settings, _):
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", settings.key)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", settings.secret)
+        use_keys(settings, monkeypatch)
         on_s3(project, f"http://127.0.0.1:{settings.port}")
         with project.context("tiny") as context:
             make_plan(context)
             plan = read_plan(context.store, context.folder.plan)
-        given = requests.get(f"http://127.0.0.1:{settings.port}/v2/credentials/some-id", timeout=10).json()
-        for name, key in (("ACCESS_KEY_ID", "AccessKeyId"), ("SECRET_ACCESS_KEY", "SecretAccessKey")):
-            monkeypatch.setenv(f"AWS_{name}", given[key])
-        monkeypatch.setenv("AWS_SESSION_TOKEN", given["Token"])
-        expires = datetime.fromisoformat(given["Expiration"])
-        time.sleep(max((expires - datetime.now(UTC)).total_seconds(), 0))
-        # boto3 keeps the keys that it found first.
+        for name, value in expired_keys(settings).items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
         late = Storage(S3Settings(REGION, f"http://127.0.0.1:{settings.port}"))
         with pytest.raises(UserError, match="S3 refuses the AWS keys of this environment"):
