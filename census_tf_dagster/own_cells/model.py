@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from census_tf_dagster.identity import NUMERIC_VERSION, Identity
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.devices import count_gpus
 from census_tf_dagster.inference.fetch import fetch
+from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.io.compiled import keep_below
 from census_tf_dagster.io.names import normalise
 from census_tf_dagster.io.s3 import S3Settings
@@ -86,29 +87,6 @@ class OwnIdentity:
     numeric_version: int = NUMERIC_VERSION
     package: str = census_tf_dagster.__version__
 
-    def to_json(self) -> str:
-        """Serialise with sorted keys."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "OwnIdentity":
-        """Read what `to_json` wrote.
-
-        Raises
-        ------
-        ValueError, TypeError
-            When the text is something else.
-        """
-        return cls(**json.loads(text))
-
-    def differences(self, other: "OwnIdentity") -> list[str]:
-        """Return a line for each field that decides values and differs; `other` is what is stored."""
-        return [
-            f"  {field.name}: stored {getattr(other, field.name)!r}, now {getattr(self, field.name)!r}"
-            for field in fields(self)
-            if field.name != "package" and getattr(self, field.name) != getattr(other, field.name)
-        ]
-
 
 @dataclass(frozen=True)
 class OwnModel:
@@ -144,9 +122,7 @@ class OwnModel:
         if self.census_genes is not None:
             there = set(genes)
             return tuple(gene for gene in self.census_genes if gene in there and self.checkpoint.knows(gene))
-        if self.order == "vocabulary":
-            return self.checkpoint.in_vocabulary_order(genes)
-        return tuple(gene for gene in genes if self.checkpoint.knows(gene))
+        return genes_in_order(genes, self.checkpoint, "vocabulary" if self.order == "vocabulary" else "census")
 
     def identity(self, known: Sequence[str], matrix: str, gene_column: str, assay: str) -> OwnIdentity:
         """Return the identity of embeddings that this makes."""
