@@ -8,7 +8,8 @@ checksum is computed or stored in the files. Interleaved, CPU seconds of the pro
 process for each.
 
 The difference of the two is smaller than the noise of a shared machine, so the checksums are also timed alone: XXH3
-where the shard computes it, and SHA-256 by hashlib over all files of the array, once as written and once as read.
+where the shard computes it, and SHA-256 by hashlib over all files of the array, once as written and once as read. So
+are the looks at each cell's counts and at its embedding's values, which find the cells that are set aside.
 """
 
 import hashlib
@@ -16,14 +17,17 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 
 from benchmarks.common import VOCABULARIES, arguments_parser, array_identity, peak_gib, spread, table
+from census_tf_dagster.census import cells as cells_module
 from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.division import divide
 from census_tf_dagster.census.plan import plan_totals, with_checksums, write_plan
@@ -43,6 +47,7 @@ from census_tf_dagster.store.write_notes import Checksum, NoteWriter, Written
 FEATURES = 2048
 RELEASE = "2025-11-08"
 WITH, WITHOUT = "with", "without"
+CHECKSUMS, CELLS = ALONE = ("checksums", "looking for cells to set aside")
 
 
 def build(place: Path, cells: int, genes: int) -> None:
@@ -62,18 +67,22 @@ def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[
     batches = with_checksums(divide(joinids, np.full(cells, 1800, np.int32), 1, megabatch).megabatches, joinids)
     rng = np.random.default_rng(0)
     values = (rng.normal(size=FEATURES) + 0.3 * rng.normal(size=(megabatch, FEATURES))).astype(np.float32)
-    with ExitStack() as stack:
-        seconds = 0.0
-        add = Checksum.add
+    seconds = dict.fromkeys(ALONE, 0.0)
 
-        def timed(self: Checksum, joinids: np.ndarray, values: np.ndarray) -> None:
-            nonlocal seconds
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*arguments: object) -> Any:
             began = time.thread_time()
-            add(self, joinids, values)
-            seconds += time.thread_time() - began
+            result = function(*arguments)
+            seconds[name] += time.thread_time() - began
+            return result
 
+        return measured
+
+    with ExitStack() as stack:
         if way == WITH:
-            stack.enter_context(mock.patch.object(Checksum, "add", timed))
+            stack.enter_context(mock.patch.object(Checksum, "add", timed(CHECKSUMS, Checksum.add)))
+            look = timed(CELLS, cells_module._check_counts)
+            stack.enter_context(mock.patch.object(cells_module, "_check_counts", look))
         else:
             stack.enter_context(mock.patch.object(array_module, "_SHA256", {"_type": "NoOpFilter"}))
             stack.enter_context(mock.patch.object(Checksum, "add"))
@@ -83,11 +92,13 @@ def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[
         tokenizer = Tokenizer.build(release.genes().ids, read_checkpoint(Path(place) / "checkpoint"))
         tokenizer(read_cells(release, joinids[:megabatch]))
         notes = NoteWriter(storage, folder, plan, 0)
+        seconds.update(dict.fromkeys(ALONE, 0.0))
         began = time.process_time()
         with array.writing() as write:
             for batch in batches:
                 ids = joinids[batch.first : batch.last + 1]
                 tokenizer(read_cells(release, ids))
+                timed(CELLS, _all_finite)(values[: len(ids)])
                 rounded = round_to_bfloat16(values[: len(ids)])
                 if way == WITH:
                     notes.note(Written.of(batch, ids, rounded))
@@ -99,8 +110,13 @@ def work(place: str, way: str, cells: int, megabatch: int, round_: int) -> dict[
             for _ in ("written", "read"):
                 for path in Path(folder.array).rglob("*.tdb"):
                     hashlib.sha256(path.read_bytes())
-            seconds += time.thread_time() - began
-        return {"cpu": cpu, "peak": peak_gib(), "checksums": seconds}
+            seconds[CHECKSUMS] += time.thread_time() - began
+        return {"cpu": cpu, "peak": peak_gib(), **seconds}
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Look at values as the engine does, which looks at those of a row."""
+    return bool(np.isfinite(values).all())
 
 
 def main() -> None:
@@ -123,8 +139,9 @@ def main() -> None:
         for way, answers in found.items()
     ]
     table(["", "CPU s", "peak GiB"], [*rows, ["with / without, pair by pair", spread(ratios, 3), ""]])
-    alone = [one["checksums"] / one["cpu"] for one in found[WITH]]
-    print(f"checksums alone, of the CPU seconds: {spread(alone, 4)}")
+    for name in ALONE:
+        alone = [one[name] / one["cpu"] for one in found[WITH]]
+        print(f"{name} alone, of the CPU seconds: {spread(alone, 4)}")
     if arguments.json:
         ours, reference = (float(np.median([one["cpu"] for one in found[way]])) for way in (WITH, WITHOUT))
         print(
