@@ -17,6 +17,7 @@ from census_tf_dagster.config.placement import Placement
 from census_tf_dagster.config.publication import Publication
 from census_tf_dagster.config.yaml_problems import inner_model
 from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.file_set import FileSet
 
 INTRODUCTION = """# Configure
 
@@ -51,6 +52,7 @@ mistakes that the schema alone can show. Name one set: without a name it checks 
 """
 TITLES: dict[type[BaseModel], str] = {
     EmbeddingSet: "A set: `attributes`",
+    FileSet: "A set of files: `attributes` ([own cells](embed.md#with-dagster))",
     Publication: "`publication` ([publish](publish.md))",
     Placement: "`placement`, in a set and in `FOLDER/placement.yaml` ([placement](placement.md))",
 }

@@ -43,6 +43,7 @@ from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import is_local
 from census_tf_dagster.orchestration.asset_support import release_context
+from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.orchestration.retention_job import build_retention
 from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_runs, marking_executor
@@ -66,7 +67,7 @@ def load_sets(folder: Path) -> dg.Definitions:
 
 
 def load_settings(folder: Path) -> dict[str, SetSettings]:
-    """Load the settings of every set below `folder`, by name."""
+    """Load the settings of every set of releases below `folder`, by name."""
     deployment = read_placement(folder)
     with _component_tree(folder) as tree:
         return {found.name: found.placed(deployment) for found in tree.get_all_components(of_type=EmbeddingSet)}
@@ -108,7 +109,8 @@ def build_definitions(
         The policy for old plans and arrays; None: they are kept.
     """
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
-    plans = [key for asset in assets for key in asset.keys if key.path[-1] == PLAN]
+    # The plans of sets of files have other partitions.
+    plans = [key for asset in assets for key in asset.keys if key.path[-1] == PLAN and asset.partitions_def == RELEASES]
     return dg.Definitions.merge(
         sets,
         build_release_watch(kinds, plans),
@@ -166,8 +168,9 @@ def deployed_context(set_name: str, release: str) -> Iterator["ReleaseContext"]:
     sets = load_settings(sets_folder())
     if set_name not in sets:
         raise UserError(
-            f"there is no set {set_name!r}; expected one of this deployment: {', '.join(sorted(sets))}. Correct the "
-            "name, or set CENSUS_TF_SETS to the folder that has it."
+            f"there is no set {set_name!r} with releases; expected one of this deployment: "
+            f"{', '.join(sorted(sets)) or 'none is there'}. Correct the name, or set CENSUS_TF_SETS to the folder that "
+            "has it."
         )
     with release_context(sets[set_name], release, census_resource(), store_resource()) as opened:
         yield opened

@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import BaseModel
 
 from census_tf_dagster.config.placement import read_placement, shard_tags
-from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.config.settings import CommonSettings, SetSettings
 from census_tf_dagster.orchestration.assets.approval import build_approval
 from census_tf_dagster.orchestration.assets.embeddings_array import build_embeddings_array
 from census_tf_dagster.orchestration.assets.obs_id_plan import build_obs_id_plan
@@ -20,8 +20,8 @@ from census_tf_dagster.orchestration.checks.quality import build_quality_checks
 from census_tf_dagster.orchestration.checks.rules import build_rule_checks, build_verified_check
 
 
-class EmbeddingSet(dg.Component, SetSettings):
-    """An embedding set: one organism, one TranscriptFormer checkpoint, and how cells are embedded with it."""
+class SetComponent(dg.Component, CommonSettings):
+    """A component whose attributes are its own fields."""
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
@@ -34,6 +34,10 @@ class EmbeddingSet(dg.Component, SetSettings):
         if not isinstance(attributes, cls):
             raise TypeError(f"attributes are {type(attributes).__name__}; expected {cls.__name__}")
         return attributes
+
+
+class EmbeddingSet(SetComponent, SetSettings):
+    """An embedding set: one organism, one TranscriptFormer checkpoint, and how cells are embedded with it."""
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Build the set's assets, the checks of its array, and the sensor that starts it automatically."""

@@ -5,7 +5,7 @@ Facts that do not decide values, such as package versions, hosts and timings, do
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from census_tf_dagster.errors import UserError
@@ -17,39 +17,18 @@ RELEASE_FIELDS = {"census_uri", "census_build_date", "value_filter", "mod", "gen
 """The fields that may differ between two arrays when one of them reuses values of the other."""
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Everything that decides an embedding's value and a cell's place in the array.
+class ArrayIdentity:
+    """What is the same for all identities, which are frozen dataclasses of texts and numbers.
 
     Two runs with equal identities may write into the same array. Any difference requires another array.
     """
 
-    census_uri: str
-    census_build_date: str
-    organism: str
-    value_filter: str | None
-    mod: int
-    gene_order: str
-    gene_fingerprint: str
-    checkpoint_fingerprint: str
-    compute_precision: str
-    storage_precision: str
     embedding_dim: int
-    fractional_counts: str = "embed"
-    numeric_version: int = NUMERIC_VERSION
+    storage_precision: str
 
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal identities give equal strings."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    def values_differ(self, other: "Identity") -> list[str]:
-        """Return the differing fields among those that decide a cell's value in any release.
-
-        The other fields only say which release it is and which of its cells are embedded. The order of the genes
-        depends on the dataset; `census.cell_keys` compares it.
-        """
-        names = (field.name for field in fields(self) if field.name not in RELEASE_FIELDS)
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+        return json.dumps(vars(self), sort_keys=True)
 
     @property
     def digest(self) -> str:
@@ -71,11 +50,39 @@ class Identity:
         except json.JSONDecodeError:
             stored = {}
         rows = [
-            f"  {field.name}: stored {stored.get(field.name)!r}, this run {getattr(self, field.name)!r}"
-            for field in fields(self)
-            if stored.get(field.name) != getattr(self, field.name)
+            f"  {name}: stored {stored.get(name)!r}, this run {value!r}"
+            for name, value in vars(self).items()
+            if stored.get(name) != value
         ]
         raise UserError(
             f"{where} belongs to another identity; nothing was written:\n" + "\n".join(rows) + "\n"
             "Use another set name or another store, or restore the inputs with which the array was made."
         )
+
+
+@dataclass(frozen=True)
+class Identity(ArrayIdentity):
+    """Everything that decides an embedding's value and a cell's place in the array of a release."""
+
+    census_uri: str
+    census_build_date: str
+    organism: str
+    value_filter: str | None
+    mod: int
+    gene_order: str
+    gene_fingerprint: str
+    checkpoint_fingerprint: str
+    compute_precision: str
+    storage_precision: str
+    embedding_dim: int
+    fractional_counts: str = "embed"
+    numeric_version: int = NUMERIC_VERSION
+
+    def values_differ(self, other: "Identity") -> list[str]:
+        """Return the differing fields among those that decide a cell's value in any release.
+
+        The other fields only say which release it is and which of its cells are embedded. The order of the genes
+        depends on the dataset; `census.cell_keys` compares it.
+        """
+        names = (field.name for field in fields(self) if field.name not in RELEASE_FIELDS)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]

@@ -7,6 +7,7 @@ templates, filters, placement, and files that Dagster would ignore. It suggests 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,8 +27,11 @@ from census_tf_dagster.config.yaml_problems import (
 from census_tf_dagster.config.yaml_reading import UnreadableError, read_text
 from census_tf_dagster.embedding_set import EmbeddingSet
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.file_set import FileSet
 
-TYPE = f"{EmbeddingSet.__module__}.{EmbeddingSet.__name__}"
+Component = type[EmbeddingSet] | type[FileSet]
+TYPES: dict[str, Component] = {f"{one.__module__}.{one.__name__}": one for one in (EmbeddingSet, FileSet)}
+TYPE, TYPE_OF_FILES = TYPES
 TOP = ("type", "attributes", "requirements")
 """The keys that a set's file may have at its top level. Dagster allows more."""
 SET_FILE = "defs.yaml"
@@ -136,9 +140,19 @@ def _is_set(path: Path) -> bool:
     if path.suffix not in (".yaml", ".yml"):
         return False
     try:
-        return f"type: {TYPE}" in read_text(path)
+        text = read_text(path)
     except UnreadableError:
         return False
+    return any(f"type: {name}" in text for name in TYPES)
+
+
+def _component_of(content: dict[str, Any]) -> Component:
+    """Return the component that a document declares; the most likely one if its type is wrong."""
+    named = content.get("type")
+    if isinstance(named, str) and named in TYPES:
+        return TYPES[named]
+    attributes = content.get("attributes")
+    return FileSet if isinstance(attributes, dict) and "files" in attributes else EmbeddingSet
 
 
 def _document_problems(document: Document) -> Iterator[Problem]:
@@ -147,35 +161,36 @@ def _document_problems(document: Document) -> Iterator[Problem]:
         found = f"the file is {show(content)}"
         yield document.problem((), found, f"It should be a mapping with `type: {TYPE}` and `attributes:`.")
         return
+    component = _component_of(content)
     yield from document.repeated_keys()
     for name in content:
         if name in CODE:
             remedy = "Remove it. A set's file may hold values and {{ env.NAME }}, and no code."
             yield document.problem((name,), f"{name} is not supported, because it can run code", remedy, key=True)
         elif name not in TOP:
-            in_set = name in EmbeddingSet.model_fields
+            in_set = name in component.model_fields
             remedy = "Indent it below attributes." if in_set else nearest(str(name), TOP)
             yield document.problem((name,), f"{spell(str(name))} is unknown at the top of the file", remedy, key=True)
-    if content.get("type") != TYPE:
+    if TYPES.get(str(content.get("type"))) is None:
         what = f"type is {show(content['type'])}" if "type" in content else "type is missing"
-        yield document.problem(("type",), what, f"Write `type: {TYPE}`.")
+        remedy = f"Write `type: {TYPE}`, or `type: {TYPE_OF_FILES}` for a set of files."
+        yield document.problem(("type",), what, remedy)
     if "requirements" in content:
         required = content["requirements"]
         yield from model_problems(document, _Requirements, _Requirements.model_validate, required, ("requirements",))
     attributes = content.get("attributes")
     if not isinstance(attributes, dict):
         what = f"attributes is {show(attributes)}" if "attributes" in content else "attributes is missing"
-        yield document.problem(
-            ("attributes",), what, "It should be a mapping with at least name, organism, checkpoint."
-        )
+        required = ", ".join(name for name, field in component.model_fields.items() if field.is_required())
+        yield document.problem(("attributes",), what, f"It should be a mapping with at least {required}.")
         return
-    yield from model_problems(document, EmbeddingSet, EmbeddingSet.model_validate, attributes, ("attributes",))
+    yield from model_problems(document, component, component.model_validate, attributes, ("attributes",))
 
 
 def _placement_of_set(document: Document, folder: Path) -> list[Problem]:
     """Return the problems of a set's own placement together with the deployment's."""
     attributes = document.value["attributes"]
-    one = EmbeddingSet.model_validate(attributes)
+    one = _component_of(document.value).model_validate(attributes)
     try:
         shard_tags(one.device, one.placement, read_placement(folder))
     except UserError as error:
@@ -197,7 +212,7 @@ def _named_before(document: Document, named: dict[str, Problem], *, resolved: bo
     written = attributes.get("name") if isinstance(attributes, dict) else None
     if not isinstance(written, str):
         return []
-    name = EmbeddingSet.model_validate(attributes).name if resolved else written
+    name = _component_of(document.value).model_validate(attributes).name if resolved else written
     here = document.problem(("attributes", "name"), f"attributes.name is {show(written)}", "")
     first = named.setdefault(name, here)
     if first is here:

@@ -3,12 +3,14 @@
 import argparse
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from census_tf_dagster.cli.parsing import PROGRAM, Commands, add_json, print_progress
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.names import normalise
 
 if TYPE_CHECKING:
     from census_tf_dagster.own_cells.embed import Progress
@@ -23,8 +25,8 @@ def add_commands(commands: Commands) -> None:
         "embed",
         help="embed the cells of h5ad or zarr files or SOMA experiments",
         description=(
-            "Embed cells that are not in a Census: h5ad or zarr files with raw counts, or SOMA experiments (a path or "
-            "an S3 address). Files are streamed. A command that was killed goes on where it ended. Cells that cannot "
+            "Embed cells that are not in a Census: h5ad or zarr files with raw counts, or SOMA experiments, on this "
+            "machine or on S3. Files are streamed. A command that was killed goes on where it ended. Cells that cannot "
             "be embedded are NaN."
         ),
         epilog=f"example: {PROGRAM} embed cells.h5ad --checkpoint checkpoints/tf_sapiens",
@@ -77,6 +79,7 @@ def add_commands(commands: Commands) -> None:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.own_cells.embed import Options, embed_file, open_options, open_own_cells
+    from census_tf_dagster.own_cells.local_copy import local_copy
     from census_tf_dagster.own_cells.model import Access
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -87,19 +90,23 @@ def _embed(arguments: argparse.Namespace) -> None:
     model = open_options(options, access)
     # Every file is checked before anything is computed.
     said: list[str] = []
-    for file in arguments.files:
-        with open_own_cells(file, options, access, model) as own:
-            said += own.progress.notes
-            print_progress("\n".join([own.progress.about, *own.progress.notes]))
     done = []
-    for file, output in outputs.items():
-        if arguments.dry_run:
-            print_progress(f"{file} -> {output} ({model.precision} on {model.device}); nothing was computed")
-            continue
-        progress = embed_file(file, output, options, access, model, _Reporter(file))
-        print_progress("\n".join([f"{output}: {progress}", *(note for note in progress.notes if note not in said)]))
-        facts = {**asdict(progress), "set_aside": {str(cell): why for cell, why in progress.set_aside.items()}}
-        done.append({"file": file, "output": str(output), **facts})
+    with ExitStack() as copies:
+        for file in arguments.files:
+            # A file on S3 is copied once, although it is opened twice.
+            copies.enter_context(local_copy(normalise(file), access.storage, access.cache))
+            with open_own_cells(file, options, access, model) as own:
+                said += own.progress.notes
+                print_progress("\n".join([own.progress.about, *own.progress.notes]))
+        for file, output in outputs.items():
+            if arguments.dry_run:
+                print_progress(f"{file} -> {output} ({model.precision} on {model.device}); nothing was computed")
+                continue
+            progress = embed_file(file, output, options, access, model, _Reporter(file))
+            new = [note for note in progress.notes if note not in said]
+            print_progress("\n".join([f"{output}: {progress}", *new]))
+            facts = {**asdict(progress), "set_aside": {str(cell): why for cell, why in progress.set_aside.items()}}
+            done.append({"file": file, "output": str(output), **facts})
     if arguments.json:
         print(json.dumps({"outputs": done}))
 

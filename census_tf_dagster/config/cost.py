@@ -32,7 +32,7 @@ LAST_SHARDS = 96
 
 
 class Budget(BaseModel):
-    """The most that a release may cost and still start automatically."""
+    """The most that a release or file may cost and still start automatically."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -40,7 +40,7 @@ class Budget(BaseModel):
         gt=0,
         le=1_000_000_000,
         allow_inf_nan=False,
-        description="US dollars that one release of this set may cost without a person's approval.",
+        description="US dollars that one release or file of this set may cost without a person's approval.",
     )
 
 
@@ -166,17 +166,17 @@ def cost_of(tokens: int, rate: Rate | None, spending: Spending) -> Cost:
     )
 
 
-def objections(cost: Cost, spending: Spending) -> list[str]:
-    """Return the reasons why a person must approve this cost; an empty list when nobody must."""
+def objections(cost: Cost, spending: Spending, unit: str = "release") -> list[str]:
+    """Return the reasons why a person must approve the cost of a release or file (`unit`); none when nobody must."""
     budget = spending.budget_usd
     if not spending.auto_start:
         return ["`auto_start` of this set is off"]
     if budget is None or (cost.usd is not None and cost.usd <= budget):
         return []
     if cost.usd is None:
-        return [f"the cost is unknown, and the budget is {budget:,.2f} USD a release"]
+        return [f"the cost is unknown, and the budget is {budget:,.2f} USD a {unit}"]
     return [
-        f"it costs {cost.usd:,.2f} USD, {cost.usd - budget:,.2f} USD above the budget of {budget:,.2f} USD a release"
+        f"it costs {cost.usd:,.2f} USD, {cost.usd - budget:,.2f} USD above the budget of {budget:,.2f} USD a {unit}"
     ]
 
 

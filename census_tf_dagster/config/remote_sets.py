@@ -41,7 +41,7 @@ def fetch_sets(uri: str, s3: S3Settings) -> Path:
     """
     objects = S3Objects(s3)
     prefix = uri.rstrip("/")
-    wanted = {name: size for name, size in objects.list_below(prefix).items() if _is_set_file(name)}
+    wanted = {name: found.size for name, found in objects.named_below(prefix).items() if _is_set_file(name)}
     if not any(name != FILE for name in wanted):
         raise UserError(
             f"no sets below {prefix}: expected objects such as {prefix}/human_tf_sapiens/{SET_FILE}. "

@@ -1,4 +1,4 @@
-"""A set's settings: the fields of its YAML, their limits, and what the pipeline receives.
+"""The settings of a set of releases or of files: the fields of its YAML, their limits, and what the pipeline receives.
 
 This module imports nothing heavy, so that Dagster's definitions load quickly.
 """
@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from census_tf_dagster.config.cost import Budget, Spending
-from census_tf_dagster.config.field_types import Location
+from census_tf_dagster.config.field_types import Location, Name
 from census_tf_dagster.config.filters import check_filter
 from census_tf_dagster.config.placement import Placement, effective
 from census_tf_dagster.config.publication import Publication
@@ -41,8 +41,8 @@ DEFAULT_COMPUTE_PRECISION: Literal["fp16"] = "fp16"
 bf16 1.7e-3 (autocast) to 7e-3. The risk of fp16 is its range, so cells that exceed it are computed again in fp32."""
 
 
-class SetSettings(BaseModel):
-    """What a set embeds, and how. `placed` adds what the deployment decides."""
+class CommonSettings(BaseModel):
+    """What all sets have: the model, how it computes, and who decides about its costs."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -51,7 +51,6 @@ class SetSettings(BaseModel):
         description="Name of the set (letters, digits and _). It is the prefix of asset keys, the asset group, and the "
         "folder in the store.",
     )
-    organism: str = Field(pattern=NAME, description="Key of the organism under census_data, such as homo_sapiens.")
     checkpoint: NormalLocation = Field(
         description="Folder or S3 prefix of the checkpoint, as `transcriptformer download` creates it."
     )
@@ -65,23 +64,6 @@ class SetSettings(BaseModel):
         default_factory=list,
         max_length=100,
         description="Gene embedding files (.h5) for a species outside the checkpoint's vocabulary.",
-    )
-    shards: int = Field(
-        default=96, ge=1, le=9999, description="Number of shards of a release. Each shard is one Dagster partition."
-    )
-    value_filter: str | None = Field(
-        default=None,
-        description="SOMA filter over obs columns: only matching cells are embedded. It consists of comparisons and "
-        "`in [...]`, joined by and, or, & and |.",
-    )
-    mod: int = Field(
-        default=1,
-        ge=1,
-        le=10**9,
-        description="Embed only cells whose soma_joinid is divisible by this number, for a trial run on 1 cell in mod.",
-    )
-    megabatch_size: int = Field(
-        default=16384, ge=1, le=131072, description="Number of cells that are read, embedded and committed together."
     )
     batch_size: int | None = Field(
         default=None,
@@ -97,16 +79,6 @@ class SetSettings(BaseModel):
         description="bfloat16: values are rounded to 7 mantissa bits, as in the Census's own embeddings. "
         "float32: values are not rounded.",
     )
-    gene_order: Literal["census", "vocabulary"] = Field(
-        default="census",
-        description="Order in which the model sees a cell's genes. census: the order of var, as upstream uses it. "
-        "vocabulary: the order of the checkpoint, which is the same in every release.",
-    )
-    reuse: bool = Field(
-        default=False,
-        description="Copy the embeddings of cells that are already in the array of an earlier release of this set "
-        "(docs/reuse.md). Adds the asset reused_embeddings.",
-    )
     fractional_counts: Literal["embed", "set_aside"] = Field(
         default="embed",
         description="What to do with cells whose counts are not whole numbers. embed: embed them unchanged, as "
@@ -117,17 +89,13 @@ class SetSettings(BaseModel):
     )
     auto_start: Literal["off", "on"] | bool | Budget = Field(
         default="off",
-        description="Whether new releases start automatically: off, on, or {budget: US dollars per release}. A release "
-        "that costs more than the budget waits for a person's approval.",
+        description="Whether new releases (or files) start automatically: off, on, or {budget: US dollars per release "
+        "or file}. What costs more than the budget waits for a person's approval.",
     )
     owners: list[Owner] = Field(
         default_factory=list,
         max_length=100,
         description="Owners shown in Dagster: e-mail addresses, or teams as `team:name`.",
-    )
-    publication: Publication | None = Field(
-        default=None,
-        description="Description of the published array (CxG_embedding_info). You can add it later.",
     )
     placement: Placement | None = Field(
         default=None, description="Entries of the placement that differ from the deployment's placement.yaml."
@@ -140,13 +108,6 @@ class SetSettings(BaseModel):
     def _resolved(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Replace ``{{ env.NAME }}`` in texts, for every loader: `check`, Dagster, and other Dagster projects."""
         return validate_resolved(value, handler)
-
-    @field_validator("value_filter")
-    @classmethod
-    def _filter_parses(cls, value: str | None) -> str | None:
-        if value is not None:
-            check_filter(value)
-        return value
 
     def placed(self, deployment: Placement | None = None) -> Self:
         """Return the set in a deployment with this placement.
@@ -188,3 +149,87 @@ class SetSettings(BaseModel):
     def may_lack_upstream(self) -> bool:
         """Whether a shard is fine without upstream on its machine: a set on the CPU is a small trial."""
         return self.device == "cpu"
+
+
+class SetSettings(CommonSettings):
+    """What a set of releases embeds, and how. `placed` adds what the deployment decides."""
+
+    organism: str = Field(pattern=NAME, description="Key of the organism under census_data, such as homo_sapiens.")
+    shards: int = Field(
+        default=96, ge=1, le=9999, description="Number of shards of a release. Each shard is one Dagster partition."
+    )
+    value_filter: str | None = Field(
+        default=None,
+        description="SOMA filter over obs columns: only matching cells are embedded. It consists of comparisons and "
+        "`in [...]`, joined by and, or, & and |.",
+    )
+    mod: int = Field(
+        default=1,
+        ge=1,
+        le=10**9,
+        description="Embed only cells whose soma_joinid is divisible by this number, for a trial run on 1 cell in mod.",
+    )
+    megabatch_size: int = Field(
+        default=16384, ge=1, le=131072, description="Number of cells that are read, embedded and committed together."
+    )
+    gene_order: Literal["census", "vocabulary"] = Field(
+        default="census",
+        description="Order in which the model sees a cell's genes. census: the order of var, as upstream uses it. "
+        "vocabulary: the order of the checkpoint, which is the same in every release.",
+    )
+    reuse: bool = Field(
+        default=False,
+        description="Copy the embeddings of cells that are already in the array of an earlier release of this set "
+        "(docs/reuse.md). Adds the asset reused_embeddings.",
+    )
+    publication: Publication | None = Field(
+        default=None,
+        description="Description of the published array (CxG_embedding_info). You can add it later.",
+    )
+
+    @field_validator("value_filter")
+    @classmethod
+    def _filter_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_filter(value)
+        return value
+
+
+class FileSetSettings(CommonSettings):
+    """Which files a set of files embeds, and how. `placed` adds what the deployment decides."""
+
+    files: NormalLocation = Field(
+        description="Folder or S3 prefix of the files. Each h5ad file, zarr folder and SOMA experiment directly below "
+        "it becomes a partition."
+    )
+    layer: Name | None = Field(
+        default=None, description="The matrix with raw counts: X, raw, or a layer. Default: raw if it is there."
+    )
+    gene_column: Name | None = Field(
+        default=None,
+        description="Column of var with Ensembl ids, or `index`. Default: the one of which the checkpoint knows most.",
+    )
+    duplicate_genes: Literal["refuse", "first"] = Field(
+        default="refuse",
+        description="Refuse a file in which a gene occurs twice, or use the first column of each gene.",
+    )
+    assay_column: Name | None = Field(
+        default=None, description="Column of obs with the assay. Default: the checkpoint's, if obs has it."
+    )
+    assay: Name | None = Field(default=None, description="One assay for all cells.")
+    gene_order: Literal["file", "vocabulary"] | None = Field(
+        default=None,
+        description="Order in which the model sees a cell's genes: that of var, or that of the checkpoint. Default: "
+        "that of `like`, otherwise file.",
+    )
+    like: NormalLocation | None = Field(
+        default=None,
+        description="Address of the array of a release beside which the embeddings will stand. Checkpoint, precisions "
+        "and fractional_counts must be those of the array.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source_of_assays(self) -> Self:
+        if self.assay is not None and self.assay_column is not None:
+            raise ValueError("assay and assay_column are both given. Leave one of them out")
+        return self

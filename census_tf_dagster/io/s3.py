@@ -216,10 +216,10 @@ class S3Objects:
         """Tell whether there is an object below the prefix `uri`; False if there is no such bucket."""
         return next(self.below(uri), None) is not None
 
-    def list_below(self, uri: str) -> dict[str, int]:
-        """Return the size in bytes of each object below the prefix `uri`, by its name relative to `uri`."""
+    def named_below(self, uri: str) -> dict[str, StoredObject]:
+        """Return the objects below the prefix `uri`, by their names relative to `uri`."""
         start = len(_prefix(uri))
-        return {stored.key[start:]: stored.size for stored in self.below(uri)}
+        return {stored.key[start:]: stored for stored in self.below(uri)}
 
     def entries(self, uri: str) -> set[str]:
         """Return the names of objects and prefixes directly below the prefix `uri`."""

@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -42,6 +43,14 @@ SIGNS_OF_LACK = ("std::bad_alloc", "Error initializing thread pool")
 
 FAR_FUTURE = 2**62
 """TileDB timestamp (milliseconds) that is later than any clock's."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes, and time of the last write in seconds since 1970."""
+
+    size: int
+    written: float
 
 
 class Storage:
@@ -112,18 +121,25 @@ class Storage:
             names = {entry.name for entry in _path(uri).iterdir()} if self.is_folder(uri) else set()
         return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
 
-    def file_sizes(self, uri: str) -> dict[str, int]:
-        """Return the size in bytes of each file at any depth below the folder `uri`, by relative path with ``/``."""
+    def files(self, uri: str) -> dict[str, FileFacts]:
+        """Return facts about each file at any depth below the folder `uri`, by relative path with ``/``."""
         if not is_local(uri):
-            return self._objects.list_below(uri)
+            return {
+                name: FileFacts(stored.size, stored.written) for name, stored in self._objects.named_below(uri).items()
+            }
         root = _path(uri)
-        sizes = {}
+        found = {}
         for folder, _, names in os.walk(root):
             for file in (Path(folder) / name for name in names):
                 # Another process may remove a file meanwhile.
                 with suppress(FileNotFoundError):
-                    sizes[file.relative_to(root).as_posix()] = file.stat().st_size
-        return sizes
+                    stat = file.stat()
+                    found[file.relative_to(root).as_posix()] = FileFacts(stat.st_size, stat.st_mtime)
+        return found
+
+    def file_sizes(self, uri: str) -> dict[str, int]:
+        """Return the size in bytes of each file at any depth below the folder `uri`, by relative path with ``/``."""
+        return {name: found.size for name, found in self.files(uri).items()}
 
     def size(self, uri: str) -> int:
         """Return the size in bytes of all files below the folder `uri`."""
@@ -131,10 +147,7 @@ class Storage:
 
     def last_written(self, uri: str) -> float:
         """Return the time of the last write below the folder `uri`, in seconds since 1970; 0 for an empty folder."""
-        if not is_local(uri):
-            return max((stored.written for stored in self._objects.below(uri)), default=0.0)
-        files = (Path(folder) / name for folder, _, names in os.walk(_path(uri)) for name in names)
-        return max((file.stat().st_mtime for file in files), default=0.0)
+        return max((found.written for found in self.files(uri).values()), default=0.0)
 
     def is_archived(self, uri: str) -> bool:
         """Tell whether every object below the prefix `uri` is archived."""

@@ -10,8 +10,8 @@ from typing import Any
 import dagster as dg
 
 from census_tf_dagster.config.cost import LAST_SHARDS, NO_RATE, Cost, Throughput, utc_now
-from census_tf_dagster.config.dagster_names import APPROVAL, SHARDS
-from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.config.dagster_names import APPROVAL, ARRAY, SHARDS
+from census_tf_dagster.config.settings import CommonSettings, FileSetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, final_failure
 from census_tf_dagster.orchestration.automation import CONDITION_TAG
 from census_tf_dagster.orchestration.metadata import values_of
@@ -31,14 +31,15 @@ class Approval:
         return plan == self.plan or tokens <= self.tokens
 
 
-def last_shards(instance: dg.DagsterInstance, settings: SetSettings) -> list[Throughput]:
-    """Return the throughput of a set's last shards, from the metadata of their materializations."""
-    records = instance.fetch_materializations(asset_key(settings, SHARDS), limit=LAST_SHARDS).records
+def last_shards(instance: dg.DagsterInstance, settings: CommonSettings) -> list[Throughput]:
+    """Return the throughput of a set's last shards or files, from the metadata of their materializations."""
+    asset = ARRAY if isinstance(settings, FileSetSettings) else SHARDS
+    records = instance.fetch_materializations(asset_key(settings, asset), limit=LAST_SHARDS).records
     found = [record.asset_materialization for record in records]
     return [one for event in found if event and (one := Throughput.of(values_of(event.metadata)))]
 
 
-def cost_metadata(cost: Cost, settings: SetSettings) -> dict[str, Any]:
+def cost_metadata(cost: Cost, settings: CommonSettings) -> dict[str, Any]:
     """Return a cost as metadata of an asset. Unknown figures are the text `unknown`."""
     finish = cost.finish(utc_now())
     spending = settings.spending
@@ -60,14 +61,19 @@ def cost_metadata(cost: Cost, settings: SetSettings) -> dict[str, Any]:
     }
 
 
-def _rule(settings: SetSettings) -> str:
+def unit_of(settings: CommonSettings) -> str:
+    """Return what a budget is for."""
+    return "file" if isinstance(settings, FileSetSettings) else "release"
+
+
+def _rule(settings: CommonSettings) -> str:
     spending = settings.spending
     if spending.budget_usd is not None:
-        return f"up to {spending.budget_usd:,.2f} USD a release"
+        return f"up to {spending.budget_usd:,.2f} USD a {unit_of(settings)}"
     return "on" if spending.auto_start else "off"
 
 
-def approved(instance: dg.DagsterInstance, settings: SetSettings, release: str) -> Approval | None:
+def approved(instance: dg.DagsterInstance, settings: CommonSettings, release: str) -> Approval | None:
     """Return the last approval of a release; None when there is none."""
     wanted = dg.AssetRecordsFilter(asset_key=asset_key(settings, APPROVAL), asset_partitions=[release])
     for record in instance.fetch_materializations(wanted, limit=1).records:
@@ -80,15 +86,15 @@ def approved(instance: dg.DagsterInstance, settings: SetSettings, release: str) 
     return None
 
 
-def must_be_approved(context: dg.AssetExecutionContext, settings: SetSettings) -> bool:
-    """Tell whether a shard's run needs an approval. A person who starts a shard has already decided."""
+def must_be_approved(context: dg.AssetExecutionContext, settings: CommonSettings) -> bool:
+    """Tell whether a run on a GPU needs an approval. A person who starts one has already decided."""
     return settings.spending.auto_start and CONDITION_TAG in context.run.tags
 
 
 def require_approval(
-    context: dg.AssetExecutionContext, settings: SetSettings, release: str, plan: str, tokens: int
+    context: dg.AssetExecutionContext, settings: CommonSettings, release: str, plan: str, tokens: int
 ) -> None:
-    """Refuse a shard's run if the current plan is not approved.
+    """Refuse a run on a GPU if the current plan is not approved.
 
     An approval does not cover a later plan that needs more tokens.
 
@@ -100,7 +106,12 @@ def require_approval(
     found = approved(context.instance, settings, release)
     if found is None or not found.covers(plan, tokens):
         was = f"plan {found.plan} ({found.tokens:,} tokens) was, by {found.by}" if found else "no plan was"
+        how = (
+            f"materialize {settings.name}/{APPROVAL} of {release} in the web interface"
+            if isinstance(settings, FileSetSettings)
+            else f"run `census-tf-dagster launch {settings.name} {release}`"
+        )
         raise final_failure(
             f"plan {plan} of {settings.name} {release} ({tokens:,} tokens) is not approved; {was}. To approve and "
-            f"continue, run `census-tf-dagster launch {settings.name} {release}`."
+            f"continue, {how}."
         )

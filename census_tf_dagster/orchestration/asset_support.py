@@ -10,14 +10,21 @@ from urllib.parse import quote
 import dagster as dg
 
 from census_tf_dagster.config.dagster_names import NO_RETRY_TAG
-from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.config.settings import CommonSettings, FileSetSettings, SetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.identity import NUMERIC_VERSION
 from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
-    from census_tf_dagster.pipeline.context import Places, PlannedContext, ReleaseContext
+    from census_tf_dagster.own_cells.file_context import FileContext
+    from census_tf_dagster.pipeline.context import (
+        EmbeddingContext,
+        Places,
+        PlannedContext,
+        ReleaseContext,
+        StoredContext,
+    )
 
 RUN_IS_OVER = 3
 """Exit status of a worker whose run has ended without it."""
@@ -25,7 +32,7 @@ RUN_IS_OVER = 3
 MODEL_PAGE = "https://github.com/czi-ai/transcriptformer"
 
 
-def asset_key(settings: SetSettings, name: str) -> dg.AssetKey:
+def asset_key(settings: CommonSettings, name: str) -> dg.AssetKey:
     """Return the key of an asset of a set: set/name."""
     return dg.AssetKey([settings.name, name])
 
@@ -46,7 +53,7 @@ class AssetArguments(TypedDict):
     metadata: dict[str, Any]
 
 
-def asset_of(settings: SetSettings, name: str) -> AssetArguments:
+def asset_of(settings: CommonSettings, name: str) -> AssetArguments:
     """Return the arguments that all assets of a set share."""
     return {
         "key": asset_key(settings, name),
@@ -58,24 +65,28 @@ def asset_of(settings: SetSettings, name: str) -> AssetArguments:
     }
 
 
-def _asset_tags(settings: SetSettings) -> dict[str, str]:
+def _asset_tags(settings: CommonSettings) -> dict[str, str]:
     """Return the tags by which people find assets in the web interface."""
-    return {"census_tf/organism": settings.organism, "census_tf/compute_precision": settings.compute_precision}
+    organism = {"census_tf/organism": settings.organism} if isinstance(settings, SetSettings) else {}
+    return {**organism, "census_tf/compute_precision": settings.compute_precision}
 
 
-def _asset_metadata(settings: SetSettings) -> dict[str, Any]:
+def _asset_metadata(settings: CommonSettings) -> dict[str, Any]:
     """Return the facts about the set that the page of an asset shows to a person."""
     facts: dict[str, Any] = {
         "checkpoint": settings.checkpoint,
-        "cells": settings.value_filter or "all of the organism",
         "precision": f"computed in {settings.compute_precision}, stored as {settings.storage_precision}",
-        "census": dg.MetadataValue.url("https://chanzuckerberg.github.io/cellxgene-census/"),
         "model": dg.MetadataValue.url(MODEL_PAGE),
     }
-    if settings.mod > 1:
-        facts["trial"] = f"only 1 joinid in {settings.mod}"
-    if settings.publication is not None and settings.publication.model_link:
-        facts["model"] = dg.MetadataValue.url(settings.publication.model_link)
+    if isinstance(settings, FileSetSettings):
+        facts["files"] = settings.files
+    if isinstance(settings, SetSettings):
+        facts["cells"] = settings.value_filter or "all of the organism"
+        facts["census"] = dg.MetadataValue.url("https://chanzuckerberg.github.io/cellxgene-census/")
+        if settings.mod > 1:
+            facts["trial"] = f"only 1 joinid in {settings.mod}"
+        if settings.publication is not None and settings.publication.model_link:
+            facts["model"] = dg.MetadataValue.url(settings.publication.model_link)
     return facts
 
 
@@ -128,12 +139,47 @@ def partition_context(
 ) -> Iterator["ReleaseContext"]:
     """Open the context of a partition. A `UserError` fails the run at once, without retries."""
     with _failing_at_once():
-        if require_device and settings.device == "cuda":
-            from census_tf_dagster.inference.devices import require_gpu
-
-            require_gpu(settings.name, release)
+        if require_device:
+            _require_device(settings, release)
         with release_context(settings, release, census, store) as opened, _noticing_removal(opened):
             yield opened
+
+
+@contextmanager
+def file_context(
+    settings: FileSetSettings, name: str, store: StoreResource, *, require_device: bool = False
+) -> Iterator["FileContext"]:
+    """Open the context of a file of a set of files. A `UserError` fails the run at once, without retries."""
+    with _failing_at_once():
+        from census_tf_dagster.own_cells.file_context import open_file
+
+        if require_device:
+            _require_device(settings, name)
+        with (
+            open_file(settings, name, store.uri(), store.storage(), store.cache_folder()) as opened,
+            _noticing_removal(opened),
+        ):
+            yield opened
+
+
+@contextmanager
+def whole_context(
+    settings: CommonSettings, partition: str, census: CensusResource, store: StoreResource
+) -> Iterator["EmbeddingContext"]:
+    """Open the context of a release or file, as `partition_context` or `file_context` does."""
+    if isinstance(settings, FileSetSettings):
+        with file_context(settings, partition, store) as file:
+            yield file
+    elif isinstance(settings, SetSettings):
+        with partition_context(settings, partition, census, store) as release:
+            yield release
+
+
+def _require_device(settings: CommonSettings, partition: str) -> None:
+    if settings.device == "cuda":
+        from census_tf_dagster.inference.devices import require_gpu
+
+        require_gpu(settings.name, partition)
 
 
 @contextmanager
@@ -157,7 +203,7 @@ def _failing_at_once() -> Iterator[None]:
         raise final_failure(str(error)) from error
 
 
-def _noticing_removal(opened: "PlannedContext") -> AbstractContextManager[None]:
+def _noticing_removal(opened: "StoredContext") -> AbstractContextManager[None]:
     from census_tf_dagster.store.removal import noticing_removal
 
     return noticing_removal(opened.store, opened.folder)
@@ -178,7 +224,7 @@ def stop_if_run_is_over(context: dg.AssetExecutionContext) -> None:
     might retry it. What is committed stays, as after a kill.
     """
     try:
-        run = context.instance.get_run_by_id(context.run_id)
+        run = context.instance.get_run_by_id(context.run.run_id)
     except Exception as error:
         context.log.warning(f"Dagster's records cannot be read, so the worker goes on: {type(error).__name__}: {error}")
         return

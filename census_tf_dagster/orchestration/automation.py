@@ -40,6 +40,24 @@ def once_for_new_partitions(spending: Spending) -> Condition | None:
     return condition.with_label("once_for_new_partitions")
 
 
+def once_approved(spending: Spending, approval: dg.AssetKey) -> Condition | None:
+    """Return the condition of the array of a file: each approval starts it, in a run of its own.
+
+    Plan, approval and array of a file have the same partitions, and Dagster puts such assets into one run if it may. It
+    may not here: the array's run occupies a GPU node, which the approval has to precede.
+    """
+    if not spending.auto_start:
+        return None
+    approved = dg.AutomationCondition.any_deps_match(dg.AutomationCondition.newly_updated())
+    condition = (
+        approved.allow(dg.AssetSelection.assets(approval)).since_last_handled()
+        & ~dg.AutomationCondition.any_deps_missing()
+        & ~dg.AutomationCondition.any_deps_in_progress()
+        & ~dg.AutomationCondition.in_progress()
+    )
+    return condition.with_label("once_approved")
+
+
 def whenever_planned(spending: Spending) -> Condition | None:
     """Return the condition of the approval, which checks every plan, including one that was made again."""
     return dg.AutomationCondition.eager().with_label("whenever_planned") if spending.auto_start else None

@@ -1,8 +1,10 @@
-"""The partitions: a Census release, and for shards a release and a shard. Nothing else belongs here."""
+"""The partitions: a Census release, for shards a release and a shard, and for a set of files a file."""
 
 import warnings
 
 import dagster as dg
+
+from census_tf_dagster.config.settings import CommonSettings, FileSetSettings
 
 RELEASES = dg.DynamicPartitionsDefinition(name="census_release")
 """All sets share the releases. The web interface, `release add` and a sensor add them."""
@@ -10,6 +12,16 @@ RELEASES = dg.DynamicPartitionsDefinition(name="census_release")
 COPIES = "shard_to_copy"
 """The dimension of shards in `reused_embeddings`. It differs from that of `shard_embeddings`: Dagster runs assets with
 equal partitions in one run, so cells would be copied on a GPU node while the GPU waits."""
+
+
+def file_partitions(settings: FileSetSettings) -> dg.DynamicPartitionsDefinition:
+    """Return the files of a set of files. Its sensor adds them; a key is the name of a file."""
+    return dg.DynamicPartitionsDefinition(name=f"{settings.name}_files")
+
+
+def whole_partitions(settings: CommonSettings) -> dg.DynamicPartitionsDefinition:
+    """Return the partitions of a set's plan, approval and array: its releases, or its files."""
+    return file_partitions(settings) if isinstance(settings, FileSetSettings) else RELEASES
 
 
 def shard_partitions(shards: int, dimension: str = "shard") -> dg.MultiPartitionsDefinition:

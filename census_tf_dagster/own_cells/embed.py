@@ -13,7 +13,9 @@ import anndata
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy.sparse
 
+import census_tf_dagster
 from census_tf_dagster.census.cells import Cells, check_counts
 from census_tf_dagster.census.plan import Megabatch
 from census_tf_dagster.durations import duration
@@ -122,8 +124,8 @@ def embed(
     Parameters
     ----------
     cells
-        Cells with raw counts: an AnnData (in memory, backed or a view), the path of an h5ad or zarr file, or the path
-        or S3 address of a SOMA experiment.
+        Cells with raw counts: an AnnData (in memory, backed or a view), or the path or S3 address of an h5ad or zarr
+        file or of a SOMA experiment.
     checkpoint
         Folder or S3 prefix of the checkpoint, as ``transcriptformer download`` creates it.
     layer
@@ -243,7 +245,7 @@ def embed_file(
         When something is missing or cannot be right, or the output is something else.
     """
     with open_own_cells(cells, options, access, model) as own:
-        identity = {**asdict(own.identity), "cells": own.source.fingerprint(own.matrix)}
+        identity = asdict(own.identity)
         if output.exists() or output.is_symlink():
             _require_own(output, identity)
             own.progress.before = own.source.n_cells
@@ -261,7 +263,7 @@ def embed_file(
                         for outcome in outcomes:
                             _keep(partial, outcome)
                             report(own.progress)
-                write_output(output, partial, own.source.obs(), {**own.description(), "identity": identity})
+                write_output(output, partial, own.source.obs(), own.description())
                 partial.remove()
             except OSError as error:
                 raise UserError(
@@ -276,7 +278,7 @@ def _require_own(output: Path, identity: dict[str, Any]) -> None:
     if found is None:
         raise UserError(f"{output} exists and is no output of this command; give another `--out`, or move it.")
     stored = found.get("identity", {})
-    differing = [name for name in identity if name != "package" and stored.get(name) != identity[name]]
+    differing = [name for name in identity if stored.get(name) != identity[name]]
     if differing:
         raise UserError(
             f"{output} exists and was made with other settings, or of a file that has changed since "
@@ -294,10 +296,11 @@ def _keep(partial: PartialResult, outcome: Outcome) -> None:
 
 @dataclass
 class OwnCells:
-    """Opened cells and model."""
+    """Opened cells and model. `genes` are the ids of the matrix's columns."""
 
     source: CellSource
     matrix: Matrix
+    genes: tuple[str, ...]
     identity: OwnIdentity
     embedding: Embedding
     progress: Progress
@@ -319,7 +322,8 @@ class OwnCells:
             When a megabatch cannot be embedded at all.
         """
         progress = self.progress
-        with run_stages(self.embedding, todo, lambda key: self.read(todo[key]), Times()) as results:
+        ids = [np.arange(batch.first, batch.last + 1) for batch in todo]
+        with run_stages(self.embedding, todo, lambda key: self.read(ids[key]), Times()) as results:
             began = time.monotonic()
             for outcome in results:
                 if outcome.failure:
@@ -338,13 +342,14 @@ class OwnCells:
                     yield outcome
         self._note()
 
-    def read(self, batch: Megabatch) -> Cells:
-        """Read the counts of a megabatch."""
-        rows = self.matrix.rows(batch.first, batch.last + 1)
+    def read(self, positions: npt.NDArray[np.int64]) -> Cells:
+        """Read the counts of the cells at ascending positions."""
+        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+        parts = [self.matrix.rows(int(part[0]), int(part[-1]) + 1) for part in np.split(positions, breaks)]
+        rows = parts[0] if len(parts) == 1 else scipy.sparse.vstack(parts, format="csr")
         with np.errstate(over="ignore"):
             counts = rows.data.astype(np.float32)
-        positions = np.arange(batch.first, batch.last + 1)
-        assays = self._assays[batch.first : batch.last + 1]
+        assays = [self._assays[position] for position in positions]
         columns, indptr = rows.indices.astype(np.int32), rows.indptr.astype(np.int64)
         return check_counts(
             positions, indptr, columns, counts, assays, self.matrix.name, whole_counts=self._whole_counts
@@ -364,6 +369,7 @@ class OwnCells:
         """Return the identity and facts about the cells, for the output."""
         return {
             "identity": asdict(self.identity),
+            "package": census_tf_dagster.__version__,
             "cells": self.source.n_cells,
             "set_aside": {str(cell): why for cell, why in sorted(self.progress.set_aside.items())},
             "cells_widened": self.progress.widened,
@@ -390,7 +396,7 @@ def open_own_cells(
     cells: anndata.AnnData | str | Path, options: Options, access: Access, model: OwnModel
 ) -> Iterator[OwnCells]:
     """Open cells and check that they can be embedded."""
-    with open_cells(cells, access.storage) as source:
+    with open_cells(cells, access.storage, access.cache) as source:
         if not source.n_cells:
             raise UserError(f"{source.name} has no cells; expected at least one.")
         matrix = source.matrix(options.layer)
@@ -413,7 +419,8 @@ def open_own_cells(
         yield OwnCells(
             source=source,
             matrix=matrix,
-            identity=model.identity(known, matrix.name, column, described),
+            genes=genes,
+            identity=model.identity(known, matrix.name, column, described, source.fingerprint(matrix)),
             embedding=Embedding(
                 model.checkpoint, tokenizer, model.precision, model.device, options.batch_size, access.cache
             ),

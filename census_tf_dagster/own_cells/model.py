@@ -10,12 +10,11 @@ from typing import Literal
 
 import tiledbsoma
 
-import census_tf_dagster
 from census_tf_dagster.census.release import open_release
 from census_tf_dagster.config import variables
 from census_tf_dagster.config.settings import DEFAULT_COMPUTE_PRECISION
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.identity import NUMERIC_VERSION, Identity
+from census_tf_dagster.identity import NUMERIC_VERSION, ArrayIdentity, Identity
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.devices import count_gpus
 from census_tf_dagster.inference.fetch import fetch
@@ -50,8 +49,8 @@ class Access:
 
 
 @dataclass(frozen=True)
-class OwnIdentity:
-    """Everything that decides the embeddings of own cells, but the cells.
+class OwnIdentity(ArrayIdentity):
+    """Everything that decides the embeddings of own cells.
 
     Attributes
     ----------
@@ -69,8 +68,8 @@ class OwnIdentity:
         Where the assay tokens came from.
     like
         Address of the array beside which the embeddings can stand; empty if none was given.
-    package
-        Version of this package.
+    cells
+        What tells one file from another (`CellSource.fingerprint`).
     """
 
     checkpoint_fingerprint: str
@@ -84,8 +83,8 @@ class OwnIdentity:
     gene_column: str
     assay: str
     like: str
+    cells: str
     numeric_version: int = NUMERIC_VERSION
-    package: str = census_tf_dagster.__version__
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class OwnModel:
             return tuple(gene for gene in self.census_genes if gene in there and self.checkpoint.knows(gene))
         return genes_in_order(genes, self.checkpoint, "vocabulary" if self.order == "vocabulary" else "census")
 
-    def identity(self, known: Sequence[str], matrix: str, gene_column: str, assay: str) -> OwnIdentity:
+    def identity(self, known: Sequence[str], matrix: str, gene_column: str, assay: str, cells: str) -> OwnIdentity:
         """Return the identity of embeddings that this makes."""
         return OwnIdentity(
             checkpoint_fingerprint=self.checkpoint.fingerprint,
@@ -138,6 +137,7 @@ class OwnModel:
             gene_column=gene_column,
             assay=assay,
             like=self.like,
+            cells=cells,
         )
 
 

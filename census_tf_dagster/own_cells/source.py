@@ -21,6 +21,7 @@ import zarr
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import is_local, normalise
 from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.own_cells.local_copy import ZARR_MARKS, file_version, local_copy
 from census_tf_dagster.own_cells.matrices import Rows, in_file, row_reader, soma_rows
 
 RAW = "raw"
@@ -98,15 +99,17 @@ class CellSource:
 
 
 @contextmanager
-def open_cells(cells: anndata.AnnData | str | Path, storage: Storage) -> Iterator[CellSource]:
+def open_cells(cells: anndata.AnnData | str | Path, storage: Storage, cache: Path) -> Iterator[CellSource]:
     """Open cells.
 
     Parameters
     ----------
     cells
-        An AnnData; the path of an h5ad or zarr file; the path or S3 address of a SOMA experiment.
+        An AnnData, or the path or S3 address of an h5ad file, a zarr folder or a SOMA experiment.
     storage
         The storage that reads S3.
+    cache
+        Local folder for copies of files on S3.
 
     Raises
     ------
@@ -117,20 +120,18 @@ def open_cells(cells: anndata.AnnData | str | Path, storage: Storage) -> Iterato
         yield _from_anndata(cells)
         return
     uri = normalise(str(cells))
-    path = Path(uri.removeprefix("file://"))
     with ExitStack() as stack:
-        if is_local(uri) and not path.exists():
+        here = stack.enter_context(local_copy(uri, storage, cache))
+        path = Path(here.removeprefix("file://"))
+        if is_local(here) and not path.exists():
             raise UserError(f"{uri} does not exist; expected an h5ad or zarr file, or a SOMA experiment.")
-        if is_local(uri) and path.is_file():
+        if is_local(here) and path.is_file():
             found = _from_container(uri, _open_h5ad(stack, path))
-            version = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+        elif is_local(here) and any((path / mark).exists() for mark in ZARR_MARKS):
+            found = _from_container(uri, zarr.open_group(path, mode="r"))
         else:
-            if is_local(uri) and any((path / name).exists() for name in ("zarr.json", ".zgroup")):
-                found = _from_container(uri, zarr.open_group(path, mode="r"))
-            else:
-                found = _from_experiment(uri, _open_experiment(stack, uri, storage))
-            version = f"{storage.size(uri)} {storage.last_written(uri)}"
-        yield replace(found, version=version)
+            found = _from_experiment(uri, _open_experiment(stack, uri, storage))
+        yield replace(found, version=file_version(uri, storage))
 
 
 def _open_h5ad(stack: ExitStack, path: Path) -> h5py.File:
@@ -149,7 +150,7 @@ def _open_experiment(stack: ExitStack, uri: str, storage: Storage) -> tiledbsoma
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
         raise UserError(
             f"{uri} cannot be opened as a SOMA experiment ({str(error).partition(chr(10))[0][:200]}); expected one, or "
-            "the path of an h5ad or zarr file. Copy h5ad and zarr files from S3 to this machine."
+            "an h5ad or zarr file."
         ) from error
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.plan import Plan, to_compute
 from census_tf_dagster.config.thresholds import upstream_bound
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import EmbeddingContext
 from census_tf_dagster.pipeline.upstream import upstream_running
 from census_tf_dagster.quality.sample import SEED, read_embeddings
 from census_tf_dagster.quality.upstream_comparison import NOT_INSTALLED, UpstreamComparison
@@ -29,7 +28,7 @@ PATIENCE_SECONDS = 1800.0
 
 @contextmanager
 def checking_upstream(
-    context: ReleaseContext, plan: Plan, array: EmbeddingsArray, shard: int, command: Path | None, *, anew: bool
+    context: EmbeddingContext, plan: Plan, array: EmbeddingsArray, shard: int, command: Path | None, *, anew: bool
 ) -> Iterator[Callable[[], UpstreamComparison | None]]:
     """Start upstream on a few cells of a committed shard.
 
@@ -74,7 +73,7 @@ def checking_upstream(
 
 
 def _start(
-    context: ReleaseContext,
+    context: EmbeddingContext,
     plan: Plan,
     array: EmbeddingsArray,
     shard: int,
@@ -86,7 +85,7 @@ def _start(
         raise UserError(NOT_INSTALLED)
     began = time.monotonic()
     joinids = _choose(context, plan, shard)
-    cells = read_cells(context.release, joinids, context.checkpoint.aux_column)
+    cells = context.read_cells(joinids)
     # The heads that upstream computes for each cell take a GB of memory in the published models.
     answer = stack.enter_context(upstream_running(context, cells, command, batch_size=1))
 
@@ -103,7 +102,7 @@ def _not_done(shard: int, bound: float, error: Exception) -> Callable[[], Upstre
     return lambda: UpstreamComparison(shard, (), bound, not_done=reason)
 
 
-def _choose(context: ReleaseContext, plan: Plan, shard: int) -> npt.NDArray[np.int64]:
+def _choose(context: EmbeddingContext, plan: Plan, shard: int) -> npt.NDArray[np.int64]:
     """Choose cells of megabatches that are spread over the shard; the choice is always the same."""
     batches = to_compute(plan.shard(shard))
     spread = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, CELLS).astype(int))]

@@ -1,7 +1,8 @@
 """Opens a set and a release: settings, Census, checkpoint, store, and the identity that follows from them.
 
 All other modules of this package start from the `ReleaseContext` that `open_context` yields. Copying needs less: the
-`PlannedContext` that `open_planned` yields.
+`PlannedContext` that `open_planned` yields. Embedding and verifying need only an `EmbeddingContext`, which the files of
+a set of files have too.
 """
 
 import hashlib
@@ -9,11 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from census_tf_dagster.census.cells import Cells, read_cells
 from census_tf_dagster.census.release import Genes, OrganismRelease, open_release
-from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.config.settings import CommonSettings, SetSettings
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.identity import Identity
+from census_tf_dagster.identity import ArrayIdentity, Identity
 from census_tf_dagster.inference.checkpoint import Checkpoint, read_checkpoint
 from census_tf_dagster.inference.fetch import fetch
 from census_tf_dagster.inference.tokens import genes_in_order
@@ -21,6 +27,59 @@ from census_tf_dagster.io.compiled import keep_below
 from census_tf_dagster.io.storage import Storage, naming_lack_of_memory
 from census_tf_dagster.pipeline.planned_identity import find_planned_identity, identity_of
 from census_tf_dagster.store.layout import ReleaseFolder
+
+
+class StoredContext(Protocol):
+    """One partition of a set in the store: a release, or a file."""
+
+    @property
+    def settings(self) -> CommonSettings:
+        """The settings of the set."""
+
+    @property
+    def release_name(self) -> str:
+        """The name of the release or file."""
+
+    @property
+    def identity(self) -> ArrayIdentity:
+        """The identity of the array."""
+
+    @property
+    def store(self) -> Storage:
+        """The storage that writes the store."""
+
+    @property
+    def folder(self) -> ReleaseFolder:
+        """The paths in the store."""
+
+
+class EmbeddingContext(StoredContext, Protocol):
+    """What embedding cells and verifying their array need."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint."""
+
+    @property
+    def cache(self) -> Path:
+        """Local folder for the prepared checkpoint."""
+
+    @property
+    def gene_ids(self) -> tuple[str, ...]:
+        """The genes of the counts, in the order of the columns."""
+
+    @property
+    def known_genes(self) -> tuple[str, ...]:
+        """The genes that get a token, in the order in which the model sees them."""
+
+    def read_cells(self, joinids: npt.NDArray[np.int64]) -> Cells:
+        """Read the counts of cells, as `census.cells.read_cells` does."""
+
+    def rows(self) -> int:
+        """Return the number of rows that the array has."""
+
+    def remedy(self, shards: str) -> str:
+        """Return what to do so that shards are computed again."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +101,30 @@ class ReleaseContext(PlannedContext):
     genes: Genes
     checkpoint: Checkpoint
     cache: Path
+
+    @property
+    def gene_ids(self) -> tuple[str, ...]:
+        """The genes of the Census, in the order of var."""
+        return self.genes.ids
+
+    @property
+    def known_genes(self) -> tuple[str, ...]:
+        """The genes that get a token, in the order in which the model sees them."""
+        return genes_in_order(self.genes.ids, self.checkpoint, self.settings.gene_order)
+
+    def read_cells(self, joinids: npt.NDArray[np.int64]) -> Cells:
+        """Read the counts of cells from the Census."""
+        whole = self.settings.fractional_counts == "set_aside"
+        return read_cells(self.release, joinids, self.checkpoint.aux_column, whole_counts=whole)
+
+    def rows(self) -> int:
+        """Return the number of rows of the Census's obs domain."""
+        return self.release.obs_rows()
+
+    def remedy(self, shards: str) -> str:
+        """Return the command with which shards are computed again."""
+        command = f"census-tf-dagster launch {self.settings.name} {self.release_name} --shards {shards}"
+        return f"run their shards again: {command}"
 
 
 @dataclass(frozen=True)

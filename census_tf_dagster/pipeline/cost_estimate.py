@@ -10,13 +10,13 @@ from dataclasses import asdict
 from census_tf_dagster.census.plan import Plan, to_compute
 from census_tf_dagster.config.cost import Cost, Throughput, choose_rate, cost_of
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import StoredContext
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.committed import missing_megabatches
 from census_tf_dagster.store.write_notes import read_notes
 
 
-def tokens_left(context: ReleaseContext, plan: Plan) -> int:
+def tokens_left(context: StoredContext, plan: Plan) -> int:
     """Return the number of tokens in megabatches that are not committed. Reads only metadata."""
     batches = to_compute(plan.megabatches)
     if context.store.holds_files(context.folder.array):
@@ -26,7 +26,7 @@ def tokens_left(context: ReleaseContext, plan: Plan) -> int:
     return sum(batch.tokens for batch in batches)
 
 
-def estimate(context: ReleaseContext, tokens: int, shards: Iterable[Throughput]) -> Cost:
+def estimate(context: StoredContext, tokens: int, shards: Iterable[Throughput]) -> Cost:
     """Estimate time and cost of a number of tokens.
 
     Parameters
@@ -42,13 +42,13 @@ def estimate(context: ReleaseContext, tokens: int, shards: Iterable[Throughput])
     return cost_of(tokens, choose_rate(shards, read_canary(context), spending.gpu_type), spending)
 
 
-def write_canary(context: ReleaseContext, throughput: Throughput) -> None:
+def write_canary(context: StoredContext, throughput: Throughput) -> None:
     """Store the rate that a canary measured, for later plans of the set."""
     context.store.make_place(context.folder.store)
     context.store.write(context.folder.canary, json.dumps(asdict(throughput)).encode())
 
 
-def read_canary(context: ReleaseContext) -> Throughput | None:
+def read_canary(context: StoredContext) -> Throughput | None:
     """Return the rate that the set's last canary measured; None if there was no canary.
 
     Raises

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from census_tf_dagster.census.plan import Megabatch, Plan, read_plan, to_compute
 from census_tf_dagster.pipeline.check_upstream import checking_upstream
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import EmbeddingContext
 from census_tf_dagster.pipeline.stages import TRIES, Outcome, Times, outcomes
 from census_tf_dagster.quality.upstream_comparison import UpstreamComparison
 from census_tf_dagster.store.array import EmbeddingsArray, round_to_bfloat16
@@ -104,7 +104,7 @@ class SetAsideError(Exception):
 
 
 def embed_shard(
-    context: ReleaseContext,
+    context: EmbeddingContext,
     shard: int,
     *,
     recompute: bool = False,
@@ -122,7 +122,7 @@ def embed_shard(
     Parameters
     ----------
     context
-        The opened set and release.
+        The opened set, with a release or file.
     shard
         Number of the shard.
     recompute
@@ -174,7 +174,7 @@ class _Writing:
 
     def __init__(
         self,
-        context: ReleaseContext,
+        context: EmbeddingContext,
         plan: Plan,
         array: EmbeddingsArray,
         shard: int,

@@ -18,7 +18,7 @@ import yaml
 from census_tf_dagster.census.plan import Plan, PlanTotals, read_plan
 from census_tf_dagster.census.release import MEASUREMENT
 from census_tf_dagster.config.publication import Publication
-from census_tf_dagster.pipeline.context import PlannedContext, ReleaseContext
+from census_tf_dagster.pipeline.context import EmbeddingContext, ReleaseContext, StoredContext
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.obs_ids import obs_ids_faults, write_obs_ids
 from census_tf_dagster.store.rules import (
@@ -107,14 +107,14 @@ def _reasons(set_aside: dict[int, str]) -> list[tuple[str, int]]:
 
 
 def finish_array(
-    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _total: None
+    context: EmbeddingContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> ArraySummary:
     """Verify the array of the current plan, publish it, and record how it was made.
 
     Parameters
     ----------
     context
-        The opened set and release.
+        The opened set, with a release or file.
     full
         Read every value again, not only those written after the shards' verifications.
     report
@@ -130,9 +130,8 @@ def finish_array(
     plan = read_plan(context.store, context.folder.plan)
     verification, findings = _check_rules(context, plan, full=full, report=report)
     # The storage version is an error only for a set that publishes, because the Census's readers expect it.
-    if any(
-        finding.wrong and (context.settings.publication or finding.rule != "storage_version") for finding in findings
-    ):
+    publishes = _publication(context) is not None
+    if any(finding.wrong and (publishes or finding.rule != "storage_version") for finding in findings):
         raise RuleError(findings)
     array = EmbeddingsArray.open(context.folder.array, context.store, context.identity)
     info = _embedding_info(context, verification, array, datetime.now(UTC).date())
@@ -171,7 +170,7 @@ def finish_array(
 
 
 def verify_array(
-    context: ReleaseContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _total: None
+    context: EmbeddingContext, *, full: bool = False, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> list[Finding]:
     """Check every rule of a finished array; write only verifications.
 
@@ -197,14 +196,14 @@ def verify_array(
     return [*findings, Finding("publication", tuple(faults)), Finding("obs_ids", tuple(listed))]
 
 
-def array_state(context: PlannedContext) -> str:
+def array_state(context: StoredContext) -> str:
     """Return whether the array is ``unverified``, ``stale`` (plan or commits have changed) or ``verified``."""
     plan = read_plan(context.store, context.folder.plan)
     return release_state(EmbeddingsArray.open(context.folder.array, context.store, context.identity), plan)
 
 
 def _check_rules(
-    context: ReleaseContext, plan: Plan, *, full: bool, report: Callable[[int, int], None]
+    context: EmbeddingContext, plan: Plan, *, full: bool, report: Callable[[int, int], None]
 ) -> tuple[ReleaseVerification, list[Finding]]:
     """Check all rules except those of publication and of the list of obs ids."""
     uri = context.folder.array
@@ -214,29 +213,33 @@ def _check_rules(
         raise RuleError([Finding("schema", tuple(wrong))])
     array = EmbeddingsArray.open(uri, context.store, context.identity)
     faults: dict[Rule, list[str]] = {"schema": duplicates_faults(uri, context.store)}
-    faults["shape"] = shape_faults(array.shape, (context.release.obs_rows(), context.identity.embedding_dim))
-    faults["storage_version"] = storage_version_faults(
-        context.store.storage_version(array.uri), context.release.storage_version()
-    )
+    faults["shape"] = shape_faults(array.shape, (context.rows(), context.identity.embedding_dim))
+    if isinstance(context, ReleaseContext):
+        faults["storage_version"] = storage_version_faults(
+            context.store.storage_version(array.uri), context.release.storage_version()
+        )
     verification = verify_release(array, plan, context.folder, full=full, report=report)
     rules: tuple[Rule, ...] = ("cells", "features", "values")
     faults |= {rule: verification.problems.of_rule(rule) for rule in rules}
     if verification.broken:
-        shards = ",".join(map(str, verification.broken))
-        again = f"census-tf-dagster launch {context.settings.name} {context.release_name} --shards {shards}"
+        remedy = context.remedy(",".join(map(str, verification.broken)))
         for rule in rules:
-            faults[rule] += [f"run their shards again: {again}"] if faults[rule] else []
+            faults[rule] += [remedy] if faults[rule] else []
     if not verification.cells:
         faults["cells"].append("no cell has an embedding")
     faults["cells"] += [f"fragment {name}: {reason}" for name, reason in array.damaged().items()]
     return verification, [Finding(rule, tuple(faults[rule])) for rule in get_args(Rule) if rule in faults]
 
 
+def _publication(context: EmbeddingContext) -> Publication | None:
+    return context.settings.publication if isinstance(context, ReleaseContext) else None
+
+
 def _embedding_info(
-    context: ReleaseContext, verification: ReleaseVerification, array: EmbeddingsArray, finished: date
+    context: EmbeddingContext, verification: ReleaseVerification, array: EmbeddingsArray, finished: date
 ) -> dict[str, Any] | None:
-    publication: Publication | None = context.settings.publication
-    if publication is None:
+    publication = _publication(context)
+    if publication is None or not isinstance(context, ReleaseContext):
         return None
     return publication.embedding_info(
         release=context.release_name,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from census_tf_dagster.census.cells import Cells, read_cells
+from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.census.plan import Megabatch
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import Device, Embedded, open_devices
 from census_tf_dagster.inference.packing import PackedCells
 from census_tf_dagster.inference.tokens import Tokenizer
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import EmbeddingContext
 
 TRIES = 2
 POLL_SECONDS = 0.1
@@ -198,25 +198,19 @@ class Embedding:
 
 @contextmanager
 def outcomes(
-    context: ReleaseContext, todo: Sequence[Megabatch], ids: Sequence[Ids], times: Times, processes: int | None = None
+    context: EmbeddingContext, todo: Sequence[Megabatch], ids: Sequence[Ids], times: Times, processes: int | None = None
 ) -> Iterator[Iterator[Outcome]]:
-    """Run all stages for megabatches of a release, as `run_stages` does; `ids` are the joinids of each."""
+    """Run all stages for megabatches of a plan, as `run_stages` does; `ids` are the joinids of each."""
     settings = context.settings
     embedding = Embedding(
         context.checkpoint,
-        Tokenizer.build(context.genes.ids, context.checkpoint, settings.gene_order),
+        Tokenizer.over(context.gene_ids, context.known_genes, context.checkpoint),
         settings.compute_precision,
         settings.device,
         settings.batch_size,
         context.cache,
     )
-    whole_counts = settings.fractional_counts == "set_aside"
-
-    def read(key: int) -> Cells:
-        # An error that is not a UserError comes from the storage, not from these cells.
-        return read_cells(context.release, ids[key], context.checkpoint.aux_column, whole_counts=whole_counts)
-
-    with run_stages(embedding, todo, read, times, processes) as results:
+    with run_stages(embedding, todo, lambda key: context.read_cells(ids[key]), times, processes) as results:
         yield results
 
 

@@ -23,9 +23,8 @@ from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.durations import duration
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.child_processes import end_with_parent
-from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.io.files import temporary_folder
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import EmbeddingContext
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -104,7 +103,7 @@ def _python(command: Path) -> Path:
 
 @contextmanager
 def upstream_running(
-    context: ReleaseContext, cells: Cells, command: Path, batch_size: int | None = None
+    context: EmbeddingContext, cells: Cells, command: Path, batch_size: int | None = None
 ) -> Iterator[Callable[[float], Embeddings]]:
     """Let upstream embed cells on the set's device while the caller does something else.
 
@@ -138,16 +137,17 @@ def upstream_running(
             f"this set has {len(context.checkpoint.pretrained)} pretrained embedding files; upstream's command takes "
             "at most one, so this set cannot be compared with it."
         )
-    genes = list(context.genes.ids)
+    genes = list(context.gene_ids)
     counts = scipy.sparse.csr_matrix(
         (cells.values, cells.columns, cells.indptr), shape=(len(cells.joinids), len(genes))
     )
     obs = pd.DataFrame({context.checkpoint.aux_column: list(cells.assays)}, index=cells.joinids.astype(str))
     var = pd.DataFrame({"ensembl_id": genes}, index=genes)
     adata = anndata.AnnData(X=counts, obs=obs, var=var)
-    if context.settings.gene_order == "vocabulary":
-        # Upstream uses the order of `var`, so `var` gets the vocabulary's order.
-        adata = adata[:, list(genes_in_order(context.genes.ids, context.checkpoint, "vocabulary"))].copy()
+    if list(known := context.known_genes) != [gene for gene in genes if context.checkpoint.knows(gene)]:
+        # Upstream uses the order of `var`, so `var` gets the order of the set. Other genes make no token.
+        column_of = {gene: column for column, gene in reversed(list(enumerate(genes)))}
+        adata = adata[:, [column_of[gene] for gene in known]].copy()
     # Upstream writes a folder of logs into its working directory.
     with temporary_folder() as place, tempfile.TemporaryFile() as said:
         folder = Path(place)
@@ -180,7 +180,7 @@ def upstream_running(
                 process.stdin.close()
 
 
-def _arguments(context: ReleaseContext, folder: Path, batch_size: int | None) -> list[str]:
+def _arguments(context: EmbeddingContext, folder: Path, batch_size: int | None) -> list[str]:
     arguments = ["inference", "--checkpoint-path", str(context.checkpoint.folder.absolute())]
     arguments += ["--data-file", str(folder / "cells.h5ad"), "--output-path", str(folder), "--precision", "32"]
     arguments += ["--device", context.settings.device]

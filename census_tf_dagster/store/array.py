@@ -26,7 +26,7 @@ import tiledbsoma
 
 from census_tf_dagster.config.publication import INFO_KEY
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.identity import Identity
+from census_tf_dagster.identity import ArrayIdentity
 from census_tf_dagster.io.s3 import StoreError
 from census_tf_dagster.io.storage import Storage, is_lack_of_memory
 from census_tf_dagster.store.fragments import (
@@ -135,7 +135,7 @@ class EmbeddingsArray:
         return self.shape[0]
 
     @classmethod
-    def create(cls, uri: str, storage: Storage, identity: Identity, rows: int) -> "EmbeddingsArray":
+    def create(cls, uri: str, storage: Storage, identity: ArrayIdentity, rows: int) -> "EmbeddingsArray":
         """Create the array, or open it if it exists.
 
         A folder without files counts as absent, because an interrupted creation leaves one.
@@ -187,7 +187,7 @@ class EmbeddingsArray:
         return cls.open(uri, storage, identity)
 
     @classmethod
-    def open(cls, uri: str, storage: Storage, identity: Identity) -> "EmbeddingsArray":
+    def open(cls, uri: str, storage: Storage, identity: ArrayIdentity) -> "EmbeddingsArray":
         """Open an existing array after comparing identities.
 
         Raises
@@ -205,7 +205,7 @@ class EmbeddingsArray:
         return replace(found, n_features=identity.embedding_dim)
 
     @classmethod
-    def repair(cls, uri: str, storage: Storage, identity: Identity) -> "EmbeddingsArray":
+    def repair(cls, uri: str, storage: Storage, identity: ArrayIdentity) -> "EmbeddingsArray":
         """Open like `open`, but first remove what prevents opening and can be written anew, and unseen fragments."""
         removed: set[str] = set()
         while True:

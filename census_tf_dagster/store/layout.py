@@ -5,7 +5,7 @@ Only this module knows these paths. It reads and writes nothing.
 
 from dataclasses import dataclass
 
-from census_tf_dagster.identity import Identity
+from census_tf_dagster.identity import ArrayIdentity
 from census_tf_dagster.io.names import require_name
 
 
@@ -16,7 +16,7 @@ class ReleaseFolder:
     root: str
 
     @classmethod
-    def of(cls, store: str, set_name: str, release: str, identity: Identity) -> "ReleaseFolder":
+    def of(cls, store: str, set_name: str, release: str, identity: ArrayIdentity) -> "ReleaseFolder":
         """Return the folder for an identity."""
         require_name(set_name, "set")
         require_name(release, "release")

@@ -108,7 +108,7 @@ def test_above_it_a_person_is_asked_and_nothing_is_given(project: Project, insta
     assert gate.run("obs_id_plan").success
     given, asked = gate.decide()
     assert given is None
-    assert asked.startswith(f"The shards of tiny {RELEASE} wait for your approval: it costs ")
+    assert asked.startswith(f"tiny {RELEASE} waits for your approval: it costs ")
     assert "materialize tiny/approval of 2025-11-08 in the web interface, or run `census-tf-dagster approve" in asked
     refused = gate.run("shard_embeddings", f"{RELEASE}|0", person=False)
     assert not refused.success
@@ -156,7 +156,7 @@ def test_an_approval_does_not_cover_a_dearer_plan(project: Project, instance: dg
     assert f"{small['plan']} ({small['tokens']:,} tokens) was, by a person, in Dagster" in reason(refused)
     given, asked = gate.decide()
     assert given is None
-    assert "wait for your approval" in asked
+    assert "waits for your approval" in asked
     # Another plan of the same cells needs no more: it is covered.
     assert gate.run("approval").success
     gate.change(shards=3)

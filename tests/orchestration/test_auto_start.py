@@ -229,7 +229,7 @@ def test_above_the_budget_shards_wait(story: Story) -> None:
     assert story.waiting.shards.missing == tuple(range(SHARDS))
     assert story.waiting_runs == Counter([f"obs_id_plan {RELEASE}", f"approval {RELEASE}"])
     asked = str(story.waiting.approved)
-    assert asked.startswith(f"The shards of dear {RELEASE} wait for your approval: it costs ")
+    assert asked.startswith(f"dear {RELEASE} waits for your approval: it costs ")
     assert "USD above the budget of 1.00 USD a release" in asked
     assert "ASSUMED: 25% of the peak arithmetic of the L40S" in asked
     assert f"census-tf-dagster approve dear {RELEASE}" in asked

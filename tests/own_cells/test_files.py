@@ -3,10 +3,13 @@
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -17,6 +20,8 @@ import tiledbsoma.io
 
 from census_tf_dagster import embed
 from census_tf_dagster.cli import main
+from census_tf_dagster.own_cells.local_copy import local_copy
+from census_tf_dagster.own_cells.model import Access
 from tests.support.moto_servers import REGION, upload
 from tests.support.own_files import ASSAYS, checkpoint, some_cells
 from tests.support.project import REPOSITORY
@@ -194,7 +199,7 @@ def test_every_file_is_checked_before_the_first_is_embedded(
     assert "missing.h5ad does not exist" in said
 
 
-def test_an_experiment_on_s3(
+def test_files_on_s3(
     checkpoint: Path,
     tmp_path: Path,
     s3: str,
@@ -202,18 +207,58 @@ def test_an_experiment_on_s3(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adata = some_cells()
-    tiledbsoma.io.from_anndata(str(tmp_path / "lab"), adata, measurement_name="RNA", X_layer_name="raw")
-    upload(tmp_path / "lab", s3, "labs", "lab")
+    lab = tmp_path / "lab"
+    lab.mkdir()
+    tiledbsoma.io.from_anndata(str(lab / "soma"), adata, measurement_name="RNA", X_layer_name="raw")
+    adata.write_h5ad(lab / "cells.h5ad")
+    with warnings.catch_warnings():
+        # anndata will change its default format; both are read.
+        warnings.simplefilter("ignore", UserWarning)
+        adata.write_zarr(lab / "cells.zarr")
+    upload(lab, s3, "labs", "lab")
     monkeypatch.setenv("CENSUS_TF_STORE_S3_ENDPOINT", s3)
     monkeypatch.setenv("CENSUS_TF_STORE_S3_REGION", REGION)
-    output = tmp_path / "out.npy"
-    code, _, said = run(capsys, "s3://labs/lab", "--checkpoint", checkpoint, "--out", output)
-    assert code == 0, said
     with pytest.warns(UserWarning, match="have an assay"):
-        assert np.array_equal(np.load(output), embed(adata, checkpoint))
+        expected = embed(adata, checkpoint)
+    for name in ("soma", "cells.h5ad", "cells.zarr"):
+        output = tmp_path / f"{name}.npy"
+        code, _, said = run(capsys, f"s3://labs/lab/{name}", "--checkpoint", checkpoint, "--out", output)
+        assert code == 0, said
+        assert np.array_equal(np.load(output), expected)
+        # Nothing that was copied stays.
+        assert not [path for path in (tmp_path / "cache").glob("files/*") if path.is_dir()]
     code, _, said = run(capsys, "s3://labs/nothing", "--checkpoint", checkpoint, "--out", output)
     assert code == 1
     assert "s3://labs/nothing cannot be opened as a SOMA experiment" in said
+
+
+def test_copies_of_a_file_on_s3(
+    checkpoint: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = tmp_path / "lab"
+    lab.mkdir()
+    some_cells().write_h5ad(lab / "cells.h5ad")
+    upload(lab, s3, "copies", "lab")
+    monkeypatch.setenv("CENSUS_TF_STORE_S3_ENDPOINT", s3)
+    monkeypatch.setenv("CENSUS_TF_STORE_S3_REGION", REGION)
+    access = Access.of_environment()
+    uri = "s3://copies/lab/cells.h5ad"
+    with local_copy(uri, access.storage, access.cache) as first:
+        written = Path(first).stat().st_mtime_ns
+        with local_copy(uri, access.storage, access.cache) as second:
+            assert second == first
+        # Whoever ends first removes nothing that another one reads.
+        assert Path(first).stat().st_mtime_ns == written
+    assert not Path(first).exists()
+    # A process that was killed leaves a part.
+    Path(first).parent.mkdir()
+    Path(first).write_bytes(b"a part")
+    with local_copy(uri, access.storage, access.cache) as again:
+        assert Path(again).read_bytes() == (lab / "cells.h5ad").read_bytes()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, said = run(capsys, uri, "--checkpoint", checkpoint, "--out", tmp_path / "out.npy")
+    assert code == 1
+    assert re.search(r"copies/lab/cells.h5ad has 0.0 GiB, and .*/cache/files has 0.0 GiB free; expected space", said)
 
 
 @pytest.mark.parametrize(

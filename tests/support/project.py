@@ -159,11 +159,25 @@ class Project:
             "device": "cpu",
             **attributes,
         }
+        self._declare(name, "census_tf_dagster.embedding_set.EmbeddingSet", settings)
+
+    def add_file_set(self, name: str, **attributes: Any) -> None:
+        """Declare a set of the files in `lab`: fp32 on the CPU, unless said otherwise."""
+        settings: dict[str, Any] = {
+            "name": name,
+            "files": str(self.folder / "lab"),
+            "checkpoint": str(self.checkpoint),
+            "compute_precision": "fp32",
+            "storage_precision": "float32",
+            "device": "cpu",
+            **attributes,
+        }
+        self._declare(name, "census_tf_dagster.file_set.FileSet", settings)
+
+    def _declare(self, name: str, kind: str, attributes: dict[str, Any]) -> None:
         path = self.folder / "sets" / name / "defs.yaml"
         path.parent.mkdir(parents=True)
-        path.write_text(
-            yaml.safe_dump({"type": "census_tf_dagster.embedding_set.EmbeddingSet", "attributes": settings})
-        )
+        path.write_text(yaml.safe_dump({"type": kind, "attributes": attributes}))
 
     @contextmanager
     def context(self, name: str, release: str = RELEASE) -> Iterator[ReleaseContext]:
@@ -213,7 +227,7 @@ class Project:
             done = self.materialize(f"{name}/{asset}", partition)
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
-    def array(self, name: str) -> Path:
-        """Return the path of a set's only array."""
-        (found,) = (self.folder / "store" / name / RELEASE).glob("*/embeddings")
+    def array(self, name: str, release: str = RELEASE) -> Path:
+        """Return the path of a set's only array of a release or file."""
+        (found,) = (self.folder / "store" / name / release).glob("*/embeddings")
         return found

@@ -1,4 +1,4 @@
-"""The asset `approval`, with one partition per release: nothing is spent on a plan before it is approved.
+"""The asset `approval`, with one partition per release or file: nothing is spent on a plan before it is approved.
 
 When automation runs it, it materializes if the cost is within the set's budget; otherwise it reports why it needs a
 person, and the shards wait. When a person materializes it, that person approves. Its metadata has the approved plan.
@@ -10,13 +10,13 @@ import dagster as dg
 
 from census_tf_dagster.config.cost import objections, utc_now
 from census_tf_dagster.config.dagster_names import APPROVAL, PLAN
-from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.config.settings import CommonSettings, SetSettings
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.orchestration.approval_gate import approved, cost_metadata, last_shards
-from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, partition_context
+from census_tf_dagster.orchestration.approval_gate import approved, cost_metadata, last_shards, unit_of
+from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, whole_context
 from census_tf_dagster.orchestration.automation import is_automatic, whenever_planned
 from census_tf_dagster.orchestration.metadata import titled
-from census_tf_dagster.orchestration.partitions import RELEASES
+from census_tf_dagster.orchestration.partitions import whole_partitions
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 
@@ -29,19 +29,19 @@ class ApprovalConfig(dg.Config):
     """The name of the person who approves, for the record."""
 
 
-def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
+def build_approval(settings: CommonSettings) -> dg.AssetsDefinition:
     """Build the approval asset of a set."""
-    key = asset_key(settings, APPROVAL)
+    key, unit = asset_key(settings, APPROVAL), unit_of(settings)
 
     @dg.asset(
         **asset_of(settings, APPROVAL),
-        partitions_def=RELEASES,
+        partitions_def=whole_partitions(settings),
         deps=[asset_key(settings, PLAN)],
         output_required=False,
         automation_condition=whenever_planned(settings.spending),
         description=(
-            "The approval to spend money on the shards of a release. It is automatic within the set's `auto_start`; "
-            "above that, the shards wait. Materialize a partition to approve its current plan."
+            f"The approval to spend money on a {unit}. It is automatic within the set's `auto_start`; above that, the "
+            f"{unit} waits. Materialize a partition to approve its current plan."
         ),
     )
     def approval(
@@ -51,7 +51,7 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
         from census_tf_dagster.pipeline.cost_estimate import estimate, tokens_left
 
         release = context.partition_key
-        with partition_context(settings, release, census, store) as opened:
+        with whole_context(settings, release, census, store) as opened:
             found = read_plan(opened.store, opened.folder.plan)
             plan = found.totals.plan
             if config.plan not in ("", plan):
@@ -68,18 +68,19 @@ def build_approval(settings: SetSettings) -> dg.AssetsDefinition:
         if earlier and earlier.covers(plan, cost.tokens):
             context.log.info(f"approved on {earlier.at} by {earlier.by}; that approval covers this plan")
             return
-        against = objections(cost, settings.spending)
-        if listed := census.listed(release):
+        against = objections(cost, settings.spending, unit)
+        if isinstance(settings, SetSettings) and (listed := census.listed(release)):
             against += listed.objections(cost.finish(utc_now()))
         if not against:
             budget = settings.spending.budget_usd
-            by = "auto_start: on" if budget is None else f"auto_start: within the budget of {budget:,.2f} USD a release"
+            by = "auto_start: on" if budget is None else f"auto_start: within the budget of {budget:,.2f} USD a {unit}"
             yield dg.MaterializeResult(metadata=titled({"approved_by": by, **figures}))
             return
+        command = f", or run `census-tf-dagster approve {settings.name} {release}`"
         question = (
-            f"The shards of {settings.name} {release} wait for your approval: {'; '.join(against)}. The work: {cost}. "
-            f"To approve, materialize {settings.name}/approval of {release} in the web interface, or run "
-            f"`census-tf-dagster approve {settings.name} {release}`."
+            f"{settings.name} {release} waits for your approval: {'; '.join(against)}. The work: {cost}. To approve, "
+            f"materialize {settings.name}/approval of {release} in the web interface"
+            f"{command if isinstance(settings, SetSettings) else ''}."
         )
         context.log.warning(question)
         context.log_event(

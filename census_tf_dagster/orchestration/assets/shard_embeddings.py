@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from census_tf_dagster.orchestration.asset_support import (
     stop_if_run_is_over,
 )
 from census_tf_dagster.orchestration.automation import once_for_new_partitions
-from census_tf_dagster.orchestration.checks.quality import shard_check, shard_check_spec
+from census_tf_dagster.orchestration.checks.quality import upstream_check, upstream_check_spec
 from census_tf_dagster.orchestration.checks.rules import report_if_stale
 from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import BY_RELEASE, shard_partitions
@@ -46,18 +46,57 @@ class ShardConfig(dg.Config):
     """Compute and write all cells again, even if they are already in the array."""
 
 
+class ShardProgress:
+    """Reports the progress of a run that embeds cells, as log lines and observations; ends a run that is over."""
+
+    def __init__(
+        self,
+        context: dg.AssetExecutionContext,
+        asset: dg.AssetKey,
+        partition: str,
+        also: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._context, self._asset, self._partition, self._also = context, asset, partition, also
+        self._observed = time.monotonic()
+
+    def __call__(self, progress: "ShardSummary") -> None:
+        """Report a committed megabatch. With each observation, `also` is called."""
+        stop_if_run_is_over(self._context)
+        done = progress.cells_before + progress.cells_computed
+        rate, left = progress.cells_per_second(), progress.seconds_left()
+        limit = progress.times.limit()
+        self._context.log.info(
+            f"{done:,} of {progress.cells:,} cells, {rate:,.1f} cells/s, {duration(left)} left, limited by {limit}"
+        )
+        if time.monotonic() - self._observed < OBSERVE_EVERY_SECONDS:
+            return
+        self._observed = time.monotonic()
+        metadata: dict[str, Any] = {
+            "cells_done": done,
+            "cells": progress.cells,
+            "cells_per_second": round(rate, 2),
+            "seconds_left": round(left),
+            "time_left": duration(left),
+            "limited_by": limit,
+        }
+        self._context.log_event(
+            dg.AssetObservation(asset_key=self._asset, partition=self._partition, metadata=titled(metadata))
+        )
+        self._also()
+
+
 def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) -> dg.AssetsDefinition:
     """Build the GPU asset of a set. The run coordinator copies the placement tags to its runs."""
-    key = asset_key(settings, SHARDS)
+    key, partitions = asset_key(settings, SHARDS), shard_partitions(settings.shards)
 
     @dg.asset(
         **asset_of(settings, SHARDS),
-        partitions_def=shard_partitions(settings.shards),
+        partitions_def=partitions,
         deps=[dg.AssetDep(asset_key(settings, name), partition_mapping=BY_RELEASE) for name in (PLAN, APPROVAL)],
         kinds={"torch", "tiledb"},
         automation_condition=once_for_new_partitions(settings.spending),
         op_tags=placement,
-        check_specs=[shard_check_spec(settings)],
+        check_specs=[upstream_check_spec(settings, SHARDS, partitions)],
         description=(
             f"The embeddings of one shard of {settings.organism}, computed from the Census's counts and committed to "
             "the array megabatch by megabatch. If you run it again, it computes only what is missing."
@@ -73,32 +112,17 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
         from census_tf_dagster.store.array import EmbeddingsArray
 
         keys, release, shard = shard_of(context, "shard")
-        observed = time.monotonic()
+
+        def observe_whole() -> None:
+            if (whole := observe_release(context.instance, settings, release)) is not None:
+                context.log_event(whole)
+
+        report = ShardProgress(context, key, keys, observe_whole)
 
         def show(progress: ShardSummary) -> None:
-            nonlocal observed
-            stop_if_run_is_over(context)
+            report(progress)
             if progress.megabatches_computed == 1:
                 report_if_stale(context, settings, release, opened)
-            done = progress.cells_before + progress.cells_computed
-            rate, left = progress.cells_per_second(), progress.seconds_left()
-            limit = progress.times.limit()
-            context.log.info(
-                f"{done:,} of {progress.cells:,} cells, {rate:,.1f} cells/s, {duration(left)} left, limited by {limit}"
-            )
-            if time.monotonic() - observed >= OBSERVE_EVERY_SECONDS:
-                observed = time.monotonic()
-                metadata: dict[str, Any] = {
-                    "cells_done": done,
-                    "cells": progress.cells,
-                    "cells_per_second": round(rate, 2),
-                    "seconds_left": round(left),
-                    "time_left": duration(left),
-                    "limited_by": limit,
-                }
-                context.log_event(dg.AssetObservation(asset_key=key, partition=keys, metadata=titled(metadata)))
-                if (whole := observe_release(context.instance, settings, release)) is not None:
-                    context.log_event(whole)
 
         with partition_context(settings, release, census, store, require_device=True) as opened:
             if must_be_approved(context, settings):
@@ -117,14 +141,15 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 # Check again: the array may have been verified between the first commit and the last.
                 report_if_stale(context, settings, release, opened)
         return dg.MaterializeResult(
-            metadata=titled(_figures(summary, settings.spending.usd_per_gpu_hour)),
-            check_results=[shard_check(settings, summary.comparison)],
+            metadata=titled(shard_figures(summary, settings.spending.usd_per_gpu_hour)),
+            check_results=[upstream_check(settings, SHARDS, summary.comparison)],
         )
 
     return shard_embeddings
 
 
-def _figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[str, Any]:
+def shard_figures(summary: "ShardSummary", usd_per_gpu_hour: float | None) -> dict[str, Any]:
+    """Return the metadata of a run that embedded cells."""
     times = summary.times
     figures: dict[str, Any] = {
         "cells": summary.cells,

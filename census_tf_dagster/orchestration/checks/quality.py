@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from census_tf_dagster.config.dagster_names import ARRAY, SHARDS, UPSTREAM_CHECK
-from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.config.dagster_names import ARRAY, UPSTREAM_CHECK
+from census_tf_dagster.config.settings import CommonSettings, SetSettings
 from census_tf_dagster.config.thresholds import (
     LEAST_DEVIATIONS,
     LEAST_EXCESS,
@@ -24,7 +24,7 @@ from census_tf_dagster.config.thresholds import (
 )
 from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
 from census_tf_dagster.orchestration.metadata import titled
-from census_tf_dagster.orchestration.partitions import RELEASES, shard_partitions
+from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
@@ -93,24 +93,28 @@ def build_quality_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
     return quality
 
 
-def shard_check_spec(settings: SetSettings) -> dg.AssetCheckSpec:
-    """Return the check `same_as_upstream` of a shard."""
+def upstream_check_spec(
+    settings: CommonSettings, asset: str, partitions: dg.PartitionsDefinition[str]
+) -> dg.AssetCheckSpec:
+    """Return the check `same_as_upstream` of the asset that computes a set's embeddings."""
     bound = upstream_bound(settings.compute_precision, settings.storage_precision)
     with warnings.catch_warnings():
         # See above.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.AssetCheckSpec(
             UPSTREAM_CHECK,
-            asset=asset_key(settings, SHARDS),
-            partitions_def=shard_partitions(settings.shards),
-            description="Upstream's own code embeds a few of the shard's cells in float32 on the shard's device. No "
+            asset=asset_key(settings, asset),
+            partitions_def=partitions,
+            description="Upstream's own code embeds a few of these cells in float32 on the same device. No "
             f"cell differs from the array by more than {bound:.1e} of its norm. If this cannot be done, the result is "
             "a warning, except for sets with `device: cpu` where upstream is not installed: these are small trials.",
         )
 
 
-def shard_check(settings: SetSettings, comparison: "UpstreamComparison | None") -> dg.AssetCheckResult:
-    """Return the result of comparing a shard with upstream's own code; None: the shard has no cells."""
+def upstream_check(
+    settings: CommonSettings, asset: str, comparison: "UpstreamComparison | None"
+) -> dg.AssetCheckResult:
+    """Return the result of comparing with upstream's own code; None: there are no cells."""
     from census_tf_dagster.quality.verdicts import Verdict, of_comparison
 
     verdict = (
@@ -118,7 +122,7 @@ def shard_check(settings: SetSettings, comparison: "UpstreamComparison | None") 
         if comparison
         else Verdict(True, "The shard has no cells.", compared=False)
     )
-    return _result(asset_key(settings, SHARDS), UPSTREAM_CHECK, verdict)
+    return _result(asset_key(settings, asset), UPSTREAM_CHECK, verdict)
 
 
 def shown(report: "Report") -> dict[str, Any]:

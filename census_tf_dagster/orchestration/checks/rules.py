@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.config.dagster_names import ARRAY, VERIFIED_CHECK
-from census_tf_dagster.config.settings import SetSettings
+from census_tf_dagster.config.settings import CommonSettings, FileSetSettings, SetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, partition_context
 from census_tf_dagster.orchestration.metadata import titled
-from census_tf_dagster.orchestration.partitions import RELEASES
+from census_tf_dagster.orchestration.partitions import RELEASES, file_partitions
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 RULES = {
     "schema": "The array is a sparse SOMA array of two dimensions, with int64 coordinates, float32 values and no "
     "duplicate coordinates.",
-    "shape": "The array has as many rows as the Census's obs, and as many columns as the model's embedding has values.",
+    "shape": "The array has as many rows as the Census's obs (or as the file has cells), and as many columns as the "
+    "model's embedding has values.",
     "storage_version": "The array has the TileDB storage version of the Census, which its curators require. This is "
     "only a warning when the set has no `publication`.",
     "cells": "The array has at least one cell, and exactly the planned cells except those that were set aside.",
@@ -44,6 +45,10 @@ MEANING = {
     "again.",
     "unverified": "The array was never verified. Materialize embeddings_array.",
 }
+
+
+OF_A_CENSUS = ("storage_version", "publication")
+"""The rules that files of one's own need not keep."""
 
 
 def build_verified_check(settings: SetSettings) -> dg.AssetChecksDefinition:
@@ -119,26 +124,48 @@ def build_rule_checks(settings: SetSettings) -> dg.AssetChecksDefinition:
                     findings = error.findings
             for evaluation in evaluations(settings, run.partition_key, findings):
                 if evaluation.asset_check_key in run.selected_asset_check_keys:
-                    yield dg.AssetCheckResult(
-                        asset_key=asset,
-                        check_name=evaluation.check_name,
-                        passed=evaluation.passed,
-                        severity=evaluation.severity,
-                        description=evaluation.description,
-                        metadata=evaluation.metadata,
-                    )
+                    yield as_result(evaluation)
 
     return rules
 
 
+def as_result(evaluation: dg.AssetCheckEvaluation) -> dg.AssetCheckResult:
+    """Return an evaluation as the result that a step returns."""
+    return dg.AssetCheckResult(
+        asset_key=evaluation.asset_key,
+        check_name=evaluation.check_name,
+        passed=evaluation.passed,
+        severity=evaluation.severity,
+        description=evaluation.description,
+        metadata=evaluation.metadata,
+    )
+
+
+def file_rule_specs(settings: FileSetSettings) -> list[dg.AssetCheckSpec]:
+    """Return the checks of the rules for the array of a file. The run that embeds the file evaluates them."""
+    with warnings.catch_warnings():
+        # See above.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return [
+            dg.AssetCheckSpec(
+                rule, asset=asset_key(settings, ARRAY), description=meaning, partitions_def=file_partitions(settings)
+            )
+            for rule, meaning in RULES.items()
+            if rule not in OF_A_CENSUS
+        ]
+
+
 def evaluations(
-    settings: SetSettings, release: str, findings: "Iterable[Finding]"
+    settings: CommonSettings, release: str, findings: "Iterable[Finding]"
 ) -> Iterator[dg.AssetCheckEvaluation]:
     """Yield one check result per rule. A rule without a finding was not checked."""
     faults: dict[str, tuple[str, ...]] = {finding.rule: finding.wrong for finding in findings}
     for rule, meaning in RULES.items():
+        if rule in OF_A_CENSUS and isinstance(settings, FileSetSettings):
+            continue
         wrong = faults.get(rule, ("not checked, because an earlier rule is broken",))
-        only_warns = rule == "storage_version" and settings.publication is None
+        publishes = isinstance(settings, SetSettings) and settings.publication is not None
+        only_warns = rule == "storage_version" and not publishes
         yield dg.AssetCheckEvaluation(
             asset_key=asset_key(settings, ARRAY),
             check_name=rule,
