@@ -16,8 +16,7 @@ from census_tf_dagster import definitions
 from census_tf_dagster.config.placement import Placement
 from census_tf_dagster.config.publication import Publication
 from census_tf_dagster.config.yaml_problems import inner_model
-from census_tf_dagster.embedding_set import EmbeddingSet
-from census_tf_dagster.file_set import FileSet
+from census_tf_dagster.embedding_set import EmbeddingSet, FileSet
 
 INTRODUCTION = """# Configure
 

@@ -38,8 +38,7 @@ from census_tf_dagster.config import variables
 from census_tf_dagster.config.dagster_names import PLAN
 from census_tf_dagster.config.placement import read_placement
 from census_tf_dagster.config.retention import Retention, read_retention
-from census_tf_dagster.config.settings import SetSettings
-from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.config.settings import CommonSettings, FileSetSettings, SetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import is_local
 from census_tf_dagster.orchestration.asset_support import release_context
@@ -48,9 +47,10 @@ from census_tf_dagster.orchestration.resources import CensusResource, StoreResou
 from census_tf_dagster.orchestration.retention_job import build_retention
 from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_runs, marking_executor
 from census_tf_dagster.orchestration.sensors.release_watch import Kinds, build_release_watch, read_kinds
-from census_tf_dagster.set_files import require_right_files
+from census_tf_dagster.set_files import TYPES, require_right_files
 
 if TYPE_CHECKING:
+    from census_tf_dagster.own_cells.file_context import FileContext
     from census_tf_dagster.pipeline.context import ReleaseContext
 
 
@@ -66,11 +66,12 @@ def load_sets(folder: Path) -> dg.Definitions:
         return tree.build_defs()
 
 
-def load_settings(folder: Path) -> dict[str, SetSettings]:
-    """Load the settings of every set of releases below `folder`, by name."""
+def load_settings(folder: Path) -> dict[str, CommonSettings]:
+    """Load the settings of every set below `folder`, by name."""
     deployment = read_placement(folder)
     with _component_tree(folder) as tree:
-        return {found.name: found.placed(deployment) for found in tree.get_all_components(of_type=EmbeddingSet)}
+        found = [one for kind in TYPES.values() for one in tree.get_all_components(of_type=kind)]
+        return {one.name: one.placed(deployment) for one in found}
 
 
 @contextmanager
@@ -157,23 +158,52 @@ def store_resource(environment: Mapping[str, str] = os.environ) -> StoreResource
 
 
 @contextmanager
-def deployed_context(set_name: str, release: str) -> Iterator["ReleaseContext"]:
-    """Open the context of one of this deployment's sets.
+def deployed_context(set_name: str, partition: str) -> Iterator["FileContext | ReleaseContext"]:
+    """Open the context of a release or file of one of this deployment's sets.
 
     Raises
     ------
     UserError
-        When there is no such set, or as in `open_context`.
+        When there is no such set, or as in `open_context` or `open_file`.
     """
+    settings, census, store = _deployed(set_name), census_resource(), store_resource()
+    if isinstance(settings, SetSettings):
+        with release_context(settings, partition, census, store) as release:
+            yield release
+    elif isinstance(settings, FileSetSettings):
+        from census_tf_dagster.own_cells.file_context import open_file
+
+        with open_file(settings, partition, store.uri(), store.storage(), store.cache_folder()) as file:
+            yield file
+
+
+@contextmanager
+def deployed_release(set_name: str, release: str) -> Iterator["ReleaseContext"]:
+    """Open the context of a release of one of this deployment's sets.
+
+    Raises
+    ------
+    UserError
+        When there is no such set, it is a set of files, or as in `open_context`.
+    """
+    settings = _deployed(set_name)
+    if not isinstance(settings, SetSettings):
+        raise UserError(
+            f"{set_name} is a set of files; expected a set of releases. To see what a file costs, materialize "
+            f"{set_name}/{PLAN} of it: that computes no embedding."
+        )
+    with release_context(settings, release, census_resource(), store_resource()) as opened:
+        yield opened
+
+
+def _deployed(set_name: str) -> CommonSettings:
     sets = load_settings(sets_folder())
     if set_name not in sets:
         raise UserError(
-            f"there is no set {set_name!r} with releases; expected one of this deployment: "
-            f"{', '.join(sorted(sets)) or 'none is there'}. Correct the name, or set CENSUS_TF_SETS to the folder that "
-            "has it."
+            f"there is no set {set_name!r}; expected one of this deployment: {', '.join(sorted(sets))}. Correct the "
+            "name, or set CENSUS_TF_SETS to the folder that has it."
         )
-    with release_context(sets[set_name], release, census_resource(), store_resource()) as opened:
-        yield opened
+    return sets[set_name]
 
 
 # In the process of a run, Dagster calls this six times. It reloads a code location in a new process.

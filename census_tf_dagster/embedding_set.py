@@ -1,4 +1,4 @@
-"""The component behind a set's YAML: one organism, one checkpoint, and the assets that follow from them.
+"""The components behind the YAML of a set of releases and of a set of files, and the assets that follow from them.
 
 The fields are declared in `config.settings`. What the assets do belongs to `orchestration`.
 """
@@ -9,15 +9,18 @@ import dagster as dg
 from pydantic import BaseModel
 
 from census_tf_dagster.config.placement import read_placement, shard_tags
-from census_tf_dagster.config.settings import CommonSettings, SetSettings
+from census_tf_dagster.config.settings import CommonSettings, FileSetSettings, SetSettings
 from census_tf_dagster.orchestration.assets.approval import build_approval
 from census_tf_dagster.orchestration.assets.embeddings_array import build_embeddings_array
+from census_tf_dagster.orchestration.assets.file_embeddings import build_file_embeddings
+from census_tf_dagster.orchestration.assets.file_plan import build_file_plan
 from census_tf_dagster.orchestration.assets.obs_id_plan import build_obs_id_plan
 from census_tf_dagster.orchestration.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.orchestration.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.orchestration.automation import automation_sensor
 from census_tf_dagster.orchestration.checks.quality import build_quality_checks
 from census_tf_dagster.orchestration.checks.rules import build_rule_checks, build_verified_check
+from census_tf_dagster.orchestration.sensors.new_files import build_new_files
 
 
 class SetComponent(dg.Component, CommonSettings):
@@ -54,4 +57,19 @@ class EmbeddingSet(SetComponent, SetSettings):
             ],
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
             asset_checks=[build_verified_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
+        )
+
+
+class FileSet(SetComponent, FileSetSettings):
+    """A set of files: cells that are not in a Census, one TranscriptFormer checkpoint, and how cells are embedded."""
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        """Build the set's assets, their checks, and the sensors that find files and start them."""
+        deployment = read_placement(context.defs_module_path)
+        settings = self.placed(deployment)
+        placement = shard_tags(self.device, self.placement, deployment)
+        started = automation_sensor(self.name, settings.spending)
+        return dg.Definitions(
+            assets=[build_file_plan(settings), build_approval(settings), build_file_embeddings(settings, placement)],
+            sensors=[build_new_files(settings), *([started] if started else [])],
         )

@@ -25,9 +25,8 @@ from census_tf_dagster.config.yaml_problems import (
     spell,
 )
 from census_tf_dagster.config.yaml_reading import UnreadableError, read_text
-from census_tf_dagster.embedding_set import EmbeddingSet
+from census_tf_dagster.embedding_set import EmbeddingSet, FileSet
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.file_set import FileSet
 
 Component = type[EmbeddingSet] | type[FileSet]
 TYPES: dict[str, Component] = {f"{one.__module__}.{one.__name__}": one for one in (EmbeddingSet, FileSet)}

@@ -92,12 +92,12 @@ def add_commands(commands: Commands) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
-        from census_tf_dagster.definitions import deployed_context
+        from census_tf_dagster.definitions import deployed_release
         from census_tf_dagster.operate.dry_run import describe, dry_run, measured_shards
         from census_tf_dagster.operate.shard_ranges import parse_shards
 
         shards = parse_shards(arguments.shards) if arguments.shards else None
-        with deployed_context(arguments.set, arguments.release) as context:
+        with deployed_release(arguments.set, arguments.release) as context:
             print_progress(f"reading obs of {context.release.uri}; this takes minutes for a whole Census")
             measured = measured_shards(arguments.url, arguments.set)
             result = dry_run(context, shards, recompute=arguments.recompute, measured=measured)

@@ -89,11 +89,19 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _canary(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.definitions import deployed_context
-    from census_tf_dagster.pipeline.canary import run_canary
+    from census_tf_dagster.own_cells.file_context import file_sample
+    from census_tf_dagster.pipeline.canary import Sample, release_sample, run_canary
+    from census_tf_dagster.pipeline.context import ReleaseContext
     from census_tf_dagster.pipeline.upstream import find_upstream
 
     with deployed_context(arguments.set, arguments.release) as context:
-        result = run_canary(context, arguments.cells, arguments.upstream or find_upstream(), print_progress)
+
+        def choose() -> Sample:
+            if isinstance(context, ReleaseContext):
+                return release_sample(context, arguments.cells, print_progress)
+            return file_sample(context, arguments.cells)
+
+        result = run_canary(context, choose, arguments.upstream or find_upstream(), print_progress)
     if arguments.json:
         print(json.dumps(asdict(result)))
         return
@@ -101,4 +109,4 @@ def _canary(arguments: argparse.Namespace) -> None:
     print(f"relative RMS {result.relative_rms:.2e}, worst cell {result.worst_cell:.2e}")
     print(f"centred cosine {result.centred_cosine:.6f}")
     print(f"{result.cells_per_second:.1f} cells/s, {result.tokens_per_second:,.0f} tokens/s on this machine")
-    print(f"the release: {result.release_cells:,} cells, {result.release_hours:,.1f} hours of one such machine")
+    print(f"{arguments.release}: {result.release_cells:,} cells, {result.release_hours:,.1f} hours of one such machine")

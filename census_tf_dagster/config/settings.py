@@ -231,5 +231,5 @@ class FileSetSettings(CommonSettings):
     @model_validator(mode="after")
     def _one_source_of_assays(self) -> Self:
         if self.assay is not None and self.assay_column is not None:
-            raise ValueError("assay and assay_column are both given. Leave one of them out")
+            raise ValueError("Only one of assay and assay_column may be given")
         return self

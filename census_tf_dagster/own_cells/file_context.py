@@ -20,6 +20,7 @@ from census_tf_dagster.io.compiled import keep_below
 from census_tf_dagster.io.storage import Storage, naming_lack_of_memory
 from census_tf_dagster.own_cells.embed import Options, OwnCells, open_options, open_own_cells
 from census_tf_dagster.own_cells.model import Access, OwnIdentity, OwnModel
+from census_tf_dagster.pipeline.canary import Sample
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.obs_ids import write_planned
@@ -27,6 +28,9 @@ from census_tf_dagster.store.removal import require_no_removal
 
 SAMPLED_CELLS = 200
 """The first cells, from which the number of tokens is estimated. Checking the counts reads them as well."""
+
+SAMPLE_BLOCKS = 8
+"""A canary reads so many blocks of cells, because each one takes a pass over a file that is sorted by gene."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,13 @@ def plan_file(context: FileContext) -> PlanTotals:
     # This comes last, so that a current plan is complete.
     write_plan(store, folder.plan, joinids, batches, totals)
     return totals
+
+
+def file_sample(context: FileContext, cells: int) -> Sample:
+    """Choose about as many cells of a file for a canary, in a few blocks that are spread over it."""
+    blocks = np.array_split(np.arange(context.rows()), SAMPLE_BLOCKS)
+    chosen = np.concatenate([block[: -(-cells // SAMPLE_BLOCKS)] for block in blocks])
+    return Sample(chosen, context.rows(), round(_tokens_of_a_cell(context) * context.rows()))
 
 
 def _tokens_of_a_cell(context: FileContext) -> float:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from census_tf_dagster.census.cells import read_cells
 from census_tf_dagster.census.release import NNZ
 from census_tf_dagster.config.cost import Throughput
 from census_tf_dagster.durations import duration
@@ -21,7 +20,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint_cache import prepare
 from census_tf_dagster.inference.devices import Device, open_devices, require_gpu
 from census_tf_dagster.inference.tokens import Tokenizer
-from census_tf_dagster.pipeline.context import ReleaseContext
+from census_tf_dagster.pipeline.context import EmbeddingContext, ReleaseContext
 from census_tf_dagster.pipeline.cost_estimate import write_canary
 from census_tf_dagster.pipeline.plan_release import draft_plan
 from census_tf_dagster.pipeline.upstream import require_upstream, upstream_running
@@ -52,7 +51,8 @@ class CanaryResult:
     cells_per_second, tokens_per_second
         Rate of reading, tokenizing and the model together, on this machine, without warming up.
     release_cells, release_hours
-        Cells of the release, and the hours that one machine like this needs for its tokens; reused cells need none.
+        Cells of the release or file, and the hours that one machine like this needs for its tokens; reused cells need
+        none.
     """
 
     cells: int
@@ -67,20 +67,37 @@ class CanaryResult:
     release_hours: float
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The cells of a canary.
+
+    Attributes
+    ----------
+    joinids
+        Ascending joinids of the cells, int64 ``(n,)``.
+    of_cells, of_tokens
+        Number of all cells that are planned, and number of the tokens that have to be computed for them.
+    """
+
+    joinids: npt.NDArray[np.int64]
+    of_cells: int
+    of_tokens: int
+
+
 def run_canary(
-    context: ReleaseContext,
-    cells: int = 256,
+    context: EmbeddingContext,
+    choose: Callable[[], Sample],
     upstream: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> CanaryResult:
-    """Embed cells of all assays and lengths, and compare them with a reference; store only the measured rate.
+    """Embed a few cells, and compare them with a reference; store only the measured rate.
 
     Parameters
     ----------
     context
-        The opened set and release.
-    cells
-        Number of cells.
+        The opened set, with a release or file.
+    choose
+        Chooses the cells. It may read for minutes, so it is called after the other checks.
     upstream
         Upstream's ``transcriptformer`` command; None: the reference is this project's model in fp32.
     report
@@ -89,7 +106,7 @@ def run_canary(
     Raises
     ------
     UserError
-        When planning would raise it, or the reference cannot run.
+        When `choose` raises it, or the reference cannot run.
     """
     precision = context.settings.compute_precision
     # These checks come before minutes of reading.
@@ -105,17 +122,16 @@ def run_canary(
             "this set computes in fp32 and --upstream is missing; expected it, because an fp32 set has no other "
             "reference than upstream's own command: pass its path with --upstream."
         )
-    report(f"reading obs of {context.release.uri}; this takes minutes for a whole Census")
-    draft = draft_plan(context)
-    joinids = _spread(context, draft.joinids, cells)
-    tokenizer = Tokenizer.build(context.genes.ids, context.checkpoint, context.settings.gene_order)
+    sample = choose()
+    joinids = sample.joinids
+    tokenizer = Tokenizer.over(context.gene_ids, context.known_genes, context.checkpoint)
     report(f"embedding {len(joinids)} cells in {precision}; the first run on a machine also prepares the checkpoint")
     # These cells warm the device up: compilation and first accesses are no part of the rate.
-    warm = tokenizer(read_cells(context.release, joinids[:8], context.checkpoint.aux_column))
+    warm = tokenizer(context.read_cells(joinids[:8]))
     with _devices(context, tokenizer, precision) as (device, *_):
         device.embed(warm)
         started = time.monotonic()
-        read = read_cells(context.release, joinids, context.checkpoint.aux_column)
+        read = context.read_cells(joinids)
         packed = tokenizer(read)
         ours = device.embed(packed)
         seconds = time.monotonic() - started
@@ -145,16 +161,29 @@ def run_canary(
         centred_cosine=float(cosine.mean()),
         cells_per_second=len(joinids) / seconds,
         tokens_per_second=len(packed.tokens) / seconds,
-        release_cells=len(draft.joinids),
-        release_hours=draft.summary.tokens_to_compute / (len(packed.tokens) / seconds) / 3600,
+        release_cells=sample.of_cells,
+        release_hours=sample.of_tokens / (len(packed.tokens) / seconds) / 3600,
     )
 
 
-def _devices(context: ReleaseContext, tokenizer: Tokenizer, precision: str) -> AbstractContextManager[list[Device]]:
+def _devices(context: EmbeddingContext, tokenizer: Tokenizer, precision: str) -> AbstractContextManager[list[Device]]:
     prepared = prepare(context.checkpoint, precision, context.cache)
     return open_devices(
         prepared, tokenizer.known_genes, context.settings.device, context.settings.batch_size, processes=1
     )
+
+
+def release_sample(context: ReleaseContext, cells: int, report: Callable[[str], None] = lambda _: None) -> Sample:
+    """Choose about as many cells of a release, of all assays and lengths.
+
+    Raises
+    ------
+    UserError
+        When planning would raise it.
+    """
+    report(f"reading obs of {context.release.uri}; this takes minutes for a whole Census")
+    draft = draft_plan(context)
+    return Sample(_spread(context, draft.joinids, cells), len(draft.joinids), draft.summary.tokens_to_compute)
 
 
 def _spread(context: ReleaseContext, planned: npt.NDArray[np.int64], cells: int) -> npt.NDArray[np.int64]:

@@ -3,6 +3,7 @@
 Removing old releases by policy belongs in `prune`, the removal itself in `removal`.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ class Holding:
     state
         ``unverified``, ``stale`` or ``verified``; ``removing`` if its removal was started but not finished; ``damaged``
         if it cannot be read, with the reason in `problem`.
+    of_file
+        Whether this is the array of a file of a set of files, not of a release.
     """
 
     set: str
@@ -54,6 +57,7 @@ class Holding:
     bytes: int = 0
     state: str = "damaged"
     problem: str = ""
+    of_file: bool = False
 
 
 def inspect_store(store: str, storage: Storage) -> Iterator[Holding]:
@@ -127,7 +131,7 @@ def _inspect(storage: Storage, root: str) -> Holding:
         return Holding(name, release, identity, bytes=storage.size(root), state="removing", problem=problem)
     try:
         plan = read_plan(storage, folder.plan)
-        array, _ = EmbeddingsArray.look(folder.array, storage)
+        array, stored = EmbeddingsArray.look(folder.array, storage)
         return Holding(
             set=name,
             release=release,
@@ -138,6 +142,7 @@ def _inspect(storage: Storage, root: str) -> Holding:
             cells_stored=sum(fragment.values for fragment in array.fragments()) // array.n_features,
             bytes=storage.size(root),
             state=release_state(array, plan),
+            of_file=stored is not None and "census_uri" not in json.loads(stored),
         )
     except (UserError, tiledb.TileDBError, tiledbsoma.SOMAError, RuntimeError, ValueError, KeyError) as error:
         return Holding(name, release, identity, bytes=storage.size(root), problem=str(error).partition("\n")[0])

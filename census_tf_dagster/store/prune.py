@@ -74,7 +74,9 @@ def candidates(store: str, storage: Storage, retention: Retention) -> list[Candi
         newest = max((one.release for one in verified), default=None)
         for one in holdings:
             kept = (
-                one.release not in old
+                # Files have no successors: none of them is old because there are others.
+                one.of_file
+                or one.release not in old
                 or one.state in ("damaged", "removing")
                 or (one.state == "verified" and one.release == newest)
             )

@@ -44,12 +44,19 @@ PUBLICATION = """\
       email: ada@example.org
       affiliation: Engines
 """
+FILES = """\
+type: census_tf_dagster.embedding_set.FileSet
+attributes:
+  name: lab
+  files: /data/lab
+  checkpoint: /models/tf_sapiens
+"""
 GPU = "  placement:\n    ecs:\n      task_definition: w\n      capacity_providers: {on_demand: gpu}\n"
 
 # The text of one/defs.yaml, the line of the mistake, the value that is shown, and the remedy.
 CASES = {
     "unknown field": (GOOD + "  shard: 4\n", 6, "attributes.shard is unknown", "Did you mean shards?"),
-    "unknown field, far": (GOOD + "  colour: red\n", 6, "attributes.colour is unknown", "Known are: name, organism"),
+    "unknown field, far": (GOOD + "  colour: red\n", 6, "attributes.colour is unknown", "Known are: name, checkpoint"),
     "wrong type": (GOOD + "  shards: four\n", 6, "attributes.shards is 'four'", "a valid integer"),
     "null": (GOOD + "  shards:\n", 6, "attributes.shards is None", "a valid integer"),
     "text where a list stands": (GOOD + "  pretrained_embeddings: a.h5\n", 6, "'a.h5'", "a valid list"),
@@ -66,6 +73,22 @@ CASES = {
         "It is empty. Expected a path",
     ),
     "missing": (GOOD.replace("  organism: homo_sapiens\n", ""), 3, "attributes.organism is missing", "Key of the"),
+    "files: unknown field": (FILES + "  shards: 4\n", 6, "attributes.shards is unknown", "Known are: name, checkpoint"),
+    "files: missing": (FILES.replace("  files: /data/lab\n", ""), 3, "attributes.files is missing", "Folder or S3"),
+    "files: order": (
+        FILES + "  gene_order: census\n",
+        6,
+        "attributes.gene_order is 'census'",
+        "'file' or 'vocabulary'",
+    ),
+    "files: location": (FILES.replace("/data/lab", "https://data/lab"), 4, "'https://data/lab'", "s3://BUCKET/PREFIX"),
+    "files: assays": (
+        FILES + "  assay: a\n  assay_column: b\n",
+        3,
+        "attributes is {",
+        "Only one of assay and assay_column may be given",
+    ),
+    "files: other type": (FILES.replace("FileSet", "Files"), 1, "type is", "or `type: census_tf_dagster.embedding_set"),
     "given twice": (GOOD + "  shards: 4\n  shards: 5\n", 7, "attributes.shards is given twice", "Keep one"),
     "contact": (
         GOOD + PUBLICATION.replace("ada@", "ada at "),
@@ -110,7 +133,7 @@ CASES = {
     "a text": ("hello\n", 1, "the file is 'hello'", "a mapping with `type:"),
     "type": (GOOD.replace(".EmbeddingSet", ".EmbedingSet"), 1, "EmbedingSet'", "Write `type: census_tf_dagster."),
     "no type": (GOOD.split("\n", 1)[1], 1, "type is missing", "Write `type: census_tf_dagster."),
-    "no attributes": (GOOD.split("attr")[0], 1, "attributes is missing", "at least name, organism, checkpoint"),
+    "no attributes": (GOOD.split("attr")[0], 1, "attributes is missing", "at least name, checkpoint, organism"),
     "not indented": (GOOD + "shards: 4\n", 6, "shards is unknown at the top", "Indent it below attributes."),
     "top": (GOOD + "atributes: 4\n", 6, "atributes is unknown at the top", "Did you mean attributes?"),
 }

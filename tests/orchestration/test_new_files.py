@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from census_tf_dagster import embed
-from census_tf_dagster.file_set import FileSet
+from census_tf_dagster.embedding_set import FileSet
 from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.orchestration.resources import StoreResource
 from census_tf_dagster.orchestration.sensors import new_files

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,24 @@ from typing import Any
 import dagster as dg
 import numpy as np
 import pytest
+import tiledbsoma
 
 from census_tf_dagster import embed
 from census_tf_dagster.config.placement import NODE_TAG
+from census_tf_dagster.config.retention import Retention
 from census_tf_dagster.definitions import build_definitions, load_sets
+from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.orchestration.metadata import values_of
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
+from census_tf_dagster.store.inventory import inspect_store
+from census_tf_dagster.store.prune import candidates
 from tests.support.builders import tiny
 from tests.support.moto_servers import REGION, upload
 from tests.support.own_files import ASSAYS, checkpoint, some_cells
-from tests.support.project import RELEASE, Project, UpstreamCommand, read_array
+from tests.support.project import BOUND, RELEASE, Project, UpstreamCommand, read_array
 
 __all__ = ["checkpoint"]
 
@@ -109,7 +116,8 @@ def test_the_array_has_the_values_of_embed(lab: Lab, tmp_path: Path, upstream_co
     assert "8 cells of the array were compared" in checks["same_as_upstream"].description
 
     stored = read_array(lab.project.array("lab", CELLS), tmp_path)
-    with pytest.warns(UserWarning, match="not whole numbers"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         ours = embed(adata, lab.project.checkpoint, gene_order="vocabulary", precision="fp32", device="cpu")
     there = np.flatnonzero(np.isfinite(ours).all(axis=1))
     assert np.array_equal(stored.ids, there)
@@ -158,6 +166,57 @@ def test_bad_files_are_refused_when_they_are_planned(lab: Lab) -> None:
     assert "text.h5ad cannot be read as HDF5" in failure(lab.run("obs_id_plan", "text.h5ad"))
     assert "missing.h5ad does not exist" in failure(lab.run("obs_id_plan", "missing.h5ad"))
     assert not (lab.project.folder / "store").exists()
+
+
+def test_commands_take_a_file_in_place_of_a_release(lab: Lab, upstream_command: UpstreamCommand) -> None:
+    lab.project.add_file_set("lab")
+    adata = some_cells(200)
+    adata.X[7, 1] = -1
+    adata.write_h5ad(lab.folder / CELLS)
+    command = ["canary", "lab", CELLS, "--cells", "40", "--upstream", str(upstream_command.command), "--json"]
+    tried = lab.project.command(*command)
+    assert tried.returncode == 0, tried.stderr
+    result = json.loads(tried.stdout)
+    assert (result["cells"], result["release_cells"]) == (40, 200)
+    assert result["worst_cell"] < BOUND
+    # The plan estimates the cost at the rate that the canary measured.
+    assert "measured: the canary of this set" in shown(lab.run("obs_id_plan"), "obs_id_plan")["rate"]
+    lab.everything()
+    verified = lab.project.command("verify", "lab", CELLS, "--full")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert set(re.findall(r"^  (\w+) +kept$", verified.stdout, re.MULTILINE)) == RULES | {"publication"}
+    dry = lab.project.command("launch", "lab", CELLS, "--dry-run")
+    assert (dry.returncode, dry.stdout) == (1, "")
+    assert "lab is a set of files; expected a set of releases. To see what a file costs, materialize" in dry.stderr
+    checked = lab.project.command("check")
+    assert "1 set without a mistake: lab" in checked.stdout
+
+    # As docs/embed.md reads it.
+    with tiledbsoma.open(str(lab.project.array("lab", CELLS))) as array:
+        found = array.read().tables().concat()
+        embeddings = np.full(array.shape, np.nan, np.float32)
+    embeddings[found["soma_dim_0"], found["soma_dim_1"]] = found["soma_data"]
+    assert np.flatnonzero(np.isnan(embeddings).any(axis=1)).tolist() == [7]
+    with pytest.warns(UserWarning, match="cannot be embedded"):
+        ours = embed(adata, lab.project.checkpoint, precision="fp32", device="cpu")
+    assert np.array_equal(embeddings, ours, equal_nan=True)
+
+
+def test_retention_keeps_the_arrays_of_files(lab: Lab) -> None:
+    lab.project.add_file_set("lab")
+    for name in ("a.h5ad", "b.h5ad", "c.h5ad"):
+        some_cells().write_h5ad(lab.folder / name)
+        lab.everything(name)
+    tiny(lab.project, cells=50, shards=1)
+    with lab.project.context("tiny") as context:
+        make_plan(context)
+    store, storage = str(lab.project.folder / "store"), Storage()
+    found = {(one.set, one.release): one for one in inspect_store(store, storage)}
+    assert {name: one.of_file for (name, _), one in found.items()} == {"lab": True, "tiny": False}
+    assert all(one.state == "verified" for one in found.values() if one.of_file)
+    for path in Path(store).rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    assert not candidates(store, storage, Retention(policy="expire", releases=1, days=1))
 
 
 AUTOMATIC = {"dagster/from_automation_condition": "true", "dagster/sensor_name": "lab_auto_start"}

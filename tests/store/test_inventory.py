@@ -78,7 +78,7 @@ def test_canary_of_fp32_wants_upstream(project: Project) -> None:
     absent = project.command("canary", "tiny", RELEASE, "--upstream", "nowhere/transcriptformer")
     assert absent.stderr.startswith("error: --upstream nowhere/transcriptformer: there is no such file")
     unknown = project.command("canary", "else", RELEASE)
-    assert "there is no set 'else' with releases; expected one of this deployment: tiny" in unknown.stderr
+    assert "there is no set 'else'; expected one of this deployment: tiny" in unknown.stderr
 
 
 @pytest.mark.upstream

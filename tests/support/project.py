@@ -172,7 +172,7 @@ class Project:
             "device": "cpu",
             **attributes,
         }
-        self._declare(name, "census_tf_dagster.file_set.FileSet", settings)
+        self._declare(name, "census_tf_dagster.embedding_set.FileSet", settings)
 
     def _declare(self, name: str, kind: str, attributes: dict[str, Any]) -> None:
         path = self.folder / "sets" / name / "defs.yaml"
