@@ -173,7 +173,7 @@ def deployed_context(set_name: str, partition: str) -> Iterator["FileContext | R
     elif isinstance(settings, FileSetSettings):
         from census_tf_dagster.own_cells.file_context import open_file
 
-        with open_file(settings, partition, store.uri(), store.storage(), store.cache_folder()) as file:
+        with open_file(settings, partition, store.uri(), store.storage(), store.cache_folder(), whole=False) as file:
             yield file
 
 

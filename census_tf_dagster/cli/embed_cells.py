@@ -3,14 +3,12 @@
 import argparse
 import json
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from census_tf_dagster.cli.parsing import PROGRAM, Commands, add_json, print_progress
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.io.names import normalise
 
 if TYPE_CHECKING:
     from census_tf_dagster.own_cells.embed import Progress
@@ -79,7 +77,6 @@ def add_commands(commands: Commands) -> None:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from census_tf_dagster.own_cells.embed import Options, embed_file, open_options, open_own_cells
-    from census_tf_dagster.own_cells.local_copy import local_copy
     from census_tf_dagster.own_cells.model import Access
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -91,22 +88,18 @@ def _embed(arguments: argparse.Namespace) -> None:
     # Every file is checked before anything is computed.
     said: list[str] = []
     done = []
-    with ExitStack() as copies:
-        for file in arguments.files:
-            # A file on S3 is copied once, although it is opened twice.
-            copies.enter_context(local_copy(normalise(file), access.storage, access.cache))
-            with open_own_cells(file, options, access, model) as own:
-                said += own.progress.notes
-                print_progress("\n".join([own.progress.about, *own.progress.notes]))
-        for file, output in outputs.items():
-            if arguments.dry_run:
-                print_progress(f"{file} -> {output} ({model.precision} on {model.device}); nothing was computed")
-                continue
-            progress = embed_file(file, output, options, access, model, _Reporter(file))
-            new = [note for note in progress.notes if note not in said]
-            print_progress("\n".join([f"{output}: {progress}", *new]))
-            facts = {**asdict(progress), "set_aside": {str(cell): why for cell, why in progress.set_aside.items()}}
-            done.append({"file": file, "output": str(output), **facts})
+    for file in arguments.files:
+        with open_own_cells(file, options, access, model, whole=False) as own:
+            said += own.progress.notes
+            print_progress("\n".join([own.progress.about, *own.progress.notes]))
+    for file, output in outputs.items():
+        if arguments.dry_run:
+            print_progress(f"{file} -> {output} ({model.precision} on {model.device}); nothing was computed")
+            continue
+        progress = embed_file(file, output, options, access, model, _Reporter(file))
+        print_progress("\n".join([f"{output}: {progress}", *(note for note in progress.notes if note not in said)]))
+        facts = {**asdict(progress), "set_aside": {str(cell): why for cell, why in progress.set_aside.items()}}
+        done.append({"file": file, "output": str(output), **facts})
     if arguments.json:
         print(json.dumps({"outputs": done}))
 

@@ -85,6 +85,12 @@ def find_set(deployment: Deployment, name: str) -> RemoteSet:
     answer = deployment.ask(CATALOG)
     nodes = {tuple(node["assetKey"]["path"]): node for node in answer["assetNodes"]}
     known = sorted({path[0] for path in nodes if all((path[0], asset) in nodes for asset in (PLAN, SHARDS, ARRAY))})
+    if name not in known and (name, PLAN) in nodes and (name, ARRAY) in nodes:
+        raise UserError(
+            f"{name} is a set of files, and this command is for sets of releases "
+            f"({', '.join(known) or 'none is there'}). Open {name}/{ARRAY} in the web interface at {deployment.url} to "
+            "see and start its files."
+        )
     if name not in known:
         raise UserError(
             f"set {name!r} is not in the deployment at {deployment.url}; expected one of: {', '.join(known) or 'none'}."

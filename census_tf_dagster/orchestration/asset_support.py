@@ -147,16 +147,16 @@ def partition_context(
 
 @contextmanager
 def file_context(
-    settings: FileSetSettings, name: str, store: StoreResource, *, require_device: bool = False
+    settings: FileSetSettings, name: str, store: StoreResource, *, to_embed: bool = False
 ) -> Iterator["FileContext"]:
-    """Open the context of a file of a set of files. A `UserError` fails the run at once, without retries."""
+    """Open the context of a file, to embed it or only to look at it. A `UserError` fails the run without retries."""
     with _failing_at_once():
         from census_tf_dagster.own_cells.file_context import open_file
 
-        if require_device:
+        if to_embed:
             _require_device(settings, name)
         with (
-            open_file(settings, name, store.uri(), store.storage(), store.cache_folder()) as opened,
+            open_file(settings, name, store.uri(), store.storage(), store.cache_folder(), whole=to_embed) as opened,
             _noticing_removal(opened),
         ):
             yield opened

@@ -189,7 +189,7 @@ def embed(
         pretrained_embeddings=[str(path) for path in pretrained_embeddings],
     )
     access = Access.of_environment()
-    with open_own_cells(cells, options, access, open_options(options, access)) as own:
+    with open_own_cells(cells, options, access, open_options(options, access), whole=True) as own:
         embeddings = np.full((own.source.n_cells, own.dim), np.nan, np.float32)
         with closing(own.run(own.megabatches)) as outcomes:
             for outcome in outcomes:
@@ -244,7 +244,7 @@ def embed_file(
     UserError
         When something is missing or cannot be right, or the output is something else.
     """
-    with open_own_cells(cells, options, access, model) as own:
+    with open_own_cells(cells, options, access, model, whole=True) as own:
         identity = asdict(own.identity)
         if output.exists() or output.is_symlink():
             _require_own(output, identity)
@@ -263,6 +263,7 @@ def embed_file(
                         for outcome in outcomes:
                             _keep(partial, outcome)
                             report(own.progress)
+                own.source.require_unchanged()
                 write_output(output, partial, own.source.obs(), own.description())
                 partial.remove()
             except OSError as error:
@@ -393,10 +394,10 @@ class OwnCells:
 
 @contextmanager
 def open_own_cells(
-    cells: anndata.AnnData | str | Path, options: Options, access: Access, model: OwnModel
+    cells: anndata.AnnData | str | Path, options: Options, access: Access, model: OwnModel, *, whole: bool
 ) -> Iterator[OwnCells]:
-    """Open cells and check that they can be embedded."""
-    with open_cells(cells, access.storage, access.cache) as source:
+    """Open cells and check that they can be embedded; `whole` is that of `open_cells`."""
+    with open_cells(cells, access.storage, access.cache, whole=whole) as source:
         if not source.n_cells:
             raise UserError(f"{source.name} has no cells; expected at least one.")
         matrix = source.matrix(options.layer)

@@ -75,7 +75,7 @@ class FileContext:
 
 @contextmanager
 def open_file(
-    settings: FileSetSettings, name: str, store_uri: str, store: Storage, cache: Path
+    settings: FileSetSettings, name: str, store_uri: str, store: Storage, cache: Path, *, whole: bool
 ) -> Iterator[FileContext]:
     """Open a file of a set and its checkpoint, and check that its cells can be embedded.
 
@@ -89,6 +89,8 @@ def open_file(
         Address of the store, and the storage that writes it. It also reads files and checkpoints on S3.
     cache
         Local folder for copies from S3 and for the prepared checkpoint.
+    whole
+        Whether all counts will be read. Otherwise an h5ad file on S3 is not copied.
 
     Raises
     ------
@@ -114,7 +116,7 @@ def open_file(
     )
     with naming_lack_of_memory():
         model = _as_set(open_options(options, access), settings)
-        with open_own_cells(f"{settings.files}/{name}", options, access, model) as own:
+        with open_own_cells(f"{settings.files}/{name}", options, access, model, whole=whole) as own:
             folder = ReleaseFolder.of(store_uri, settings.name, name, own.identity)
             yield FileContext(settings, name, own.identity, store, folder, own, cache)
 

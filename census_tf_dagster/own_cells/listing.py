@@ -3,7 +3,7 @@
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import is_local
 from census_tf_dagster.io.storage import FileFacts, Storage
-from census_tf_dagster.own_cells.local_copy import ZARR_MARKS
+from census_tf_dagster.own_cells.local_copy import ZARR_MARKS, version_of
 
 FOLDER_MARKS = (*ZARR_MARKS, "__tiledb_group.tdb")
 """A folder with one of these files is a zarr group or a SOMA experiment."""
@@ -28,7 +28,7 @@ def list_files(folder: str, storage: Storage) -> dict[str, str]:
         name, _, inside = path.partition("/")
         below.setdefault(name, {})[inside] = facts
     return {
-        name: f"{len(files)} {sum(one.size for one in files.values())} {max(one.written for one in files.values())}"
+        name: version_of(files.values())
         for name, files in sorted(below.items())
         if (name.endswith(".h5ad") and "" in files) or any(mark in files for mark in FOLDER_MARKS)
     }

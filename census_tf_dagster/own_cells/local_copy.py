@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import is_local
 from census_tf_dagster.io.s3 import S3Object
-from census_tf_dagster.io.storage import Storage
+from census_tf_dagster.io.storage import FileFacts, Storage
 
 ZARR_MARKS = ("zarr.json", ".zgroup")
 """A folder with one of these files is a zarr group, of format 3 or 2."""
@@ -25,7 +25,13 @@ def file_version(uri: str, storage: Storage) -> str:
             return f"{found.size} {found.etag}"
     elif (path := Path(uri.removeprefix("file://"))).is_file():
         return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
-    return f"{storage.size(uri)} {storage.last_written(uri)}"
+    return version_of(storage.files(uri).values())
+
+
+def version_of(files: Collection[FileFacts]) -> str:
+    """Return what tells one version of a folder from another: number and size of its files, and the last write."""
+    last = max((one.written for one in files), default=0.0)
+    return f"{len(files)} {sum(one.size for one in files)} {last}"
 
 
 @contextmanager

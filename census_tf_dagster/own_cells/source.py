@@ -4,6 +4,7 @@ What the counts are belongs in `counts`, which genes the model knows in `genes`.
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -64,7 +65,9 @@ class CellSource:
     default
         The one that is read unless a user names another.
     version
-        Size and time of the last write of a file; empty for an AnnData.
+        Size and time of the last write of a file, before it was opened; empty for an AnnData.
+    read_version
+        Reads the version again.
     """
 
     name: str
@@ -73,6 +76,22 @@ class CellSource:
     matrices: Mapping[str, Callable[[], Matrix]]
     default: str
     version: str = ""
+    read_version: Callable[[], str] = lambda: ""
+
+    def require_unchanged(self) -> None:
+        """Raise an error if the file was written to since it was opened.
+
+        Raises
+        ------
+        UserError
+            When its version is another one.
+        """
+        now = self.read_version()
+        if now != self.version:
+            raise UserError(
+                f"{self.name} changed while it was read (size and time of the last write were {self.version}, and are "
+                f"{now}); expected a file that stays as it is. Nothing of it counts as finished: embed it again."
+            )
 
     def matrix(self, layer: str | None) -> Matrix:
         """Open a matrix.
@@ -99,7 +118,9 @@ class CellSource:
 
 
 @contextmanager
-def open_cells(cells: anndata.AnnData | str | Path, storage: Storage, cache: Path) -> Iterator[CellSource]:
+def open_cells(
+    cells: anndata.AnnData | str | Path, storage: Storage, cache: Path, *, whole: bool
+) -> Iterator[CellSource]:
     """Open cells.
 
     Parameters
@@ -110,6 +131,8 @@ def open_cells(cells: anndata.AnnData | str | Path, storage: Storage, cache: Pat
         The storage that reads S3.
     cache
         Local folder for copies of files on S3.
+    whole
+        Whether all counts will be read. Otherwise an h5ad file on S3 is not copied.
 
     Raises
     ------
@@ -120,26 +143,30 @@ def open_cells(cells: anndata.AnnData | str | Path, storage: Storage, cache: Pat
         yield _from_anndata(cells)
         return
     uri = normalise(str(cells))
+    if is_local(uri) and not Path(uri.removeprefix("file://")).exists():
+        raise UserError(f"{uri} does not exist; expected an h5ad or zarr file, or a SOMA experiment.")
     with ExitStack() as stack:
-        here = stack.enter_context(local_copy(uri, storage, cache))
+        version = file_version(uri, storage)
+        read_there = not whole and not is_local(uri) and storage.find_object(uri) is not None
+        here = uri if read_there else stack.enter_context(local_copy(uri, storage, cache))
         path = Path(here.removeprefix("file://"))
-        if is_local(here) and not path.exists():
-            raise UserError(f"{uri} does not exist; expected an h5ad or zarr file, or a SOMA experiment.")
-        if is_local(here) and path.is_file():
-            found = _from_container(uri, _open_h5ad(stack, path))
+        if read_there:
+            found = _from_container(uri, _open_h5ad(stack, uri, stack.enter_context(storage.open(uri))))
+        elif is_local(here) and path.is_file():
+            found = _from_container(uri, _open_h5ad(stack, uri, path))
         elif is_local(here) and any((path / mark).exists() for mark in ZARR_MARKS):
             found = _from_container(uri, zarr.open_group(path, mode="r"))
         else:
             found = _from_experiment(uri, _open_experiment(stack, uri, storage))
-        yield replace(found, version=file_version(uri, storage))
+        yield replace(found, version=version, read_version=lambda: file_version(uri, storage))
 
 
-def _open_h5ad(stack: ExitStack, path: Path) -> h5py.File:
+def _open_h5ad(stack: ExitStack, uri: str, file: Path | io.BufferedReader) -> h5py.File:
     try:
-        return stack.enter_context(h5py.File(path))
+        return stack.enter_context(h5py.File(file))
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read as HDF5 ({error}); expected an h5ad or zarr file, or a SOMA experiment. If it was "
+            f"{uri} cannot be read as HDF5 ({error}); expected an h5ad or zarr file, or a SOMA experiment. If it was "
             "copied, copy it again."
         ) from error
 

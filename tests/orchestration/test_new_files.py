@@ -153,7 +153,10 @@ def test_a_new_file_is_embedded_by_itself(project: Project, checkpoint: Path, tm
         until(lambda: len(materialized(operator)["embeddings_array"]) == 2, "the arrays of both files")
         found = materialized(operator)
         runs = operator.runs()
+        asked = operator.command("status", "lab")
     assert found["embeddings_array"] == {"first.h5ad": 50, "second.h5ad": 40}
+    assert asked.returncode == 1
+    assert "lab is a set of files, and this command is for sets of releases (none is there). Open" in asked.stderr
     # Plan, approval and array each had a run of their own, so that only the array's occupies a GPU node.
     assert runs == {
         (f"lab/{asset}", name): 1

@@ -15,12 +15,14 @@ import pytest
 import tiledbsoma
 
 from census_tf_dagster import embed
+from census_tf_dagster.census.cells import Cells
 from census_tf_dagster.config.placement import NODE_TAG
 from census_tf_dagster.config.retention import Retention
 from census_tf_dagster.definitions import build_definitions, load_sets
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.orchestration.metadata import values_of
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
+from census_tf_dagster.own_cells.embed import OwnCells
 from census_tf_dagster.pipeline.embed_shard import embed_shard
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.plan_release import make_plan
@@ -60,7 +62,7 @@ class Lab:
         self.instance.add_dynamic_partitions("lab_files", [name])
         return defs.resolve_implicit_global_asset_job_def().execute_in_process(
             partition_key=name,
-            asset_selection=[dg.AssetKey(["lab", asset])],
+            asset_selection=[dg.AssetKey(["lab", one]) for one in asset.split()],
             instance=self.instance,
             run_config={"ops": {f"lab__{asset}": {"config": config}}} if config else None,
             raise_on_error=False,
@@ -127,6 +129,13 @@ def test_the_array_has_the_values_of_embed(lab: Lab, tmp_path: Path, upstream_co
     assert (identity["gene_order"], identity["matrix"]) == ("vocabulary", "X")
 
 
+def test_all_assets_of_a_file_in_one_run(lab: Lab) -> None:
+    lab.project.add_file_set("lab")
+    some_cells().write_h5ad(lab.folder / CELLS)
+    done = lab.run("obs_id_plan approval embeddings_array")
+    assert shown(done, "embeddings_array")["cells_with_embedding"] == 60
+
+
 def test_a_second_run_computes_nothing_and_mends_damage(lab: Lab, tmp_path: Path) -> None:
     lab.project.add_file_set("lab")
     some_cells(200).write_h5ad(lab.folder / CELLS)
@@ -153,6 +162,25 @@ def test_a_file_that_has_changed_gets_another_array(lab: Lab, tmp_path: Path) ->
     assert lab.everything()["cells_computed"] == 60
     (other,) = {*(lab.project.folder / "store" / "lab" / CELLS).glob("*/embeddings")} - {before}
     assert not np.array_equal(read_array(other, tmp_path).values, read_array(before, tmp_path).values)
+
+
+def test_a_file_that_changes_while_it_is_embedded_is_not_finished(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.project.add_file_set("lab")
+    file = lab.folder / CELLS
+    some_cells().write_h5ad(file)
+    assert lab.run("obs_id_plan approval").success
+    read = OwnCells.read
+
+    def changing(own: OwnCells, positions: np.ndarray) -> Cells:
+        os.utime(file)
+        return read(own, positions)
+
+    monkeypatch.setattr(OwnCells, "read", changing)
+    assert "changed while it was read" in failure(lab.run("embeddings_array"))
+    monkeypatch.setattr(OwnCells, "read", read)
+    # The plan was for the file as it was.
+    assert "there is no plan at" in failure(lab.run("embeddings_array"))
+    assert lab.everything()["cells_with_embedding"] == 60
 
 
 def test_bad_files_are_refused_when_they_are_planned(lab: Lab) -> None:

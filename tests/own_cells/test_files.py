@@ -22,6 +22,7 @@ from census_tf_dagster import embed
 from census_tf_dagster.cli import main
 from census_tf_dagster.own_cells.local_copy import local_copy
 from census_tf_dagster.own_cells.model import Access
+from census_tf_dagster.own_cells.source import CellSource
 from tests.support.moto_servers import REGION, upload
 from tests.support.own_files import ASSAYS, checkpoint, some_cells
 from tests.support.project import REPOSITORY
@@ -100,6 +101,22 @@ def test_a_killed_command_goes_on(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert said["before"] + said["embedded"] == 8000
     assert np.array_equal(np.load(output), np.load(tmp_path / "whole.npy"))
     assert before
+
+
+def test_a_file_that_changes_while_it_is_read(
+    checkpoint: Path, cells: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = CellSource.require_unchanged
+
+    def touched(source: CellSource) -> None:
+        os.utime(cells)
+        written(source)
+
+    monkeypatch.setattr(CellSource, "require_unchanged", touched)
+    code, _, said = run(capsys, cells, "--checkpoint", checkpoint)
+    assert code == 1
+    assert "cells.h5ad changed while it was read" in said
+    assert not cells.with_name("cells.transcriptformer.h5ad").exists()
 
 
 def test_a_finished_file_is_not_embedded_again(
@@ -256,7 +273,12 @@ def test_copies_of_a_file_on_s3(
     with local_copy(uri, access.storage, access.cache) as again:
         assert Path(again).read_bytes() == (lab / "cells.h5ad").read_bytes()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    code, _, said = run(capsys, uri, "--checkpoint", checkpoint, "--out", tmp_path / "out.npy")
+    command = [uri, "--checkpoint", checkpoint, "--out", tmp_path / "out.npy"]
+    # A look at a file needs no copy.
+    code, _, said = run(capsys, *command, "--dry-run")
+    assert code == 0
+    assert "60 cells; the checkpoint knows 73 of 80 genes" in said
+    code, _, said = run(capsys, *command)
     assert code == 1
     assert re.search(r"copies/lab/cells.h5ad has 0.0 GiB, and .*/cache/files has 0.0 GiB free; expected space", said)
 

@@ -49,7 +49,7 @@ def build_file_embeddings(settings: FileSetSettings, placement: Mapping[str, str
 
         name = context.partition_key
         report = ShardProgress(context, key, name)
-        with file_context(settings, name, store, require_device=True) as opened:
+        with file_context(settings, name, store, to_embed=True) as opened:
             if must_be_approved(context, settings):
                 EmbeddingsArray.repair(opened.folder.array, opened.store, opened.identity)
                 plan = read_plan(opened.store, opened.folder.plan)
@@ -59,6 +59,7 @@ def build_file_embeddings(settings: FileSetSettings, placement: Mapping[str, str
             try:
                 upstream = find_upstream()
                 summary = embed_shard(opened, 0, recompute=config.recompute, upstream=upstream, report=report)
+                opened.own.source.require_unchanged()
                 finished = finish_array(opened)
             except SetAsideError as error:
                 # An automatic retry would meet the same cells.
