@@ -101,6 +101,24 @@ WHOLE_SET: dict[str, Any] = {
         },
     },
 }
+SHARED = (
+    "checkpoint", "checkpoint_fingerprint", "pretrained_embeddings", "batch_size", "compute_precision", "gene_order",
+    "storage_precision", "device", "auto_start", "owners", "placement",
+)  # fmt: skip
+WHOLE_FILE_SET: dict[str, Any] = {
+    "type": "census_tf_dagster.embedding_set.FileSet",
+    "attributes": {
+        "name": "lab",
+        "files": "s3://lab/new",
+        "layer": "counts",
+        "gene_column": "ensembl_id",
+        "duplicate_genes": "first",
+        "assay_column": "assay",
+        "like": "/store/one/2025-11-08/0123/embeddings",
+        "fractional_counts": "set_aside",
+        **{name: WHOLE_SET["attributes"][name] for name in SHARED},
+    },
+}
 RIGHT_VALUES: dict[str, list[Any]] = {
     "name": ["type", "int", "A_9", "x" * 100],
     "checkpoint": ["models", "~/models", "s3://models/a b/tf", "file:///models", "{{ env.HOME }}/tf", "ü"],
@@ -203,7 +221,11 @@ def damage(draw: st.DrawFn, content: bytes, pieces: list[bytes]) -> bytes:
 
 @st.composite
 def set_files(draw: st.DrawFn) -> dict[str, bytes]:
-    document = json.loads(json.dumps(WHOLE_SET))
+    document = json.loads(json.dumps(draw(st.sampled_from([WHOLE_SET, WHOLE_SET, WHOLE_FILE_SET]))))
+    attributes = document["attributes"]
+    for name in draw(st.lists(st.sampled_from(sorted(RIGHT_VALUES)), max_size=3)):
+        if name in attributes:
+            attributes[name] = draw(st.sampled_from(RIGHT_VALUES[name]))
     for _ in range(draw(st.integers(0, 2))):
         change(draw, document, ODD_VALUES)
     content = yaml.safe_dump(document, sort_keys=False, allow_unicode=draw(st.booleans())).encode(

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pytest
 
+from census_tf_dagster import embed
 from census_tf_dagster.operate.graphql import Deployment, expect
 from census_tf_dagster.operate.remote_set import find_set
 from census_tf_dagster.operate.runs import QUEUED, RUNNING, Run, fetch_runs, materializations
@@ -98,6 +100,20 @@ def runs_of(operator: Operator, name: str) -> Counter[str]:
     return Counter(f"{run.asset} {run.partition}" for run in fetch_runs(deployment, find_set(deployment, name), {}))
 
 
+CELLS_OF = """query CellsOf($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
+  assetMaterializations { partition metadataEntries { label ... on IntMetadataEntry { intValue } } } } } }"""
+FILE, CELLS_IN_FILE = "first.h5ad", 50
+
+
+def cells_of_files(operator: Operator) -> dict[str, int]:
+    """The cells of each file that has an array."""
+    answer = Deployment.at(operator.url).ask(CELLS_OF, key={"path": ["lab", "embeddings_array"]})["assetNodeOrError"]
+    return {
+        event["partition"]: {one["label"]: one.get("intValue") for one in event["metadataEntries"]}["Cells"]
+        for event in answer["assetMaterializations"]
+    }
+
+
 ONCE = Counter(
     [
         f"obs_id_plan {RELEASE}",
@@ -153,6 +169,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             if name == "cheap":
                 settings |= {"reuse": True, "gene_order": "vocabulary"}
             project.add_set(name, organism="homo_sapiens", **settings)
+        project.add_file_set("lab", auto_start={"budget": 1e6}, placement=NODES)
+        contents = releases.later
+        (project.folder / "lab").mkdir()
+        anndata.AnnData(
+            contents.counts[:CELLS_IN_FILE],
+            contents.cells[["assay"]].iloc[:CELLS_IN_FILE].astype(str).set_axis([f"{i}" for i in range(CELLS_IN_FILE)]),
+            contents.genes[["feature_id"]].astype(str).set_axis(contents.genes["feature_id"].astype(str)),
+        ).write_h5ad(project.folder / "lab" / FILE)
         # There before anything looks: for `launch`.
         earlier = {"r2025_01_30": entry(EARLIER, str(project.folder / "census" / EARLIER))}
         server.lists(**earlier)
@@ -180,6 +204,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             until(lambda: all(run_status(operator, run) == "SUCCESS" for run in again), "plans made again")
             looks_done(operator, *(f"{name}_auto_start" for name in AUTOMATIC))
             until(lambda: not active(operator), "the end of what that started")
+            until(lambda: FILE in cells_of_files(operator), "the array of the file")
             yield Story(
                 operator=operator,
                 releases=releases,
@@ -221,6 +246,20 @@ def test_a_plan_made_again_does_not_spend_gpu_time_again(story: Story) -> None:
         assert runs[f"obs_id_plan {RELEASE}"] == 2
         assert [runs[f"shard_embeddings {RELEASE}|{shard}"] for shard in range(SHARDS)] == [1] * SHARDS
         assert runs[f"embeddings_array {RELEASE}"] == 1
+
+
+def test_a_new_file_is_embedded_by_itself(story: Story, tmp_path: Path) -> None:
+    operator = story.operator
+    assert cells_of_files(operator) == {FILE: CELLS_IN_FILE}
+    # Each asset has a run of its own, so that only the array's run occupies a GPU node.
+    runs = {asset: n for (asset, partition), n in operator.runs().items() if partition == FILE}
+    assert runs == {"lab/obs_id_plan": 1, "lab/approval": 1, "lab/embeddings_array": 1}
+    project = operator.project
+    ours = embed(project.folder / "lab" / FILE, project.checkpoint, precision="fp32", device="cpu")
+    assert np.array_equal(read_array(project.array("lab", FILE), tmp_path).values, ours)
+    asked = operator.command("status", "lab")
+    assert asked.returncode == 1
+    assert "lab is a set of files, and this command is for sets of releases (asked, cheap, dear" in asked.stderr
 
 
 def test_above_the_budget_shards_wait(story: Story) -> None:

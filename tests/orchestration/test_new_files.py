@@ -1,25 +1,15 @@
-"""The sensor of a set of files: which files it adds, when, and what a real daemon then does by itself."""
+"""The sensor of a set of files: which files it adds, and when. `test_auto_start` lets a real daemon run it."""
 
 from pathlib import Path
 
 import dagster as dg
-import numpy as np
 import pytest
 
-from census_tf_dagster import embed
 from census_tf_dagster.embedding_set import FileSet
-from census_tf_dagster.operate.graphql import Deployment
 from census_tf_dagster.orchestration.resources import StoreResource
 from census_tf_dagster.orchestration.sensors import new_files
 from census_tf_dagster.orchestration.sensors.new_files import build_new_files, look_at_files
-from tests.support.deployment import Operator, running_locally, until
 from tests.support.moto_servers import REGION, client, upload
-from tests.support.own_files import ASSAYS, checkpoint, some_cells
-from tests.support.project import Project, read_array
-
-__all__ = ["checkpoint"]
-
-pytestmark = pytest.mark.takes(90)
 
 
 def test_a_file_is_added_when_it_no_longer_changes() -> None:
@@ -120,49 +110,3 @@ def test_a_folder_that_is_missing_or_not_reached_says_so(tmp_path: Path) -> None
         assert "nowhere does not exist; expected the folder with the files" in str(missing.skip_reason)
         # The cursor stays, so that nothing is computed again when the folder is back.
         assert missing.cursor is None
-
-
-def materialized(operator: Operator) -> dict[str, dict[str, str]]:
-    """Return the cells of each partition of each asset of the set."""
-    query = """query Materialized($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
-      assetMaterializations { partition metadataEntries { label ... on IntMetadataEntry { intValue } } } } } }"""
-    found: dict[str, dict[str, str]] = {}
-    for asset in ("obs_id_plan", "approval", "embeddings_array"):
-        answer = Deployment.at(operator.url).ask(query, key={"path": ["lab", asset]})["assetNodeOrError"]
-        found[asset] = {
-            event["partition"]: next(
-                (one["intValue"] for one in event["metadataEntries"] if one["label"] == "Cells"), 0
-            )
-            for event in answer["assetMaterializations"]
-        }
-    return found
-
-
-def test_a_new_file_is_embedded_by_itself(project: Project, checkpoint: Path, tmp_path: Path) -> None:
-    lab = project.folder / "lab"
-    lab.mkdir()
-    prices = {"gpus": 0, "gpu_type": "L40S", "usd_per_gpu_hour": 1.0}
-    project.add_file_set("lab", auto_start={"budget": 1.0}, placement=prices)
-    adata = some_cells(90)
-    adata.obs["assay"] = ASSAYS[0]
-    # Two servers that create the records at once disturb each other.
-    assert project.command("release", "list").returncode == 0
-    with running_locally(project, daemon=True) as operator:
-        adata[:50].copy().write_h5ad(lab / "first.h5ad")
-        adata[50:].copy().write_h5ad(lab / "second.h5ad")
-        until(lambda: len(materialized(operator)["embeddings_array"]) == 2, "the arrays of both files")
-        found = materialized(operator)
-        runs = operator.runs()
-        asked = operator.command("status", "lab")
-    assert found["embeddings_array"] == {"first.h5ad": 50, "second.h5ad": 40}
-    assert asked.returncode == 1
-    assert "lab is a set of files, and this command is for sets of releases (none is there). Open" in asked.stderr
-    # Plan, approval and array each had a run of their own, so that only the array's occupies a GPU node.
-    assert runs == {
-        (f"lab/{asset}", name): 1
-        for asset in ("obs_id_plan", "approval", "embeddings_array")
-        for name in ("first.h5ad", "second.h5ad")
-    }
-    ours = embed(adata, checkpoint, precision="fp32", device="cpu")
-    for name, expected in (("first.h5ad", ours[:50]), ("second.h5ad", ours[50:])):
-        assert np.array_equal(read_array(project.array("lab", name), tmp_path).values, expected)
