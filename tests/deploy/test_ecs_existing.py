@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from census_tf_dagster.config.variables import alert_channel
 from tests.support.aws_documented import documented_policies
 from tests.support.cfn_conditions import applied, dangling, refusals
 from tests.support.ecs_existing import EXISTING, VARIANTS
@@ -21,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "network": ("VpcId", "SubnetIds"),
     "groups": ("SecurityGroupIds",),
     "key": ("KmsKeyArn",),
+    "alerts": ("AlertTopicArn",),
     "database": ("DatabaseHost", "DatabaseSecretArn"),
 }
 """What an account may have, and the parameters that say so."""
@@ -39,6 +41,7 @@ NEEDLESS = {
     },
     "groups": {"TaskSecurityGroup"},
     "key": set(),
+    "alerts": set(),
     "database": {"Database", "DatabaseSecret", "DatabaseSubnets", "DatabaseSecurityGroup"},
 }
 """Resources that the stack does not make beside an existing one."""
@@ -152,6 +155,15 @@ def test_only_the_secret_of_the_existing_database_is_read() -> None:
         assert not allowed(documents, read, EXISTING["DatabaseSecretArn"].replace("team", "other"))
 
 
+def test_only_the_control_plane_sends_alerts_and_only_to_the_topic() -> None:
+    arn = EXISTING["AlertTopicArn"]
+    for role in ("ExecutionRole", "ControlRole", "RunRole"):
+        documents = documented_policies(VARIANTS["existing "], role)
+        assert allowed(documents, "sns:Publish", arn) is (role == "ControlRole")
+        assert not allowed(documents, "sns:Publish", f"{arn}-of-others")
+        assert not allowed(documented_policies(VARIANTS[""], role), "sns:Publish", arn)
+
+
 # A whole stack on moto, which decides the conditions itself.
 
 
@@ -174,6 +186,7 @@ def have_everything(endpoint: str) -> dict[str, str]:
         "SubnetIds": ",".join(subnets),
         "SecurityGroupIds": ",".join(groups),
         "KmsKeyArn": client(endpoint, "kms").create_key()["KeyMetadata"]["Arn"],
+        "AlertTopicArn": client(endpoint, "sns").create_topic(Name="alerts")["TopicArn"],
         "DatabaseHost": "postgres.example",
         "DatabasePort": "6432",
         "DatabaseName": "census",
@@ -273,6 +286,7 @@ def test_every_container_has_the_given_database(stack: Stack, given: Mapping[str
             "DB": "census",
             "USER": "census_tf",
         }
+        assert alert_channel(variables, "CENSUS_TF_ALERTS") == given["AlertTopicArn"]
         arn = f"{given['DatabaseSecretArn']}:password::"
         assert container["secrets"] == [{"name": "DAGSTER_PG_PASSWORD", "valueFrom": arn}]
         assert "DAGSTER_PG_PASSWORD" not in json.dumps(variables)

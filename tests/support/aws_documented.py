@@ -32,6 +32,7 @@ ARN_FORMATS: Mapping[str, str] = {
     "logs:log-stream": "arn:aws:logs:us-west-2:123456789012:log-group:<group>:log-stream:<stream>",
     "s3:bucket": "arn:aws:s3:::<bucket>",
     "s3:object": "arn:aws:s3:::<bucket>/<key>",
+    "sns:topic": "arn:aws:sns:us-west-2:123456789012:<topic>",
     "secretsmanager:secret": "arn:aws:secretsmanager:us-west-2:123456789012:secret:<secret>",
 }
 """ARNs of the resource types: table "Resource types" of each service in the Service Authorization Reference,
@@ -62,6 +63,7 @@ RESOURCE_TYPES: Mapping[str, str | None] = {
     "s3:ListMultipartUploadParts": "object",
     "s3:PutObject": "object",
     "secretsmanager:GetSecretValue": "secret",
+    "sns:Publish": "topic",
     "ssmmessages:CreateControlChannel": None,
     "ssmmessages:CreateDataChannel": None,
     "ssmmessages:OpenControlChannel": None,

@@ -9,6 +9,7 @@ EXISTING = {
     "SubnetIds": "subnet-0123456789abcdef0,subnet-0123456789abcdef1",
     "SecurityGroupIds": "sg-0123456789abcdef0",
     "KmsKeyArn": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1234abcd-12ab-34cd-56ef-1234567890ab",
+    "AlertTopicArn": f"arn:aws:sns:{REGION}:{ACCOUNT}:alerts",
     "DatabaseHost": "postgres.example",
     "DatabaseSecretArn": f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:team/dagster-a1b2c3",
 }
