@@ -17,6 +17,8 @@ CENSUS_TF_STORE                folder or S3 prefix of plans and arrays     demo-
 CENSUS_TF_STORE_S3_REGION      region of the store's bucket                as in AWS's own settings
 CENSUS_TF_STORE_S3_ENDPOINT    S3-compatible server of the store           AWS
 CENSUS_TF_CACHE                local folder for fetched checkpoints        ~/.cache/census-tf-dagster
+CENSUS_TF_ALERTS               ARN of an SNS topic, or a variable's name   no alerts
+CENSUS_TF_ALERT_IDLE           alert if GPUs wait more of their time       0.5
 =============================  ==========================================  =============================
 
 Credentials come from the environment or the role, as for every AWS tool. None of these variables holds any.
@@ -45,6 +47,7 @@ from census_tf_dagster.orchestration.asset_support import release_context
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.orchestration.retention_job import build_retention
+from census_tf_dagster.orchestration.sensors.alerts import IDLE, build_alerts
 from census_tf_dagster.orchestration.sensors.lost_runs import build_lost_runs, marking_executor
 from census_tf_dagster.orchestration.sensors.release_watch import Kinds, build_release_watch, read_kinds
 from census_tf_dagster.set_files import TYPES, require_right_files
@@ -95,6 +98,8 @@ def build_definitions(
     store: StoreResource,
     kinds: Kinds = "lts",
     retention: Retention | None = None,
+    alerts: str = "",
+    alert_idle: float = IDLE,
 ) -> dg.Definitions:
     """Assemble the definitions of a deployment.
 
@@ -108,6 +113,8 @@ def build_definitions(
         Which releases are added automatically.
     retention
         The policy for old plans and arrays; None: they are kept.
+    alerts, alert_idle
+        Where alerts go (empty: nowhere), and the share of waiting GPU time that is told, as in `build_alerts`.
     """
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
     # The plans of sets of files have other partitions.
@@ -117,6 +124,7 @@ def build_definitions(
         build_release_watch(kinds, plans),
         build_retention(retention or Retention()),
         build_lost_runs(),
+        build_alerts(alerts, alert_idle, [key.path[0] for key in plans]),
         dg.Definitions(
             resources={"census": census, "store": store},
             executor=marking_executor,
@@ -213,4 +221,12 @@ def defs() -> dg.Definitions:
     """Return the definitions that Dagster's tools load."""
     kinds = read_kinds(os.environ.get("CENSUS_TF_RELEASES", "lts"))
     folder = sets_folder()
-    return build_definitions(load_sets(folder), census_resource(), store_resource(), kinds, read_retention(folder))
+    return build_definitions(
+        load_sets(folder),
+        census_resource(),
+        store_resource(),
+        kinds,
+        read_retention(folder),
+        variables.alert_channel(os.environ, "CENSUS_TF_ALERTS"),
+        variables.share(os.environ, "CENSUS_TF_ALERT_IDLE", IDLE),
+    )

@@ -16,6 +16,10 @@ UPSTREAM_CHECK = "same_as_upstream"
 
 LOST_RUNS = "lost_runs"
 """The sensor that ends runs whose worker is gone, and requests retries that Dagster lost."""
+ALERTS = "alerts"
+"""The sensor that sends messages to people."""
+ALERTED_TAG = "census_tf/alerted"
+"""On a failed run: the sensor `alerts` has told it."""
 ASKED_AGAIN = "The retry of this run was lost"
 """The first words of the event with which that sensor requests a retry."""
 LOOK_BACK_DAYS = 14

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.io.alert_channel import is_channel
 from census_tf_dagster.io.names import CONTROL_CHARACTERS, check_location, without_secrets
 
 RELEASE = "{release}"
@@ -120,6 +121,37 @@ def switch(environment: Mapping[str, str], name: str) -> bool:
     if text not in ("", "0", "1"):
         raise _refusal(name, text, "Expected 1 or 0")
     return text == "1"
+
+
+def share(environment: Mapping[str, str], name: str, default: float) -> float:
+    """Return a share of a whole.
+
+    Raises
+    ------
+    UserError
+        When it is no number between 0 and 1.
+    """
+    text = environment.get(name, "") or str(default)
+    if not re.fullmatch(r"0(\.[0-9]{1,6})?|1(\.0{1,6})?", text):
+        raise _refusal(name, text, f"Expected a number between 0 and 1, such as {default}")
+    return float(text)
+
+
+def alert_channel(environment: Mapping[str, str], name: str) -> str:
+    """Return the ARN of an SNS topic, or the name of a variable; empty: the variable is not set.
+
+    Raises
+    ------
+    UserError
+        When it is neither. The message does not show it, because it may be the address of a webhook.
+    """
+    text = environment.get(name, "")
+    if text and not is_channel(text):
+        raise UserError(
+            f"{name} has a value that is not shown, because it may be a secret. Expected the ARN of an SNS topic, or "
+            "the NAME of an environment variable that holds the address of a Slack webhook. Put the address there."
+        )
+    return text
 
 
 def _refusal(name: str, text: str, why: str) -> UserError:

@@ -18,32 +18,32 @@ from tests.support.aws_documented import (
     REGION,
     RESOURCE_TYPES,
     can_match,
+    documented_policies,
     resolve,
     resource_type,
 )
+from tests.support.ecs_existing import VARIANTS
 from tests.support.ecs_stack import TEMPLATE as TEMPLATE_FILE
-from tests.support.ecs_stack import read_template
 from tests.support.iam_policies import allowed
 
-TEMPLATE = read_template()
+TEMPLATE = VARIANTS[""]
 STREAM = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/census-tf/runs:log-stream:worker/run/1"
 
 
 def policies(role: str) -> list[dict[str, Any]]:
-    """The role's policies, with every reference resolved as AWS documents it."""
-    found = TEMPLATE["Resources"][role]["Properties"].get("Policies", [])
-    return [resolve(TEMPLATE, one["PolicyDocument"]) for one in found]
+    return documented_policies(TEMPLATE, role)
 
 
 def statements() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every statement about resources, with a name for messages."""
-    for name, resource in TEMPLATE["Resources"].items():
-        if resource["Type"] == "AWS::IAM::Role":
-            for document in policies(name):
-                yield from ((f"{name}/{one['Sid']}", one) for one in document["Statement"])
-        if resource["Type"] == "AWS::S3::BucketPolicy":
-            document = resolve(TEMPLATE, resource["Properties"]["PolicyDocument"])
-            yield from ((f"{name}/{one['Sid']}", one) for one in document["Statement"])
+    for variant, template in VARIANTS.items():
+        for name, resource in template["Resources"].items():
+            if resource["Type"] == "AWS::IAM::Role":
+                for document in documented_policies(template, name):
+                    yield from ((f"{variant}{name}/{one['Sid']}", one) for one in document["Statement"])
+            if resource["Type"] == "AWS::S3::BucketPolicy":
+                document = resolve(template, resource["Properties"]["PolicyDocument"])
+                yield from ((f"{variant}{name}/{one['Sid']}", one) for one in document["Statement"])
 
 
 def as_list(value: str | list[str]) -> list[str]:

@@ -274,10 +274,30 @@ def test_waiting_for_the_canary_ends_when_it_fails(tmp_path: Path) -> None:
     assert "logs job/canary" in (tmp_path / "calls").read_text()
 
 
+def readme_yaml() -> dict[str, list[Any]]:
+    """The README's blocks of YAML, by the place that their first line names."""
+    found: dict[str, list[Any]] = {}
+    for one in re.findall(r"^ *```yaml\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL):
+        text = textwrap.dedent(one)
+        found.setdefault(text.partition("\n")[0], []).append(yaml.safe_load(text))
+    return found
+
+
+def test_the_chart_takes_the_secret_of_the_readme() -> None:
+    ((key, secrets),) = readme_yaml()["# in values.yaml, dagster-user-deployments.deployments[0]"][0].items()
+    values = read_values()
+    values["dagster-user-deployments"]["deployments"][0][key] = secrets
+    helm_chart.check(values)
+    assert re.findall(r"create secret generic (\S+) --from-file=(\w+)=", README)[-1] == (
+        secrets[0]["name"],
+        "SLACK_WEBHOOK",
+    )
+
+
 def test_the_caches_of_the_readme_are_valid_volumes() -> None:
-    blocks = re.findall(r"^ *```yaml\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
     kinds = set()
-    for volumes in (yaml.safe_load(textwrap.dedent(one))["volumes"] for one in blocks):
+    blocks = readme_yaml()["# in values.yaml, runLauncher.config.customRunLauncher.config"]
+    for volumes in (one["volumes"] for one in blocks):
         container = {"name": "one", "image": "two"}
         spec = {"containers": [container], "volumes": volumes}
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": spec}

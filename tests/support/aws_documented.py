@@ -28,9 +28,11 @@ ARN_FORMATS: Mapping[str, str] = {
     "ecs:task": "arn:aws:ecs:us-west-2:123456789012:task/<cluster>/<task>",
     "ecs:task-definition": "arn:aws:ecs:us-west-2:123456789012:task-definition/<family>:<revision>",
     "iam:role": "arn:aws:iam::123456789012:role/<role>",
+    "kms:key": "arn:aws:kms:us-west-2:123456789012:key/<key>",
     "logs:log-stream": "arn:aws:logs:us-west-2:123456789012:log-group:<group>:log-stream:<stream>",
     "s3:bucket": "arn:aws:s3:::<bucket>",
     "s3:object": "arn:aws:s3:::<bucket>/<key>",
+    "sns:topic": "arn:aws:sns:us-west-2:123456789012:<topic>",
     "secretsmanager:secret": "arn:aws:secretsmanager:us-west-2:123456789012:secret:<secret>",
 }
 """ARNs of the resource types: table "Resource types" of each service in the Service Authorization Reference,
@@ -48,6 +50,8 @@ RESOURCE_TYPES: Mapping[str, str | None] = {
     "ecs:StopTask": "task",
     "ecs:TagResource": "task",
     "iam:PassRole": "role",
+    "kms:Decrypt": "key",
+    "kms:GenerateDataKey": "key",
     "logs:CreateLogStream": "log-stream",
     "logs:GetLogEvents": "log-stream",
     "logs:PutLogEvents": "log-stream",
@@ -59,6 +63,7 @@ RESOURCE_TYPES: Mapping[str, str | None] = {
     "s3:ListMultipartUploadParts": "object",
     "s3:PutObject": "object",
     "secretsmanager:GetSecretValue": "secret",
+    "sns:Publish": "topic",
     "ssmmessages:CreateControlChannel": None,
     "ssmmessages:CreateDataChannel": None,
     "ssmmessages:OpenControlChannel": None,
@@ -106,6 +111,12 @@ def resolve(template: Mapping[str, Any], value: Any) -> Any:
             r"\$\{([\w:]+)(?:\.(\w+))?\}", lambda one: _returned(template, one[1], one[2] or "Ref"), value["Fn::Sub"]
         )
     return {key: resolve(template, one) for key, one in value.items()}
+
+
+def documented_policies(template: Mapping[str, Any], role: str) -> list[dict[str, Any]]:
+    """The policies of a template's role, with every reference resolved."""
+    found = template["Resources"][role]["Properties"].get("Policies", [])
+    return [resolve(template, one["PolicyDocument"]) for one in found]
 
 
 def _returned(template: Mapping[str, Any], name: str, attribute: str) -> str:

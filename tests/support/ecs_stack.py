@@ -2,7 +2,7 @@
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import cfnlint.decode.cfn_yaml
 import requests
 
+from tests.support.cfn_conditions import applied, refusals
 from tests.support.moto_servers import client, moto_server
 from tests.support.project import REPOSITORY
 
@@ -40,6 +41,7 @@ class Stack:
 
     endpoint: str
     template: dict[str, Any]
+    """As its parameters decide: only with what is made."""
     physical: dict[str, str]
     secret: str
     """ARN of the database's secret."""
@@ -97,17 +99,19 @@ class Stack:
 
 
 @contextmanager
-def ecs_stack(**parameters: str) -> Iterator[Stack]:
-    """Create the stack on its own moto server."""
+def ecs_stack(have: Callable[[str], dict[str, str]] | None = None, **parameters: str) -> Iterator[Stack]:
+    """Create the stack on its own moto server; `have` first makes what the account has, and returns parameters."""
     with moto_server() as endpoint:
         template = read_template()
+        given = {**IMAGES, **parameters, **(have(endpoint) if have else {})}
+        assert refusals(template, **given) == []
         secret = client(endpoint, "secretsmanager").create_secret(Name="database", SecretString='{"password": "x"}')
         usable = {
             **template,
             "Parameters": {**template["Parameters"], "DatabaseSecret": {"Type": "String"}},
             "Resources": {key: one for key, one in template["Resources"].items() if key != "DatabaseSecret"},
         }
-        values = {**IMAGES, **parameters, "DatabaseSecret": secret["ARN"]}
+        values = {**given, "DatabaseSecret": secret["ARN"]}
         cloudformation = client(endpoint, "cloudformation")
         cloudformation.create_stack(
             StackName=NAME,
@@ -119,7 +123,7 @@ def ecs_stack(**parameters: str) -> Iterator[Stack]:
         named = [one for one in made if one.get("LogicalResourceId")]
         physical = {one["LogicalResourceId"]: one.get("PhysicalResourceId", "") for one in named}
         _write_policies_again(endpoint, physical)
-        stack = Stack(endpoint, template, physical, secret["ARN"])
+        stack = Stack(endpoint, applied(template, **given), physical, given.get("DatabaseSecretArn", secret["ARN"]))
         _make_capacity_providers(stack)
         yield stack
 

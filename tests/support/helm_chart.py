@@ -70,6 +70,7 @@ SCHEMA = _object(
                     name=TEXT,
                     codeServerArgs={"type": "array", "items": TEXT},
                     port=NUMBER,
+                    envSecrets=NAMED,
                     includeConfigInLaunchedRuns=_object("enabled", enabled=YES_NO),
                     **POD,
                 ),
