@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from census_tf_dagster.config import variables
-from census_tf_dagster.config.dagster_names import PLAN
+from census_tf_dagster.config.dagster_names import ARRAY, PLAN, SHARDS
 from census_tf_dagster.config.placement import read_placement
 from census_tf_dagster.config.retention import Retention, read_retention
 from census_tf_dagster.config.settings import CommonSettings, FileSetSettings, SetSettings
@@ -117,14 +117,15 @@ def build_definitions(
         Where alerts go (empty: nowhere), and the share of waiting GPU time that is told, as in `build_alerts`.
     """
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
-    # The plans of sets of files have other partitions.
-    plans = [key for asset in assets for key in asset.keys if key.path[-1] == PLAN and asset.partitions_def == RELEASES]
+    planned = {key: asset.partitions_def for asset in assets for key in asset.keys if key.path[-1] == PLAN}
+    plans = [key for key, partitions in planned.items() if partitions == RELEASES]
+    told = {key.path[0]: (SHARDS,) if key in plans else (PLAN, ARRAY) for key in planned}
     return dg.Definitions.merge(
         sets,
         build_release_watch(kinds, plans),
         build_retention(retention or Retention()),
         build_lost_runs(),
-        build_alerts(alerts, alert_idle, [key.path[0] for key in plans]),
+        build_alerts(alerts, alert_idle, told),
         dg.Definitions(
             resources={"census": census, "store": store},
             executor=marking_executor,

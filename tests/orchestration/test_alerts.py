@@ -9,7 +9,15 @@ import dagster as dg
 import pytest
 import yaml
 
-from census_tf_dagster.config.dagster_names import ALERTED_TAG, ALERTS, APPROVAL, SHARDS, WILL_RETRY_TAG
+from census_tf_dagster.config.dagster_names import (
+    ALERTED_TAG,
+    ALERTS,
+    APPROVAL,
+    ARRAY,
+    PLAN,
+    SHARDS,
+    WILL_RETRY_TAG,
+)
 from census_tf_dagster.definitions import build_definitions, census_resource, load_sets, store_resource
 from census_tf_dagster.orchestration.automation import CONDITION_TAG
 from census_tf_dagster.orchestration.metadata import titled
@@ -23,7 +31,9 @@ from tests.support.project import RELEASE, Project
 pytestmark = pytest.mark.takes(40)
 
 WEBHOOK = "TEST_SLACK_WEBHOOK"
-SETS = ("tiny", "other")
+SETS = {"tiny": (SHARDS,), "other": (SHARDS,), "lab": (PLAN, ARRAY)}
+"""As `build_definitions` names them; `lab` is a set of files."""
+FILES = dg.DynamicPartitionsDefinition(name="lab_files")
 
 
 @pytest.fixture
@@ -150,6 +160,35 @@ def test_failures_of_one_release_are_one_message(instance: dg.DagsterInstance, w
     assert "18, 19 and 2 more." in webhook.texts[0]
     assert max(len(one) for one in webhook.texts) < 1200
     assert ": asked for it\n" in webhook.texts[1]
+
+
+@pytest.mark.parametrize("asset", [PLAN, ARRAY])
+def test_files_are_told_as_well(instance: dg.DagsterInstance, webhook: Slack, asset: str) -> None:
+    watch = Watch(instance)
+    instance.add_dynamic_partitions("lab_files", ["a.h5ad", "b.h5ad"])
+
+    def run(name: str, error: Exception | None, figures: Mapping[str, Any]) -> None:
+        @dg.asset(key=["lab", asset], partitions_def=FILES)
+        def of_a_file() -> dg.MaterializeResult[None]:
+            if error:
+                raise error
+            return dg.MaterializeResult(metadata=titled(figures))
+
+        job = dg.Definitions([of_a_file]).resolve_implicit_global_asset_job_def()
+        tags = {"dagster/max_retries": "0"}
+        selected = [of_a_file.key]
+        job.execute_in_process(
+            partition_key=name, asset_selection=selected, instance=instance, tags=tags, raise_on_error=False
+        )
+
+    run("a.h5ad", dg.Failure("it holds log-normalised values"), {})
+    assert watch.look() == "told: lab a.h5ad failed"
+    assert ": it holds log-normalised values\nFix the cause, then materialize lab/embeddings_array" in webhook.texts[0]
+    run("b.h5ad", None, waiting(900))
+    if asset == ARRAY:
+        assert watch.look() == "told: GPUs of lab b.h5ad wait 90% of their time"
+        assert "b.h5ad on NVIDIA L40S: in 1,000 s" in webhook.texts[1]
+    assert watch.look() == "nothing to tell"
 
 
 def test_what_was_before_the_sensor_is_not_told(instance: dg.DagsterInstance, webhook: Slack) -> None:

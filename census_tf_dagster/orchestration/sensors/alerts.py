@@ -1,19 +1,19 @@
-"""The sensor `alerts`: it sends a message when a shard failed for good, a release waits, or GPUs wait for the CPU.
+"""The sensor `alerts`: it sends a message when a shard or file failed for good, one waits, or GPUs wait for the CPU.
 
-Each failed run and each request for an approval is told once; waiting GPUs are told once for each set and release.
+Each failed run and each request for an approval is told once; waiting GPUs once for each set and release or file.
 Nothing that happened before the sensor's first evaluation is told. A message that is not delivered is sent again at the
 next evaluation; the sensor itself never fails because of it.
 """
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 import dagster as dg
 
-from census_tf_dagster.config.dagster_names import ALERTED_TAG, ALERTS, APPROVAL, SHARDS, WILL_RETRY_TAG
+from census_tf_dagster.config.dagster_names import ALERTED_TAG, ALERTS, APPROVAL, ARRAY, WILL_RETRY_TAG
 from census_tf_dagster.io.alert_channel import AlertError, send
 from census_tf_dagster.orchestration.metadata import values_of
 
@@ -60,13 +60,16 @@ class _Told:
             return cls(time.time(), instance.event_log_storage.get_maximum_record_id() or 0)
 
 
+Sets = Mapping[str, Sequence[str]]
+
+
 @dataclass(frozen=True)
 class _Message:
     subject: str
     text: str
 
 
-def build_alerts(channel: str, idle: float, sets: Sequence[str]) -> dg.Definitions:
+def build_alerts(channel: str, idle: float, sets: Sets) -> dg.Definitions:
     """Build the sensor `alerts`; without a channel there is none.
 
     Parameters
@@ -76,7 +79,7 @@ def build_alerts(channel: str, idle: float, sets: Sequence[str]) -> dg.Definitio
     idle
         The share of its time, between 0 and 1, that a shard's GPUs may wait before it is told.
     sets
-        The names of all sets.
+        By the name of each set, the assets whose failure is told. The last one computes embeddings.
     """
     if not channel:
         return dg.Definitions()
@@ -85,7 +88,7 @@ def build_alerts(channel: str, idle: float, sets: Sequence[str]) -> dg.Definitio
         name=ALERTS,
         minimum_interval_seconds=EVERY_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Sends a message when shards failed for good, a release waits for an approval, or GPUs wait.",
+        description="Sends a message when shards or files failed for good, one waits for an approval, or GPUs wait.",
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         told = _Told.read(context.cursor, context.instance)
@@ -104,7 +107,7 @@ def build_alerts(channel: str, idle: float, sets: Sequence[str]) -> dg.Definitio
     return dg.Definitions(sensors=[alerts])
 
 
-def _tell(instance: dg.DagsterInstance, told: _Told, channel: str, idle: float, sets: Sequence[str]) -> Iterator[str]:
+def _tell(instance: dg.DagsterInstance, told: _Told, channel: str, idle: float, sets: Sets) -> Iterator[str]:
     """Send the messages one by one. Each is noted as told before its subject is yielded."""
     for (name, release), runs in _failed_for_good(instance, told.since, sets).items():
         message = _failure(instance, name, release, runs)
@@ -125,9 +128,9 @@ def _tell(instance: dg.DagsterInstance, told: _Told, channel: str, idle: float, 
 
 
 def _failed_for_good(
-    instance: dg.DagsterInstance, since: float, sets: Sequence[str]
+    instance: dg.DagsterInstance, since: float, sets: Sets
 ) -> dict[tuple[str, str], list[dg.DagsterRun]]:
-    """Return the failed runs of shards that will not be retried and were not told, by set and release."""
+    """Return the failed runs that will not be retried and were not told, by set and release or file."""
     begin = max(since, time.time() - LOOK_BACK_SECONDS)
     wanted = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=datetime.fromtimestamp(begin, UTC))
     found: dict[tuple[str, str], list[dg.DagsterRun]] = {}
@@ -137,26 +140,33 @@ def _failed_for_good(
         open_yet = instance.run_retries_enabled and run.tags.get(WILL_RETRY_TAG) != "false"
         if open_yet or ALERTED_TAG in run.tags:
             continue
-        for name in sets:
-            if dg.AssetKey([name, SHARDS]) in (run.asset_selection or ()):
+        for name, assets in sets.items():
+            if any(dg.AssetKey([name, asset]) in (run.asset_selection or ()) for asset in assets):
                 found.setdefault((name, _partition(run)[0]), []).append(run)
     return found
 
 
 def _partition(run: dg.DagsterRun) -> tuple[str, str]:
-    """Return the release and the shard of a run."""
+    """Return the release and the shard of a run; the file and nothing for a set of files."""
     release, _, shard = run.tags.get("dagster/partition", "").partition("|")
     return release, shard
 
 
 def _failure(instance: dg.DagsterInstance, name: str, release: str, runs: Sequence[dg.DagsterRun]) -> _Message:
-    shards = [_partition(run)[1] for run in runs]
+    shards = [shard for run in runs if (shard := _partition(run)[1])]
+    last = f"(run {runs[-1].run_id}): {_reason(instance, runs[-1].run_id)}"
+    if not shards:
+        return _Message(
+            f"{name} {release} failed",
+            f"Not retried any more. Committed cells stay.\nThe last failure {last}\nFix the cause, then materialize "
+            f"{name}/{ARRAY} of this file again, with its plan if the file has changed.",
+        )
     named = ", ".join(shards[:NAMED]) + (f" and {len(shards) - NAMED} more" if len(shards) > NAMED else "")
     count = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
     return _Message(
         f"{count} of {name} {release} failed",
         f"Not retried any more: {named}. Committed cells stay.\n"
-        f"The last failure (run {runs[-1].run_id}): {_reason(instance, runs[-1].run_id)}\n"
+        f"The last failure {last}\n"
         f"Fix the cause, then run `census-tf-dagster launch {name} {release}`.",
     )
 
@@ -178,11 +188,11 @@ def _reason(instance: dg.DagsterInstance, run_id: str) -> str:
     return said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}..."
 
 
-def _events(instance: dg.DagsterInstance, after: int, sets: Sequence[str]) -> list[dg.EventLogRecord]:
-    """Return the observations of approvals and the materializations of shards after an event, oldest first."""
+def _events(instance: dg.DagsterInstance, after: int, sets: Sets) -> list[dg.EventLogRecord]:
+    """Return the observations of approvals and the materializations of embeddings after an event, oldest first."""
     pages: list[Sequence[dg.EventLogRecord]] = []
-    for name in sets:
-        for fetch, asset in ((instance.fetch_observations, APPROVAL), (instance.fetch_materializations, SHARDS)):
+    for name, assets in sets.items():
+        for fetch, asset in ((instance.fetch_observations, APPROVAL), (instance.fetch_materializations, assets[-1])):
             wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey([name, asset]), after_storage_id=after)
             pages.append(fetch(wanted, limit=PAGE, ascending=True).records)
     # After a full page come events that may be older than those of other pages.
@@ -201,7 +211,7 @@ def _waits(record: dg.EventLogRecord) -> _Message | None:
 
 
 def _work(record: dg.EventLogRecord) -> str | None:
-    """Return the set and release of a materialized shard."""
+    """Return the set and release of a materialized shard, or the set and file."""
     event = record.asset_materialization
     return f"{event.asset_key.path[0]} {(event.partition or '').partition('|')[0]}" if event else None
 
@@ -213,10 +223,11 @@ def _idle(record: dg.EventLogRecord, bound: float) -> _Message | None:
     busy, waiting = (float(figures.get(f"seconds_{what}_compute", 0.0)) for what in ("busy", "waiting"))
     if event is None or busy + waiting < LEAST_SECONDS or waiting / (busy + waiting) <= bound:
         return None
+    what, _, shard = (event.partition or "").partition("|")
     return _Message(
         f"GPUs of {_work(record)} wait {waiting / (busy + waiting):.0%} of their time",
-        f"Shard {(event.partition or '').partition('|')[2]} on {figures.get('devices', 'unknown devices')}: in "
+        f"{f'Shard {shard}' if shard else what} on {figures.get('devices', 'unknown devices')}: in "
         f"{busy + waiting:,.0f} s, the GPUs computed for {busy:,.0f} s and waited for {waiting:,.0f} s. More than "
         f"{bound:.0%} is told. The stage `{figures.get('limited_by', 'unknown')}` sets the pace: give each GPU more "
-        "CPU cores, or use nodes in the Census's region. Other shards of this release are not told.",
+        "CPU cores, or use nodes in the data's region. Other shards of this release are not told.",
     )
