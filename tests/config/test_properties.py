@@ -225,7 +225,7 @@ def set_files(draw: st.DrawFn) -> dict[str, bytes]:
     attributes = document["attributes"]
     for name in draw(st.lists(st.sampled_from(sorted(RIGHT_VALUES)), max_size=3)):
         if name in attributes:
-            attributes[name] = draw(st.sampled_from(RIGHT_VALUES[name]))
+            attributes[name] = json.loads(json.dumps(draw(st.sampled_from(RIGHT_VALUES[name]))))
     for _ in range(draw(st.integers(0, 2))):
         change(draw, document, ODD_VALUES)
     content = yaml.safe_dump(document, sort_keys=False, allow_unicode=draw(st.booleans())).encode(
