@@ -77,7 +77,7 @@ def test_marks_say_something(page: str) -> None:
 def test_no_command_hides_in_a_sentence(page: str) -> None:
     text = BLOCK.sub("", (REPOSITORY / page).read_text())
     spoken = re.findall(r"`([^`]+)`", text)
-    tools = {"aws", "kubectl", "helm", "docker", "python", "python3", "make", "pip", "dagster"}
+    tools = {"aws", "gcloud", "kubectl", "helm", "docker", "python", "python3", "make", "pip", "dagster"}
     assert not [one for one in spoken if one.split()[0] in tools and len(one.split()) > 1]
 
 

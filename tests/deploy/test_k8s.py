@@ -283,15 +283,121 @@ def readme_yaml() -> dict[str, list[Any]]:
     return found
 
 
+def pools() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The node class of karpenter.yaml, and its pools by their label."""
+    node_class, *found = yaml.safe_load_all((FOLDER / "karpenter.yaml").read_text())
+    return node_class, {one["spec"]["template"]["metadata"]["labels"]["census-tf/pool"]: one for one in found}
+
+
+def test_karpenter_s_pools_are_those_of_the_placement() -> None:
+    placement = read_placement(FOLDER)
+    assert placement is not None
+    assert placement.kubernetes is not None
+    node_class, found = pools()
+    kinds = placement.kubernetes.nodes
+    assert list(found) == [one.node_selector["census-tf/pool"] for one in kinds.values()]
+    for (purchase, kind), pool in zip(kinds.items(), found.values(), strict=True):
+        spec = pool["spec"]["template"]["spec"]
+        assert pool["spec"]["template"]["metadata"]["labels"] == kind.node_selector
+        assert [(one["key"], one["effect"]) for one in spec["taints"]] == [
+            (one.key, one.effect) for one in kind.tolerations
+        ]
+        wanted = {one["key"]: one["values"] for one in spec["requirements"]}
+        assert {one["operator"] for one in spec["requirements"]} == {"In"}
+        assert wanted["karpenter.sh/capacity-type"] == [purchase.replace("_", "-")]
+        assert wanted["kubernetes.io/arch"] == ["amd64"]
+        for name in wanted["node.kubernetes.io/instance-type"]:
+            assert shortfall(NODE_TYPES[name], "EKS", placement.gpus, placement.cpu, placement.memory_gib) is None
+        assert spec["nodeClassRef"] == {
+            "group": node_class["apiVersion"].partition("/")[0],
+            "kind": node_class["kind"],
+            "name": node_class["metadata"]["name"],
+        }
+        assert spec["expireAfter"] == "Never"
+        assert pool["spec"]["disruption"]["consolidationPolicy"] == "WhenEmpty"
+    (disk,) = node_class["spec"]["blockDeviceMappings"]
+    assert disk["ebs"]["volumeSize"] == "100Gi"
+
+
+def test_karpenter_knows_every_name() -> None:
+    """The names in Karpenter's own schemas of v1 (pkg/apis/crds in aws/karpenter-provider-aws)."""
+    node_class, found = pools()
+    assert (node_class["apiVersion"], node_class["kind"]) == ("karpenter.k8s.aws/v1", "EC2NodeClass")
+    assert node_class["spec"].keys() <= {
+        *("amiFamily", "amiSelectorTerms", "blockDeviceMappings", "instanceProfile", "metadataOptions", "role"),
+        *("securityGroupSelectorTerms", "subnetSelectorTerms", "tags", "userData"),
+    }
+    for pool in found.values():
+        assert (pool["apiVersion"], pool["kind"]) == ("karpenter.sh/v1", "NodePool")
+        assert pool["spec"].keys() <= {"disruption", "limits", "template", "weight"}
+        assert pool["spec"]["template"].keys() == {"metadata", "spec"}
+        assert pool["spec"]["template"]["spec"].keys() <= {
+            *("expireAfter", "nodeClassRef", "requirements", "startupTaints", "taints", "terminationGracePeriod"),
+        }
+        assert pool["spec"]["disruption"].keys() <= {"budgets", "consolidateAfter", "consolidationPolicy"}
+
+
+def proxy_objects() -> dict[str, dict[str, Any]]:
+    return {one["kind"]: one for one in yaml.safe_load_all((FOLDER / "oauth2-proxy.yaml").read_text())}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_login_s_objects_are_valid(version: str) -> None:
+    found = proxy_objects()
+    assert list(found) == ["Deployment", "Service", "Ingress", "NetworkPolicy"]
+    for one in found.values():
+        kubernetes_validate.validate(one, version, strict=True)
+        assert one["metadata"]["namespace"] == NAMESPACE
+
+
+def test_only_the_login_is_opened_and_only_to_the_ingress() -> None:
+    found = proxy_objects()
+    pod = found["Deployment"]["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    (container,) = pod["spec"]["containers"]
+    (port,) = container["ports"]
+    assert found["Service"]["spec"]["selector"] == labels
+    assert found["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]
+    (rule,) = found["Ingress"]["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert path["backend"]["service"]["name"] == found["Service"]["metadata"]["name"]
+    assert found["Ingress"]["spec"]["tls"][0]["hosts"] == [rule["host"]]
+    policy = found["NetworkPolicy"]["spec"]
+    assert policy["podSelector"] == {"matchLabels": labels}
+    (allowed,) = policy["ingress"]
+    assert [one.keys() for one in allowed["from"]] == [{"namespaceSelector"}]
+    assert allowed["ports"] == [{"port": port["containerPort"]}]
+    # The webserver's own service, which stays closed.
+    server = read_values()["dagsterWebserver"]["service"]
+    assert f"--upstream=http://census-tf-dagster-webserver:{server['port']}" in container["args"]
+    # Secrets come from a secret, which the README creates with these keys.
+    assert all(one.keys() == {"name", "valueFrom"} for one in container["env"])
+    references = [one["valueFrom"]["secretKeyRef"] for one in container["env"]]
+    (name,) = {one["name"] for one in references}
+    assert f"create secret generic {name} " in README
+    assert {one["key"] for one in references} <= set(re.findall(r"--from-file=([\w-]+)=", README))
+    # The README replaces every placeholder.
+    text = (FOLDER / "oauth2-proxy.yaml").read_text() + (FOLDER / "karpenter.yaml").read_text()
+    assert set(re.findall(r"MY_[A-Z_]+", text)) <= set(re.findall(r"s[/#](MY_[A-Z_]+)[/#]", README))
+
+
+def test_the_placement_takes_the_runtime_class_of_the_readme(tmp_path: Path) -> None:
+    (changed,) = readme_yaml()["# in placement.yaml"]
+    text = yaml.safe_load((FOLDER / "placement.yaml").read_text())
+    text["kubernetes"] |= changed["kubernetes"]
+    (tmp_path / "placement.yaml").write_text(yaml.safe_dump(text))
+    placement = read_placement(tmp_path)
+    assert placement is not None
+    pod = json.loads(placement.tags()["dagster-k8s/config"])["pod_spec_config"]
+    assert pod["runtime_class_name"] == "nvidia"
+
+
 def test_the_chart_takes_the_secret_of_the_readme() -> None:
     ((key, secrets),) = readme_yaml()["# in values.yaml, dagster-user-deployments.deployments[0]"][0].items()
     values = read_values()
     values["dagster-user-deployments"]["deployments"][0][key] = secrets
     helm_chart.check(values)
-    assert re.findall(r"create secret generic (\S+) --from-file=(\w+)=", README)[-1] == (
-        secrets[0]["name"],
-        "SLACK_WEBHOOK",
-    )
+    assert f"create secret generic {secrets[0]['name']} --from-file=SLACK_WEBHOOK=" in README
 
 
 def test_the_caches_of_the_readme_are_valid_volumes() -> None:
