@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.project import REPOSITORY
 
-pytestmark = pytest.mark.takes(220)
+pytestmark = pytest.mark.soak
 
 
 def test_every_figure_is_measured() -> None:
