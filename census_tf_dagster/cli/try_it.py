@@ -70,6 +70,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from census_tf_dagster.config.settings import FileSetSettings
     from census_tf_dagster.definitions import load_settings, sets_folder
     from census_tf_dagster.set_files import find_problems
 
@@ -81,9 +82,12 @@ def _check(arguments: argparse.Namespace) -> int:
     elif problems:
         print("\n".join(map(str, problems)), file=sys.stderr)
     else:
-        names = sorted(load_settings(folder))
+        sets = load_settings(folder)
+        names = sorted(sets)
         print(f"{folder}: {len(names)} set{'s' if len(names) > 1 else ''} without a mistake: {', '.join(names)}")
         print("(Only their YAML was checked. `launch SET RELEASE --dry-run` opens the checkpoint and the Census.)")
+        if any(isinstance(one, FileSetSettings) for one in sets.values()):
+            print("(For a set of files, the asset obs_id_plan opens the checkpoint and a file.)")
     return int(bool(problems))
 
 

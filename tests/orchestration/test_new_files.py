@@ -35,7 +35,8 @@ def test_names_that_are_no_partition_are_named() -> None:
     versions = {"my cells.h5ad": "1", ".hidden.h5ad": "1", "a.h5ad": "1"}
     found = look_at_files(versions, look_at_files(versions, {}).cursor)
     assert list(found.add) == ["a.h5ad"]
-    assert "rename it): 'my cells.h5ad'" in " ".join(found.notes)
+    assert "2 files are not embedded, because of their names" in " ".join(found.notes)
+    assert "rename them): 'my cells.h5ad', '.hidden.h5ad'" in " ".join(found.notes)
 
 
 def test_many_files_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,12 @@ def look_at_files(versions: Mapping[str, str], before: Mapping[str, Mapping[str,
     add: dict[str, str] = {}
     cursor: dict[str, dict[str, str]] = {}
     coming: list[str] = []
-    notes = [f"not embedded, because the name is no partition key (rename it): {name!r}" for name in _odd(versions)]
+    notes: list[str] = []
+    if odd := [repr(name) for name in versions if not NAME.fullmatch(name)]:
+        notes.append(
+            f"{len(odd)} files are not embedded, because of their names (expected up to 100 letters, digits, '_', '-' "
+            f"and '.'; rename them): {_some(odd)}"
+        )
     for name, version in versions.items():
         if not NAME.fullmatch(name):
             continue
@@ -74,10 +79,6 @@ def look_at_files(versions: Mapping[str, str], before: Mapping[str, Mapping[str,
     if gone := [name for name in before if name not in versions]:
         notes.append(f"{len(gone)} files are gone; their partitions and arrays stay: {_some(gone)}")
     return Look(add, cursor, tuple(notes))
-
-
-def _odd(names: Mapping[str, str]) -> list[str]:
-    return [name for name in names if not NAME.fullmatch(name)][:NAMED]
 
 
 def _some(names: list[str]) -> str:
@@ -115,7 +116,7 @@ def build_new_files(settings: FileSetSettings) -> dg.SensorDefinition:
                 dg.RunRequest(run_key=f"{name} {version}", partition_key=name) for name, version in found.add.items()
             ]
         elif found.add:
-            context.log.info(f"auto_start is off: materialize {settings.name}/* of these files to embed them")
+            context.log.info(f"auto_start is off: materialize group:{settings.name} of these files to embed them")
         there = set(context.instance.get_dynamic_partitions(str(partitions.name)))
         new = [name for name in found.add if name not in there]
         return dg.SensorResult(
