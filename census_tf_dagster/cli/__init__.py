@@ -22,6 +22,11 @@ GROUPS = {
 }
 """The titles and commands of the list in ``--help``, in its order."""
 
+READING = ("demo", "canary", "verify", "inspect", "prune", "remove", "embed")
+"""The commands that load the libraries for arrays and models."""
+LEAST_ADDRESS_SPACE = 700 * 2**20
+"""With less, these libraries cannot be loaded; some of them print lines of their own or end the process then."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
@@ -65,9 +70,21 @@ def _lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (limited and loading)
 
 
+def _no_memory(why: str) -> int:
+    print(
+        f"error: this process got no more memory ({why}); expected a few GB: give the machine more, or raise its limit "
+        "(`ulimit -v`, the container's memory).",
+        file=sys.stderr,
+    )
+    return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = build_parser().parse_args(argv)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if arguments.command in READING and limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+        return _no_memory(f"its limit is {limit / 2**20:,.0f} MiB of address space")
     try:
         code: int | None = arguments.run(arguments)
     except (UserError, DirectoryError) as error:
@@ -77,13 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # It may come from an import, before any module can name it.
         if not _lacks_memory(error):
             raise
-        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        print(
-            f"error: this process got no more memory ({why}); expected a few GB: give the machine more, or raise its "
-            "limit (`ulimit -v`, the container's memory).",
-            file=sys.stderr,
-        )
-        return 1
+        return _no_memory(str(error).strip().partition("\n")[0][:200] or type(error).__name__)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from census_tf_dagster.census.cells import Cells, read_cells
 from census_tf_dagster.census.release import Genes, OrganismRelease, open_release
 from census_tf_dagster.config.settings import CommonSettings, SetSettings
 from census_tf_dagster.errors import UserError
@@ -27,6 +26,9 @@ from census_tf_dagster.io.compiled import keep_below
 from census_tf_dagster.io.storage import Storage, naming_lack_of_memory
 from census_tf_dagster.pipeline.planned_identity import find_planned_identity, identity_of
 from census_tf_dagster.store.layout import ReleaseFolder
+
+if TYPE_CHECKING:
+    from census_tf_dagster.census.cells import Cells
 
 
 class StoredContext(Protocol):
@@ -72,7 +74,7 @@ class EmbeddingContext(StoredContext, Protocol):
     def known_genes(self) -> tuple[str, ...]:
         """The genes that get a token, in the order in which the model sees them."""
 
-    def read_cells(self, joinids: npt.NDArray[np.int64]) -> Cells:
+    def read_cells(self, joinids: npt.NDArray[np.int64]) -> "Cells":
         """Read the counts of cells, as `census.cells.read_cells` does."""
 
     def rows(self) -> int:
@@ -112,8 +114,11 @@ class ReleaseContext(PlannedContext):
         """The genes that get a token, in the order in which the model sees them."""
         return genes_in_order(self.genes.ids, self.checkpoint, self.settings.gene_order)
 
-    def read_cells(self, joinids: npt.NDArray[np.int64]) -> Cells:
+    def read_cells(self, joinids: npt.NDArray[np.int64]) -> "Cells":
         """Read the counts of cells from the Census."""
+        # It compiles functions, which a verification does not need.
+        from census_tf_dagster.census.cells import read_cells
+
         whole = self.settings.fractional_counts == "set_aside"
         return read_cells(self.release, joinids, self.checkpoint.aux_column, whole_counts=whole)
 

@@ -124,7 +124,7 @@ def test_the_notebook_with_own_cells_runs(demo: Path, installed: dict[str, str])
     notebook = json.loads((REPOSITORY / "docs" / "own_cells.ipynb").read_text())
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
     page = (REPOSITORY / "docs" / "embed.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     block, replaced = re.subn("own_file, checkpoint = .*", "", block)
     assert replaced == 1
     code += f"\nalike = embeddings\n{block}\nassert np.isfinite(embeddings).all() and embeddings.shape == alike.shape"
