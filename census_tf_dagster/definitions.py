@@ -43,7 +43,7 @@ from census_tf_dagster.config.retention import Retention, read_retention
 from census_tf_dagster.config.settings import CommonSettings, FileSetSettings, SetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.names import is_local
-from census_tf_dagster.orchestration.asset_support import release_context
+from census_tf_dagster.orchestration.asset_support import file_context, release_context
 from census_tf_dagster.orchestration.partitions import RELEASES
 from census_tf_dagster.orchestration.resources import CensusResource, StoreResource
 from census_tf_dagster.orchestration.retention_job import build_retention
@@ -180,9 +180,7 @@ def deployed_context(set_name: str, partition: str) -> Iterator["FileContext | R
         with release_context(settings, partition, census, store) as release:
             yield release
     elif isinstance(settings, FileSetSettings):
-        from census_tf_dagster.own_cells.file_context import open_file
-
-        with open_file(settings, partition, store.uri(), store.storage(), store.cache_folder(), whole=False) as file:
+        with file_context(settings, partition, store) as file:
             yield file
 
 

@@ -5,7 +5,7 @@ The asset `approval` and the shards use it. The arithmetic of costs belongs to `
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -15,6 +15,9 @@ from census_tf_dagster.config.settings import CommonSettings, FileSetSettings
 from census_tf_dagster.orchestration.asset_support import asset_key, final_failure
 from census_tf_dagster.orchestration.automation import CONDITION_TAG
 from census_tf_dagster.orchestration.metadata import values_of
+
+if TYPE_CHECKING:
+    from census_tf_dagster.pipeline.context import StoredContext
 
 
 @dataclass(frozen=True)
@@ -86,23 +89,28 @@ def approved(instance: dg.DagsterInstance, settings: CommonSettings, release: st
     return None
 
 
-def must_be_approved(context: dg.AssetExecutionContext, settings: CommonSettings) -> bool:
-    """Tell whether a run on a GPU needs an approval. A person who starts one has already decided."""
-    return settings.spending.auto_start and CONDITION_TAG in context.run.tags
-
-
 def require_approval(
-    context: dg.AssetExecutionContext, settings: CommonSettings, release: str, plan: str, tokens: int
+    context: dg.AssetExecutionContext, settings: CommonSettings, release: str, opened: "StoredContext"
 ) -> None:
-    """Refuse a run on a GPU if the current plan is not approved.
+    """Refuse a run on a GPU that automation started if the current plan of a release or file is not approved.
 
-    An approval does not cover a later plan that needs more tokens.
+    A person who starts a run has already decided. An approval does not cover a later plan that needs more tokens.
 
     Raises
     ------
     dagster.Failure
         When the approval is missing. Dagster does not retry it.
     """
+    if not settings.spending.auto_start or CONDITION_TAG not in context.run.tags:
+        return
+    from census_tf_dagster.census.plan import read_plan
+    from census_tf_dagster.pipeline.cost_estimate import tokens_left
+    from census_tf_dagster.store.array import EmbeddingsArray
+
+    # Counting the remaining tokens needs an array that can be opened. `embed_shard` repairs it as well.
+    EmbeddingsArray.repair(opened.folder.array, opened.store, opened.identity)
+    current = read_plan(opened.store, opened.folder.plan)
+    plan, tokens = current.totals.plan, tokens_left(opened, current)
     found = approved(context.instance, settings, release)
     if found is None or not found.covers(plan, tokens):
         was = f"plan {found.plan} ({found.tokens:,} tokens) was, by {found.by}" if found else "no plan was"

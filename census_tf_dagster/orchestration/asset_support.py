@@ -111,6 +111,17 @@ def release_context(
 
 
 @contextmanager
+def file_context(
+    settings: FileSetSettings, name: str, store: StoreResource, *, to_embed: bool = False
+) -> Iterator["FileContext"]:
+    """Open the context of a file of a set of files, to embed it or only to look at it."""
+    from census_tf_dagster.own_cells.file_context import open_file
+
+    with open_file(settings, name, store.uri(), store.storage(), store.cache_folder(), whole=to_embed) as opened:
+        yield opened
+
+
+@contextmanager
 def planned_context(
     settings: SetSettings, release: str, census: CensusResource, store: StoreResource
 ) -> Iterator["PlannedContext"]:
@@ -146,19 +157,14 @@ def partition_context(
 
 
 @contextmanager
-def file_context(
+def file_partition_context(
     settings: FileSetSettings, name: str, store: StoreResource, *, to_embed: bool = False
 ) -> Iterator["FileContext"]:
-    """Open the context of a file, to embed it or only to look at it. A `UserError` fails the run without retries."""
+    """Open the context of the partition of a file. A `UserError` fails the run at once, without retries."""
     with _failing_at_once():
-        from census_tf_dagster.own_cells.file_context import open_file
-
         if to_embed:
             _require_device(settings, name)
-        with (
-            open_file(settings, name, store.uri(), store.storage(), store.cache_folder(), whole=to_embed) as opened,
-            _noticing_removal(opened),
-        ):
+        with file_context(settings, name, store, to_embed=to_embed) as opened, _noticing_removal(opened):
             yield opened
 
 
@@ -166,9 +172,9 @@ def file_context(
 def whole_context(
     settings: CommonSettings, partition: str, census: CensusResource, store: StoreResource
 ) -> Iterator["EmbeddingContext"]:
-    """Open the context of a release or file, as `partition_context` or `file_context` does."""
+    """Open the context of a release or file, as `partition_context` or `file_partition_context` does."""
     if isinstance(settings, FileSetSettings):
-        with file_context(settings, partition, store) as file:
+        with file_partition_context(settings, partition, store) as file:
             yield file
     elif isinstance(settings, SetSettings):
         with partition_context(settings, partition, census, store) as release:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from census_tf_dagster.census.cells import Cells
-from census_tf_dagster.census.plan import PlanTotals, plan_totals, with_checksums, write_plan
+from census_tf_dagster.census.plan import Plan, plan_totals, with_checksums, write_plan
 from census_tf_dagster.config.settings import FileSetSettings
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.inference.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from census_tf_dagster.io.storage import Storage, naming_lack_of_memory
 from census_tf_dagster.own_cells.embed import Options, OwnCells, open_options, open_own_cells
 from census_tf_dagster.own_cells.model import Access, OwnIdentity, OwnModel
 from census_tf_dagster.pipeline.canary import Sample
+from census_tf_dagster.pipeline.context import require_fingerprint
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.layout import ReleaseFolder
 from census_tf_dagster.store.obs_ids import write_planned
@@ -123,13 +124,7 @@ def open_file(
 
 def _as_set(model: OwnModel, settings: FileSetSettings) -> OwnModel:
     """Return the model with the set's way of storing; refuse it if the array in `like` was made in another way."""
-    checkpoint = model.checkpoint
-    if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
-        raise UserError(
-            f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
-            f"{settings.name} expects {settings.checkpoint_fingerprint}. Get the checkpoint from its publisher again, "
-            "or change `checkpoint_fingerprint` in the set's YAML."
-        )
+    require_fingerprint(settings, model.checkpoint)
     if settings.like is None:
         return replace(
             model, storage_precision=settings.storage_precision, fractional_counts=settings.fractional_counts
@@ -150,7 +145,7 @@ def _as_set(model: OwnModel, settings: FileSetSettings) -> OwnModel:
     return model
 
 
-def plan_file(context: FileContext) -> PlanTotals:
+def plan_file(context: FileContext) -> Plan:
     """Plan a file: create its empty array, and write which cells each megabatch has.
 
     Equal files and settings give an equal plan. The number of tokens is estimated from the first cells.
@@ -172,8 +167,7 @@ def plan_file(context: FileContext) -> PlanTotals:
     )
     totals = replace(plan_totals(batches, 1, len(joinids)), obs_ids=listed)
     # This comes last, so that a current plan is complete.
-    write_plan(store, folder.plan, joinids, batches, totals)
-    return totals
+    return write_plan(store, folder.plan, joinids, batches, totals)
 
 
 def file_sample(context: FileContext, cells: int) -> Sample:

@@ -210,12 +210,7 @@ def _whole(settings: SetSettings, places: Places, opened: OrganismRelease) -> Re
         [fetch(uri, store, cache) for uri in settings.pretrained_embeddings],
         cache,
     )
-    if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
-        raise UserError(
-            f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
-            f"{settings.name} expects {settings.checkpoint_fingerprint}. Get the checkpoint from its publisher "
-            "again, or change `checkpoint_fingerprint` in the set's YAML."
-        )
+    require_fingerprint(settings, checkpoint)
     _require_unique(opened, genes, checkpoint)
     if checkpoint.aux_column not in opened.obs.keys():  # noqa: SIM118
         raise UserError(
@@ -233,6 +228,22 @@ def _whole(settings: SetSettings, places: Places, opened: OrganismRelease) -> Re
     )
     folder = ReleaseFolder.of(places.store_uri, settings.name, places.release, identity)
     return ReleaseContext(settings, places.release, identity, store, folder, opened, genes, checkpoint, cache)
+
+
+def require_fingerprint(settings: CommonSettings, checkpoint: Checkpoint) -> None:
+    """Raise an error if a checkpoint is not the one that a set expects.
+
+    Raises
+    ------
+    UserError
+        With both fingerprints.
+    """
+    if settings.checkpoint_fingerprint not in (None, checkpoint.fingerprint):
+        raise UserError(
+            f"the checkpoint {settings.checkpoint} has the fingerprint {checkpoint.fingerprint}; the set "
+            f"{settings.name} expects {settings.checkpoint_fingerprint}. Get the checkpoint from its publisher "
+            "again, or change `checkpoint_fingerprint` in the set's YAML."
+        )
 
 
 def _require_unique(release: OrganismRelease, genes: Genes, checkpoint: Checkpoint) -> None:

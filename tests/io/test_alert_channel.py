@@ -9,9 +9,10 @@ from census_tf_dagster.config.variables import alert_channel, share
 from census_tf_dagster.errors import UserError
 from census_tf_dagster.io import alert_channel as channel
 from census_tf_dagster.io.alert_channel import AlertError, send
-from tests.support.alert_receivers import Slack, Topic, slack, topic
+from tests.support.alert_receivers import WEBHOOK, Slack, Topic, topic, webhook
 
-WEBHOOK = "TEST_SLACK_WEBHOOK"
+__all__ = ["webhook"]
+
 ARN = "arn:aws:sns:us-west-2:123456789012:alerts"
 
 
@@ -19,13 +20,6 @@ ARN = "arn:aws:sns:us-west-2:123456789012:alerts"
 def sns() -> Iterator[Topic]:
     with topic() as made:
         yield made
-
-
-@pytest.fixture
-def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slack]:
-    with slack() as found:
-        monkeypatch.setenv(WEBHOOK, found.address)
-        yield found
 
 
 @pytest.fixture(autouse=True)

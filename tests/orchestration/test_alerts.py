@@ -24,13 +24,14 @@ from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import RELEASES, shard_partitions
 from census_tf_dagster.orchestration.sensors import alerts
 from census_tf_dagster.orchestration.sensors.alerts import build_alerts
-from tests.support.alert_receivers import Slack, slack, topic
+from tests.support.alert_receivers import WEBHOOK, Slack, topic, webhook
 from tests.support.builders import tiny
 from tests.support.project import RELEASE, Project
 
+__all__ = ["webhook"]
+
 pytestmark = pytest.mark.takes(40)
 
-WEBHOOK = "TEST_SLACK_WEBHOOK"
 SETS = {"tiny": (SHARDS,), "other": (SHARDS,), "lab": (PLAN, ARRAY)}
 """As `build_definitions` names them; `lab` is a set of files."""
 FILES = dg.DynamicPartitionsDefinition(name="lab_files")
@@ -44,13 +45,6 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     (home / "dagster.yaml").write_text(yaml.safe_dump({"run_retries": {"enabled": True, "max_retries": 3}}))
     with dg.DagsterInstance.from_config(str(home)) as found:
         found.add_dynamic_partitions(str(RELEASES.name), [RELEASE, "older"])
-        yield found
-
-
-@pytest.fixture
-def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slack]:
-    with slack() as found:
-        monkeypatch.setenv(WEBHOOK, found.address)
         yield found
 
 

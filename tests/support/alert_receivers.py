@@ -7,8 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from tests.support.http_server import QuietHandler, served
 from tests.support.moto_servers import client, moto_server
+
+WEBHOOK = "TEST_SLACK_WEBHOOK"
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,11 @@ def slack() -> Iterator[Slack]:
             yield found
         finally:
             found.ended.set()
+
+
+@pytest.fixture
+def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slack]:
+    """A webhook whose address is in the variable `WEBHOOK`."""
+    with slack() as found:
+        monkeypatch.setenv(WEBHOOK, found.address)
+        yield found

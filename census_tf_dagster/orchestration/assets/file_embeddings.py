@@ -9,8 +9,14 @@ import dagster as dg
 
 from census_tf_dagster.config.dagster_names import APPROVAL, ARRAY, PLAN
 from census_tf_dagster.config.settings import FileSetSettings
-from census_tf_dagster.orchestration.approval_gate import must_be_approved, require_approval
-from census_tf_dagster.orchestration.asset_support import asset_key, asset_of, console_link, file_context, final_failure
+from census_tf_dagster.orchestration.approval_gate import require_approval
+from census_tf_dagster.orchestration.asset_support import (
+    asset_key,
+    asset_of,
+    console_link,
+    file_partition_context,
+    final_failure,
+)
 from census_tf_dagster.orchestration.assets.shard_embeddings import ShardConfig, ShardProgress, shard_figures
 from census_tf_dagster.orchestration.automation import once_approved
 from census_tf_dagster.orchestration.checks.quality import upstream_check, upstream_check_spec
@@ -40,20 +46,14 @@ def build_file_embeddings(settings: FileSetSettings, placement: Mapping[str, str
     def embeddings_array(
         context: dg.AssetExecutionContext, config: ShardConfig, store: StoreResource
     ) -> dg.MaterializeResult:  # type: ignore[type-arg]
-        from census_tf_dagster.census.plan import read_plan
-        from census_tf_dagster.pipeline.cost_estimate import tokens_left
         from census_tf_dagster.pipeline.embed_shard import SetAsideError, embed_shard
         from census_tf_dagster.pipeline.finish_array import RuleError, finish_array, verify_array
         from census_tf_dagster.pipeline.upstream import find_upstream
-        from census_tf_dagster.store.array import EmbeddingsArray
 
         name = context.partition_key
         report = ShardProgress(context, key, name)
-        with file_context(settings, name, store, to_embed=True) as opened:
-            if must_be_approved(context, settings):
-                EmbeddingsArray.repair(opened.folder.array, opened.store, opened.identity)
-                plan = read_plan(opened.store, opened.folder.plan)
-                require_approval(context, settings, name, plan.totals.plan, tokens_left(opened, plan))
+        with file_partition_context(settings, name, store, to_embed=True) as opened:
+            require_approval(context, settings, name, opened)
             for note in opened.own.progress.notes:
                 context.log.warning(note)
             try:

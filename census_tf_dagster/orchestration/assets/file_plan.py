@@ -5,7 +5,7 @@ import dagster as dg
 from census_tf_dagster.config.dagster_names import PLAN
 from census_tf_dagster.config.settings import FileSetSettings
 from census_tf_dagster.orchestration.approval_gate import cost_metadata, last_shards
-from census_tf_dagster.orchestration.asset_support import asset_of, console_link, file_context
+from census_tf_dagster.orchestration.asset_support import asset_of, console_link, file_partition_context
 from census_tf_dagster.orchestration.metadata import titled
 from census_tf_dagster.orchestration.partitions import file_partitions
 from census_tf_dagster.orchestration.resources import StoreResource
@@ -24,15 +24,14 @@ def build_file_plan(settings: FileSetSettings) -> dg.AssetsDefinition:
         ),
     )
     def obs_id_plan(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult[None]:
-        from census_tf_dagster.census.plan import read_plan
         from census_tf_dagster.own_cells.file_context import plan_file
         from census_tf_dagster.pipeline.cost_estimate import estimate, tokens_left
 
-        with file_context(settings, context.partition_key, store) as opened:
-            totals = plan_file(opened)
-            tokens = tokens_left(opened, read_plan(opened.store, opened.folder.plan))
-            cost = estimate(opened, tokens, last_shards(context.instance, settings))
+        with file_partition_context(settings, context.partition_key, store) as opened:
+            plan = plan_file(opened)
+            cost = estimate(opened, tokens_left(opened, plan), last_shards(context.instance, settings))
             progress = opened.own.progress
+        totals = plan.totals
         context.log.info(progress.about)
         for note in progress.notes:
             context.log.warning(note)

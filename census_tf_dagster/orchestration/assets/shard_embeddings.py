@@ -11,7 +11,7 @@ import dagster as dg
 from census_tf_dagster.config.dagster_names import APPROVAL, PLAN, SHARDS
 from census_tf_dagster.config.settings import SetSettings
 from census_tf_dagster.durations import duration
-from census_tf_dagster.orchestration.approval_gate import must_be_approved, require_approval
+from census_tf_dagster.orchestration.approval_gate import require_approval
 from census_tf_dagster.orchestration.asset_support import (
     asset_key,
     asset_of,
@@ -105,11 +105,8 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
     def shard_embeddings(
         context: dg.AssetExecutionContext, config: ShardConfig, census: CensusResource, store: StoreResource
     ) -> dg.MaterializeResult:  # type: ignore[type-arg]
-        from census_tf_dagster.census.plan import read_plan
-        from census_tf_dagster.pipeline.cost_estimate import tokens_left
         from census_tf_dagster.pipeline.embed_shard import SetAsideError, ShardSummary, embed_shard
         from census_tf_dagster.pipeline.upstream import find_upstream
-        from census_tf_dagster.store.array import EmbeddingsArray
 
         keys, release, shard = shard_of(context, "shard")
 
@@ -125,11 +122,7 @@ def build_shard_embeddings(settings: SetSettings, placement: Mapping[str, str]) 
                 report_if_stale(context, settings, release, opened)
 
         with partition_context(settings, release, census, store, require_device=True) as opened:
-            if must_be_approved(context, settings):
-                # Counting the remaining tokens needs an array that can be opened. `embed_shard` repairs it as well.
-                EmbeddingsArray.repair(opened.folder.array, opened.store, opened.identity)
-                plan = read_plan(opened.store, opened.folder.plan)
-                require_approval(context, settings, release, plan.totals.plan, tokens_left(opened, plan))
+            require_approval(context, settings, release, opened)
             try:
                 upstream = find_upstream()
                 summary = embed_shard(opened, shard, recompute=config.recompute, upstream=upstream, report=show)
