@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from census_tf_dagster.census.release import OrganismRelease, shortened
+from census_tf_dagster.config.filters import parse_filter
 
 SEPARATOR = "||"
 MOST_LABELS = 10_000
@@ -56,7 +57,7 @@ class Comparison:
 
 def find_comparisons(value_filter: str) -> list[Comparison]:
     """Return the comparisons of columns with text in a filter. SOMA must have accepted the filter."""
-    tree = ast.parse(value_filter.strip(), mode="eval")
+    tree = parse_filter(value_filter.strip())
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Compare) or len(node.ops) != 1:

@@ -5,6 +5,7 @@ is a segmentation fault, a comparison after `in` is ignored, and a sign in the m
 """
 
 import ast
+import contextlib
 import math
 import warnings
 
@@ -22,8 +23,26 @@ DEEPEST = 100
 SHOWN = 80
 """How many characters of a filter an error shows."""
 
+_ATTEMPTS = 5
 _INTEGERS = (-(2**63), 2**64 - 1)
 _COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+
+
+def parse_filter(text: str) -> ast.Expression:
+    """Return a filter as Python's syntax tree.
+
+    Before Python 3.11.8, `ast.parse` fails when another thread, or a garbage collection in its middle, also parses:
+    https://github.com/python/cpython/issues/106905. It is then called again.
+
+    Raises
+    ------
+    SyntaxError, ValueError, RecursionError, MemoryError
+        As `ast.parse` does.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(SystemError):
+            return ast.parse(text, mode="eval")
+    return ast.parse(text, mode="eval")
 
 
 def check_filter(text: str) -> None:
@@ -45,8 +64,10 @@ def check_filter(text: str) -> None:
     try:
         with warnings.catch_warnings():
             # Python only warns about some texts today, such as the escape sequence \d, and will refuse them later.
-            warnings.simplefilter("error")
-            tree = ast.parse(text, mode="eval").body
+            # Other categories stay as they are: a garbage collection can emit a warning here.
+            for category in (SyntaxWarning, DeprecationWarning):
+                warnings.simplefilter("error", category)
+            tree = parse_filter(text).body
     except (SyntaxError, ValueError) as error:
         raise _refusal(f"{getattr(error, 'msg', error)}"[:SHOWN]) from None
     except (RecursionError, MemoryError):

@@ -1,6 +1,9 @@
 """Value filters: tiledbsoma evaluates every filter that `check_filter` accepts, and returns the right rows."""
 
+import ast
+import gc
 import time
+import warnings
 
 import pyarrow as pa
 import pytest
@@ -144,3 +147,35 @@ def test_an_invalid_filter_is_refused_in_one_short_line(text: str) -> None:
     assert "\n" not in told
     assert len(told) < 320
     assert time.process_time() - start < 2
+
+
+class Garbage:
+    """What only a garbage collection finds. Its removal warns, and parses a text."""
+
+    def __init__(self, removed: list[int]) -> None:
+        self.own, self.removed = self, removed
+
+    def __del__(self) -> None:
+        warnings.warn("left open", ResourceWarning, stacklevel=1)
+        # The formatting of a traceback does the same, for each of its lines.
+        self.removed.append(len(ast.dump(ast.parse("a.b"))))
+
+
+@pytest.mark.filterwarnings("ignore:left open:ResourceWarning")
+def test_a_filter_can_be_parsed_while_garbage_is_collected() -> None:
+    removed: list[int] = []
+    before = gc.get_threshold()
+    thresholds = range(200, 8_000, 400)
+    try:
+        for threshold in thresholds:
+            gc.collect()
+            gc.disable()
+            Garbage(removed)
+            gc.set_threshold(threshold)
+            gc.enable()
+            with pytest.raises(ValueError, match="nests deeper than"):
+                check_filter(" | ".join(["(a == 1)"] * 2500))
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
+    assert len(removed) == len(thresholds)
