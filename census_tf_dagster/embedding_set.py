@@ -12,12 +12,14 @@ from census_tf_dagster.config.placement import read_placement, shard_tags
 from census_tf_dagster.config.settings import CommonSettings, FileSetSettings, SetSettings
 from census_tf_dagster.orchestration.assets.approval import build_approval
 from census_tf_dagster.orchestration.assets.embeddings_array import build_embeddings_array
+from census_tf_dagster.orchestration.assets.embeddings_index import build_embeddings_index
 from census_tf_dagster.orchestration.assets.file_embeddings import build_file_embeddings
 from census_tf_dagster.orchestration.assets.file_plan import build_file_plan
 from census_tf_dagster.orchestration.assets.obs_id_plan import build_obs_id_plan
 from census_tf_dagster.orchestration.assets.reused_embeddings import build_reused_embeddings
 from census_tf_dagster.orchestration.assets.shard_embeddings import build_shard_embeddings
 from census_tf_dagster.orchestration.automation import automation_sensor
+from census_tf_dagster.orchestration.checks.index import build_index_checks
 from census_tf_dagster.orchestration.checks.quality import build_quality_checks
 from census_tf_dagster.orchestration.checks.rules import build_rule_checks, build_verified_check
 from census_tf_dagster.orchestration.sensors.new_files import build_new_files
@@ -54,9 +56,15 @@ class EmbeddingSet(SetComponent, SetSettings):
                 build_shard_embeddings(settings, placement),
                 *([build_reused_embeddings(settings)] if settings.reuse else []),
                 build_embeddings_array(settings),
+                *([build_embeddings_index(settings)] if settings.search_index else []),
             ],
             sensors=[sensor] if (sensor := automation_sensor(self.name, settings.spending)) else [],
-            asset_checks=[build_verified_check(settings), build_rule_checks(settings), build_quality_checks(settings)],
+            asset_checks=[
+                build_verified_check(settings),
+                build_rule_checks(settings),
+                build_quality_checks(settings),
+                *([build_index_checks(settings)] if settings.search_index else []),
+            ],
         )
 
 

@@ -8,6 +8,7 @@ APPROVAL = "approval"
 SHARDS = "shard_embeddings"
 REUSED = "reused_embeddings"
 ARRAY = "embeddings_array"
+INDEX = "embeddings_index"
 
 VERIFIED_CHECK = "verified"
 """Check of the array: it agrees with the plan, and nothing was committed since its verification."""

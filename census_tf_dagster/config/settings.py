@@ -182,6 +182,11 @@ class SetSettings(CommonSettings):
         description="Copy the embeddings of cells that are already in the array of an earlier release of this set "
         "(docs/reuse.md). Adds the asset reused_embeddings.",
     )
+    search_index: bool = Field(
+        default=False,
+        description="Build an index of each release's array, to search it for nearest cells (docs/search.md). Adds the "
+        "asset embeddings_index.",
+    )
     publication: Publication | None = Field(
         default=None,
         description="Description of the published array (CxG_embedding_info). You can add it later.",

@@ -39,6 +39,11 @@ genes expressed in the sample). Measured: above 0.9 on real data; a permuted `va
 bound is low, because a set's cells may differ from those of the whole Census."""
 
 
+LEAST_RECALL = 0.95
+"""Least share of the exact 10 nearest neighbours of a cell that the index finds. For each one that it misses, it finds
+a cell that is hardly farther away, so labels that neighbours vote for bear less."""
+
+
 def upstream_bound(compute_precision: str, storage_precision: str) -> float:
     """Return the largest allowed distance of a cell from upstream's, relative to its norm."""
     return UPSTREAM_BOUND[compute_precision] + STORAGE_BOUND[storage_precision]

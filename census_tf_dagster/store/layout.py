@@ -88,3 +88,8 @@ class ReleaseFolder:
     def comparison(self, plan: str, shard: int) -> str:
         """Return the file of a shard's comparison with upstream's own code."""
         return f"{self.qc}/upstream/{plan}/{shard:05d}.json"
+
+    @property
+    def index(self) -> str:
+        """Folder of the index for searches."""
+        return f"{self.root}/index"

@@ -77,6 +77,19 @@ def obs_ids_faults(storage: Storage, folder: ReleaseFolder, expected: str | None
     return []
 
 
+def read_obs_ids(storage: Storage, folder: ReleaseFolder, expected: str | None) -> pa.Table:
+    """Read the list, whose checksum the finished array's record states.
+
+    Raises
+    ------
+    UserError
+        When the list is missing or has changed.
+    """
+    if faults := obs_ids_faults(storage, folder, expected):
+        raise UserError(faults[0])
+    return pq.read_table(io.BytesIO(storage.read(folder.obs_ids)))
+
+
 def _with_reasons(found: pa.Table, reasons: pa.Array) -> pa.Table:
     return found.set_column(2, SCHEMA.field("set_aside"), reasons)
 
