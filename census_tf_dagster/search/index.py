@@ -5,6 +5,7 @@ description, `index.json`, is written last, so an index without one is not finis
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,9 +15,15 @@ import numpy.typing as npt
 import tiledb
 import xxhash
 
+from census_tf_dagster.config import variables
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.identity import Identity
+from census_tf_dagster.io.names import normalise
+from census_tf_dagster.io.s3 import S3Settings
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.search.projection import Projection
+from census_tf_dagster.store.array import EmbeddingsArray
+from census_tf_dagster.store.layout import ReleaseFolder
 
 FORMAT = 1
 """Version of the files of an index."""
@@ -216,6 +223,36 @@ class SearchIndex:
             elif file_checksum(self._storage, f"{self._build}/{name}") != checksum:
                 faults.append(f"{name} holds other bytes than were written")
         return faults
+
+
+def open_index(array: str) -> SearchIndex:
+    """Open the index of a finished array.
+
+    Parameters
+    ----------
+    array
+        Address of the array, as `census-tf-dagster inspect` prints it. For one on S3, the environment has
+        `CENSUS_TF_STORE_S3_REGION` and, if it is not AWS, `CENSUS_TF_STORE_S3_ENDPOINT`.
+
+    Raises
+    ------
+    UserError
+        When there is no such array, or it has no finished index.
+    """
+    region = variables.region(os.environ, "CENSUS_TF_STORE_S3_REGION", "")
+    endpoint = variables.endpoint(os.environ, "CENSUS_TF_STORE_S3_ENDPOINT")
+    storage = Storage(S3Settings(region, endpoint))
+    address = normalise(array)
+    _, stated = EmbeddingsArray.look(address, storage)
+    try:
+        identity = Identity(**json.loads(stated or ""))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{address} is no array of a release ({error}); expected the address that `census-tf-dagster inspect` "
+            "prints for a finished release."
+        ) from error
+    folder = ReleaseFolder(address.rpartition("/")[0])
+    return SearchIndex.open(folder.index, storage, identity.digest)
 
 
 def search(

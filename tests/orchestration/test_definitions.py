@@ -64,6 +64,19 @@ def test_a_set_that_reuses_cells_has_one_asset_more(tmp_path: Path) -> None:
     assert keys[0] == keys[1]
 
 
+def test_a_set_with_an_index_has_one_asset_more_after_the_array(tmp_path: Path) -> None:
+    (tmp_path / "searched").mkdir()
+    attributes = {"name": "searched", "organism": "homo_sapiens", "checkpoint": "/checkpoint", "search_index": True}
+    (tmp_path / "searched" / "defs.yaml").write_text(
+        yaml.safe_dump({"type": "census_tf_dagster.embedding_set.EmbeddingSet", "attributes": attributes})
+    )
+    found = {a.key.path[1]: a for a in load_sets(tmp_path).assets or () if isinstance(a, dg.AssetsDefinition)}
+    index, array = found["embeddings_index"], found["embeddings_array"]
+    assert index.asset_deps[index.key] == {array.key}
+    assert index.partitions_def == array.partitions_def
+    assert not any(tag.startswith(("ecs/", "dagster-k8s/")) for tag in index.op.tags)
+
+
 def test_partitions_map_both_ways_between_releases_and_shards() -> None:
     instance = dg.DagsterInstance.ephemeral()
     instance.add_dynamic_partitions(str(RELEASES.name), ["r1", "r2"])

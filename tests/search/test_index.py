@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,13 +24,13 @@ from census_tf_dagster.pipeline import index_array
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.finish_array import finish_array
 from census_tf_dagster.pipeline.index_array import build_index, index_faults, measured_recall
-from census_tf_dagster.search.index import SearchIndex
+from census_tf_dagster.search.index import SearchIndex, open_index
 from census_tf_dagster.store.array import EmbeddingsArray
 from tests.support.builders import tiny
 from tests.support.finished import by_type, finish
 from tests.support.in_process import Deployment
 from tests.support.on_s3 import on_s3
-from tests.support.project import RELEASE, Project, StoredArray, read_array
+from tests.support.project import RELEASE, REPOSITORY, Project, StoredArray, read_array
 
 pytestmark = pytest.mark.takes(60)
 
@@ -146,6 +147,28 @@ def test_the_library_of_the_census_searches_it(
     np.testing.assert_allclose(np.sqrt(found.distances), ours.distances, atol=1e-5)
 
 
+def test_the_python_of_the_page_runs(indexed: tuple[Project, StoredArray]) -> None:
+    project, array = indexed
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "search.md").read_text(), re.DOTALL)
+    address = re.search(r"store/my_set/\S+/embeddings", blocks[0])
+    assert address is not None
+    strange = np.full((1, 16), 50, np.float32)
+    space = {"embeddings": np.vstack([array.values[:8], strange]), "adata": anndata.AnnData(shape=(9, 0))}
+    for block in blocks:
+        exec(block.replace(address[0], str(project.array("tiny"))), space)
+    assert space["found"].joinids.shape == space["found"].distances.shape == (9, 10)
+    assert space["farther_than"][-1] == 1
+    assert (space["farther_than"][:8] < 1).all()
+    assert space["adata"].obsm["my_embedding"].shape == (9, 16)
+
+
+def test_an_array_without_an_index_says_what_to_do(finished: Project, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no finished index .* materialize embeddings_index"):
+        open_index(str(finished.array("tiny")))
+    with pytest.raises(UserError, match="there is no array"):
+        open_index(str(tmp_path / "nothing"))
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -172,7 +195,7 @@ def test_a_killed_build_goes_on(
     monkeypatch.setattr(index_array, "BLOCK_CELLS", 256)
     said: list[str] = []
     with finished.context("tiny") as context:
-        with pytest.raises(UserError, match="no finished index"):
+        with pytest.raises(UserError, match=r"no finished index"):
             opened(context)
         assert index_faults(context)
         build_index(context, said.append)
