@@ -1,10 +1,13 @@
 """Cells that cannot be embedded as they are given get one clear error, before anything is computed."""
 
+import importlib.util
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import anndata
+import h5py
+import numcodecs
 import numpy as np
 import pytest
 import scipy.sparse
@@ -131,6 +134,59 @@ def test_files_that_are_something_else(checkpoint: Path, tmp_path: Path) -> None
         embed(tmp_path, checkpoint)
     with pytest.raises(UserError, match="has no cells"):
         embed(some_cells()[:0].copy(), checkpoint)
+
+
+@pytest.mark.parametrize("name", ["obs/assay/codes", "var/ensembl_id", "X/indptr", "X/data"])
+def test_a_damaged_file_is_named(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    """The file can be opened; of the counts, those of late cells are damaged."""
+    path = tmp_path / "cells.h5ad"
+    some_cells(2000).write_h5ad(path, compression="gzip")
+    with h5py.File(path) as opened:
+        chunks = opened[name].id
+        chunk = chunks.get_chunk_info(chunks.get_num_chunks() - 1)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(bytes(chunk.size))
+    with pytest.raises(UserError, match=r"cells\.h5ad cannot be read \(.*\); expected .* copy it again"):
+        embed(path, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["obs/assay/codes", "X/data"])
+def test_a_damaged_zarr_folder_is_named(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "cells.zarr"
+    some_cells().write_zarr(path)
+    chunk = path / name / "0"
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"cells\.zarr cannot be read \(.*\); expected .* copy it again"):
+        embed(path, checkpoint)
+
+
+def compress(path: Path, number: int, encode: Callable[[bytes], bytes]) -> None:
+    """Compress the values of X by an HDF5 filter, without HDF5 having it."""
+    with h5py.File(path, "r+") as file:
+        values = file["X/data"][:]
+        del file["X/data"]
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk(values.shape)
+        properties.set_filter(number, h5py.h5z.FLAG_OPTIONAL, ())
+        space, kind = h5py.h5s.create_simple(values.shape), h5py.h5t.py_create(values.dtype)
+        h5py.h5d.create(file["X"].id, b"data", kind, space, properties).write_direct_chunk((0,), encode(values))
+
+
+def test_a_compression_that_hdf5_lacks_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    some_cells().write_h5ad(tmp_path / "cells.h5ad")
+    compress(tmp_path / "cells.h5ad", 500, bytes)
+    with pytest.raises(UserError, match=r"cells\.h5ad cannot be read .* `pip install hdf5plugin`"):
+        embed(tmp_path / "cells.h5ad", checkpoint)
+
+
+def test_a_file_compressed_with_zstd(checkpoint: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("hdf5plugin") is None:
+        pytest.skip("hdf5plugin is not installed")
+    some_cells().write_h5ad(tmp_path / "cells.h5ad")
+    expected = embed(tmp_path / "cells.h5ad", checkpoint)
+    compress(tmp_path / "cells.h5ad", 32015, numcodecs.Zstd().encode)
+    assert np.array_equal(embed(tmp_path / "cells.h5ad", checkpoint), expected)
 
 
 def test_impossible_counts_are_nan_and_named(checkpoint: Path) -> None:
