@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from census_tf_dagster.cli import embed_cells, look_after_arrays, run_releases, try_it
 from census_tf_dagster.cli.parsing import PROGRAM, Commands
-from census_tf_dagster.errors import INTERRUPTED, DirectoryError, UserError
+from census_tf_dagster.errors import INTERRUPTED, DirectoryError, StoreError, UserError
 
 GROUPS = {
     "try it": ("demo", "check", "canary"),
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _no_memory(f"its limit is {limit / 2**20:,.0f} MiB of address space")
     try:
         code: int | None = arguments.run(arguments)
-    except (UserError, DirectoryError) as error:
+    except (UserError, DirectoryError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, ImportError, OSError) as error:

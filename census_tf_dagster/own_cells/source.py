@@ -6,6 +6,7 @@ What the counts are belongs in `counts`, which genes the model knows in `genes`.
 import hashlib
 import importlib
 import io
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ import tiledbsoma
 import zarr
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.io.names import is_local, normalise
+from census_tf_dagster.io.names import is_local, require_location
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.own_cells.local_copy import ZARR_MARKS, file_version, local_copy
 from census_tf_dagster.own_cells.matrices import Rows, in_file, row_reader, soma_rows
@@ -144,7 +145,9 @@ def open_cells(
     if isinstance(cells, anndata.AnnData):
         yield _from_anndata(cells)
         return
-    uri = normalise(str(cells))
+    if not isinstance(cells, (str, os.PathLike)):
+        raise UserError(f"cells is a {type(cells).__name__}; expected an AnnData, or the path or S3 address of a file.")
+    uri = require_location(str(cells), "cells")
     if is_local(uri) and not Path(uri.removeprefix("file://")).exists():
         raise UserError(f"{uri} does not exist; expected an h5ad or zarr file, or a SOMA experiment.")
     with ExitStack() as stack:

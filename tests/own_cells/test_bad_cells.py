@@ -4,6 +4,7 @@ import importlib.util
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
@@ -94,11 +95,36 @@ def test_cells_that_cannot_be_right(checkpoint: Path, change: Change, said: str)
         ({"device": "gpu"}, "device is 'gpu'; expected auto, cuda or cpu"),
         ({"duplicate_genes": "last"}, "duplicate_genes is 'last'; expected refuse or first"),
         ({"like": "nowhere"}, "is no array of embeddings that this project made"),
+        ({"like": "gs://a/b"}, r"like is 'gs://a/b'\. Expected a path, or s3://BUCKET/PREFIX"),
+        ({"pretrained_embeddings": ["s3:/a/b"]}, r"pretrained_embeddings is 's3:/a/b'\. Expected a path, or s3://"),
     ],
 )
 def test_arguments_that_do_not_fit(checkpoint: Path, options: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         embed(some_cells(), checkpoint, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (
+            "https://a.org/cells.h5ad?key=word",
+            r"cells is 'https://a\.org/cells\.h5ad\?\*\*\*'\. Expected a path, or s3://",
+        ),
+        ([some_cells()], r"cells is a list; expected an AnnData, or the path or S3 address of a file"),
+        (np.ones((2, 2)), r"cells is a ndarray; expected an AnnData"),
+    ],
+)
+def test_what_is_neither_anndata_nor_a_file(checkpoint: Path, cells: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        embed(cells, checkpoint)
+    with pytest.raises(UserError, match=r"write=True needs an AnnData; cells is a (str|list|ndarray)\."):
+        embed(cells, checkpoint, write=True)
+
+
+def test_a_checkpoint_elsewhere(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint is 'https://a\.org/tf_sapiens'\. Expected a path, or s3://"):
+        embed(some_cells(), "https://a.org/tf_sapiens")
 
 
 def test_matrices_without_counts(checkpoint: Path) -> None:
