@@ -224,6 +224,15 @@ def test_a_file_of_no_counts_is_refused(tmp_path: Path) -> None:
         organism_from_h5ad(tmp_path / "x.h5ad", "homo_sapiens", "Homo sapiens")
 
 
+def test_the_data_alone_come_with_an_instance(tmp_path: Path) -> None:
+    """The page on own cells copies its dagster.yaml."""
+    command = [sys.executable, "-m", "census_tf_dagster", "demo", "--data-only"]
+    env = {**os.environ, "DAGSTER_HOME": str(tmp_path / "another")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "max_concurrent_runs: 1" in (tmp_path / "demo-data" / "dagster_home" / "dagster.yaml").read_text()
+
+
 @pytest.mark.parametrize("argument", ["homo_sapiens", "danio_rerio=x.h5ad", "homo_sapiens=missing.h5ad"])
 def test_wrong_h5ad_arguments(tmp_path: Path, argument: str) -> None:
     command = [sys.executable, "-m", "census_tf_dagster", "demo", "--h5ad", argument]
