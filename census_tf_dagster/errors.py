@@ -11,5 +11,9 @@ class UserError(Exception):
     """Something outside the code is wrong. The message names it, what was expected, and what to do."""
 
 
+class StoreError(Exception):
+    """The store stayed unreachable or refused a write, at every try. A later try may succeed."""
+
+
 class DirectoryError(Exception):
     """The Census release directory does not answer, or its answer is not a directory. A later try may succeed."""

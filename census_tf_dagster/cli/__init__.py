@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from census_tf_dagster.cli import embed_cells, look_after_arrays, run_releases, try_it
 from census_tf_dagster.cli.parsing import PROGRAM, Commands
-from census_tf_dagster.errors import INTERRUPTED, DirectoryError, UserError
+from census_tf_dagster.errors import INTERRUPTED, DirectoryError, StoreError, UserError
 
 GROUPS = {
     "try it": ("demo", "check", "canary"),
@@ -23,7 +23,7 @@ GROUPS = {
 """The titles and commands of the list in ``--help``, in its order."""
 
 READING = ("demo", "canary", "verify", "inspect", "prune", "remove", "embed")
-"""The commands that load the libraries for arrays and models."""
+"""The commands that load the libraries for arrays and models. `launch --dry-run` does, too."""
 LEAST_ADDRESS_SPACE = 700 * 2**20
 """With less, these libraries cannot be loaded; some of them print lines of their own or end the process then."""
 
@@ -83,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = build_parser().parse_args(argv)
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if arguments.command in READING and limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+    loads = arguments.command in READING or (arguments.command == "launch" and arguments.dry_run)
+    if loads and limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
         return _no_memory(f"its limit is {limit / 2**20:,.0f} MiB of address space")
     try:
         code: int | None = arguments.run(arguments)
-    except (UserError, DirectoryError) as error:
+    except (UserError, DirectoryError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, ImportError, OSError) as error:

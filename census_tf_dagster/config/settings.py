@@ -238,3 +238,10 @@ class FileSetSettings(CommonSettings):
         if self.assay is not None and self.assay_column is not None:
             raise ValueError("Only one of assay and assay_column may be given")
         return self
+
+    @model_validator(mode="after")
+    def _order_of_the_array(self) -> Self:
+        # The array of a release never has the order of a file.
+        if self.like is not None and self.gene_order == "file":
+            raise ValueError("Leave out gene_order: file, because like takes the order from its array")
+        return self

@@ -100,6 +100,7 @@ def run_demo(h5ads: Sequence[str], *, data_only: bool) -> None:
     ]
     try:
         build_data(organisms)
+        _write_instance(FOLDER / "dagster_home")
     except (OSError, tiledb.TileDBError, tiledbsoma.SOMAError) as error:
         raise UserError(
             f"the demo cannot be written below {FOLDER.absolute()} ({error}). Expected a writable folder with 1 GB of "
@@ -148,11 +149,15 @@ def _parse_h5ads(arguments: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _materialize_everything() -> list[Mapping[str, Any]]:
-    home = Path(os.environ.setdefault("DAGSTER_HOME", str((FOLDER / "dagster_home").absolute())))
+def _write_instance(home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "dagster.yaml").exists():
         (home / "dagster.yaml").write_text(INSTANCE)
+
+
+def _materialize_everything() -> list[Mapping[str, Any]]:
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str((FOLDER / "dagster_home").absolute())))
+    _write_instance(home)
     sets = load_sets(SETS_FOLDER)
     assets = [asset for asset in sets.assets or () if isinstance(asset, dg.AssetsDefinition)]
     resources = {

@@ -14,6 +14,7 @@ from census_tf_dagster.census.gene_check import housekeeping_genes
 from census_tf_dagster.demo import schema
 from census_tf_dagster.demo.census import Organism
 from census_tf_dagster.errors import UserError
+from census_tf_dagster.own_cells.genes import COLUMNS
 
 KNOWN_ASSAYS = ("10x 3' v3", "10x 3' v2", "Smart-seq2")
 UNLISTED_ASSAY = "assay of no vocabulary"
@@ -98,9 +99,9 @@ def organism_from_h5ad(path: Path | str, name: str, label: str) -> Organism:
     Parameters
     ----------
     path
-        The file. Counts are ``raw.X`` if the file has it, otherwise ``X``. Gene ids are the first of
-        ``var["feature_id"]``, ``var["ensembl_id"]`` and the index of var that has Ensembl-like ids. Obs columns of the
-        Census schema are kept.
+        The file. Counts are ``raw.X`` if the file has it, otherwise ``X``. Gene ids come from the first of the columns
+        of var in which `embed` looks for them, and its index, that has Ensembl-like ids. Version suffixes are removed.
+        Obs columns of the Census schema are kept.
     name, label
         See `Organism`.
 
@@ -137,13 +138,13 @@ def organism_from_h5ad(path: Path | str, name: str, label: str) -> Organism:
 
 
 def _gene_ids(path: Path | str, var: pd.DataFrame) -> npt.NDArray[np.object_]:
-    candidates = {column: var[column] for column in ("feature_id", "ensembl_id") if column in var}
+    candidates = {column: var[column] for column in COLUMNS if column in var}
     candidates["the index"] = var.index.to_series()
     found = []
     for where, values in candidates.items():
         ids: npt.NDArray[np.object_] = values.astype(str).to_numpy(object)
         if sum(_GENE_ID.fullmatch(each) is not None for each in ids) > len(ids) / 2:
-            return ids
+            return np.array([each.split(".")[0] for each in ids], object)
         found.append(f"{where} starts {list(ids[:3])}")
     raise UserError(
         f"{path}: var has no Ensembl-like gene ids: {'; '.join(found)}; its columns are {list(var.columns)}. "

@@ -64,6 +64,21 @@ def check_location(text: str) -> None:
         raise ValueError("The user after ~ is unknown on this machine. Write the whole path")
 
 
+def require_location(text: str, what: str) -> str:
+    """Return a location, normalised.
+
+    Raises
+    ------
+    UserError
+        When it is neither a path of this machine nor an S3 prefix or object.
+    """
+    try:
+        check_location(text)
+    except ValueError as error:
+        raise UserError(f"{what} is {without_secrets(text)!r}. {error}.") from None
+    return normalise(text)
+
+
 def _home_is_known(path: str) -> bool:
     try:
         Path(path).expanduser()

@@ -21,7 +21,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import StoreError, UserError
 from census_tf_dagster.io.proxies import proxy_for, tiledb_proxy
 
 PATIENCE = {
@@ -38,10 +38,6 @@ OBJECT_PATIENCE: dict[str, Any] = {
     "read_timeout": 10,
 }
 """boto3's configuration for whole objects: pauses of up to 20 s, a minute or two in all."""
-
-
-class StoreError(Exception):
-    """The store stayed unreachable or refused a write, at every try."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,9 @@ def embed(
         When something is missing or cannot be right, before anything is computed.
     """
     if write and not isinstance(cells, anndata.AnnData):
-        raise UserError(f"write=True needs an AnnData; {cells} is an address. Use `census-tf-dagster embed` for files.")
+        raise UserError(
+            f"write=True needs an AnnData; cells is a {type(cells).__name__}. Use `census-tf-dagster embed` for files."
+        )
     options = Options(
         checkpoint=str(checkpoint),
         layer=layer,

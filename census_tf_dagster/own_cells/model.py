@@ -20,7 +20,7 @@ from census_tf_dagster.inference.devices import count_gpus
 from census_tf_dagster.inference.fetch import fetch
 from census_tf_dagster.inference.tokens import genes_in_order
 from census_tf_dagster.io.compiled import keep_below
-from census_tf_dagster.io.names import normalise
+from census_tf_dagster.io.names import require_location
 from census_tf_dagster.io.s3 import S3Settings
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.array import IDENTITY_KEY
@@ -164,14 +164,14 @@ def open_model(
     if device == "auto":
         device = "cuda" if count_gpus() else "cpu"
     found = read_checkpoint(
-        fetch(normalise(checkpoint), access.storage, access.cache),
-        [fetch(normalise(path), access.storage, access.cache) for path in pretrained],
+        fetch(require_location(checkpoint, "checkpoint"), access.storage, access.cache),
+        [fetch(require_location(path, "pretrained_embeddings"), access.storage, access.cache) for path in pretrained],
         access.cache,
     )
     if like is None:
         default = DEFAULT_COMPUTE_PRECISION if device == "cuda" else "fp32"
         return OwnModel(found, precision or default, "float32", "embed", device, order or "file", None, "")
-    address = normalise(like)
+    address = require_location(like, "like")
     identity = _identity_of_array(address, access.storage)
     _require_same(identity, found, address, precision, order)
     return OwnModel(

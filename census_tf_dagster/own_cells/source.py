@@ -4,9 +4,11 @@ What the counts are belongs in `counts`, which genes the model knows in `genes`.
 """
 
 import hashlib
+import importlib
 import io
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,12 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse
 import tiledbsoma
 import zarr
 
 from census_tf_dagster.errors import UserError
-from census_tf_dagster.io.names import is_local, normalise
+from census_tf_dagster.io.names import is_local, require_location
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.own_cells.local_copy import ZARR_MARKS, file_version, local_copy
 from census_tf_dagster.own_cells.matrices import Rows, in_file, row_reader, soma_rows
@@ -142,7 +145,9 @@ def open_cells(
     if isinstance(cells, anndata.AnnData):
         yield _from_anndata(cells)
         return
-    uri = normalise(str(cells))
+    if not isinstance(cells, (str, os.PathLike)):
+        raise UserError(f"cells is a {type(cells).__name__}; expected an AnnData, or the path or S3 address of a file.")
+    uri = require_location(str(cells), "cells")
     if is_local(uri) and not Path(uri.removeprefix("file://")).exists():
         raise UserError(f"{uri} does not exist; expected an h5ad or zarr file, or a SOMA experiment.")
     with ExitStack() as stack:
@@ -162,6 +167,9 @@ def open_cells(
 
 
 def _open_h5ad(stack: ExitStack, uri: str, file: Path | io.BufferedReader) -> h5py.File:
+    # With it, HDF5 reads zstd. It is the extra `zstd`, because it is large.
+    with suppress(ImportError):
+        importlib.import_module("hdf5plugin")
     try:
         return stack.enter_context(h5py.File(file))
     except OSError as error:
@@ -208,7 +216,14 @@ def _from_container(uri: str, container: Any) -> CellSource:
 
     def of(name: str, var: str, path: str) -> Callable[[], Matrix]:
         def opened() -> Matrix:
-            return Matrix(name, _frame(uri, container[var]), row_reader(in_file(container[path]), f"{name} of {uri}"))
+            with _naming_damage(uri):
+                rows = row_reader(in_file(container[path]), f"{name} of {uri}")
+
+            def read(start: int, stop: int) -> scipy.sparse.csr_matrix:
+                with _naming_damage(uri):
+                    return rows(start, stop)
+
+            return Matrix(name, _frame(uri, container[var]), read)
 
         return opened
 
@@ -223,8 +238,21 @@ def _from_container(uri: str, container: Any) -> CellSource:
     return CellSource(uri, len(obs), lambda: obs, matrices, _default(matrices))
 
 
+@contextmanager
+def _naming_damage(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{uri} cannot be read ({str(error).partition(chr(10))[0][:200]}); expected a whole AnnData file. If a "
+            "compression other than gzip and lzf was used, such as zstd, `pip install hdf5plugin`. If it was copied, "
+            "copy it again."
+        ) from error
+
+
 def _frame(uri: str, element: Any) -> pd.DataFrame:
-    frame = anndata.io.read_elem(element)
+    with _naming_damage(uri):
+        frame = anndata.io.read_elem(element)
     if not isinstance(frame, pd.DataFrame):
         raise UserError(
             f"{uri} was written by an anndata before 0.7; expected a newer form: read it with `anndata.read_h5ad`, and "

@@ -218,7 +218,8 @@ def _check_rules(
         faults["storage_version"] = storage_version_faults(
             context.store.storage_version(array.uri), context.release.storage_version()
         )
-    verification = verify_release(array, plan, context.folder, full=full, report=report)
+    of_file = not isinstance(context, ReleaseContext)
+    verification = verify_release(array, plan, context.folder, full=full, report=report, of_file=of_file)
     rules: tuple[Rule, ...] = ("cells", "features", "values")
     faults |= {rule: verification.problems.of_rule(rule) for rule in rules}
     if verification.broken:

@@ -25,9 +25,8 @@ import tiledb
 import tiledbsoma
 
 from census_tf_dagster.config.publication import INFO_KEY
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import StoreError, UserError
 from census_tf_dagster.identity import ArrayIdentity
-from census_tf_dagster.io.s3 import StoreError
 from census_tf_dagster.io.storage import Storage, is_lack_of_memory
 from census_tf_dagster.store.fragments import (
     FRAGMENT_FILES,

@@ -13,9 +13,9 @@ import tiledb
 import tiledbsoma
 
 from census_tf_dagster.census.plan import Megabatch, Plan
+from census_tf_dagster.errors import StoreError
 from census_tf_dagster.io.compiled import compiled
 from census_tf_dagster.io.names import is_local
-from census_tf_dagster.io.s3 import StoreError
 from census_tf_dagster.store.array import EmbeddingsArray
 from census_tf_dagster.store.write_notes import Checksum, Notes, Written
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from census_tf_dagster.durations import duration
-from census_tf_dagster.errors import UserError
-from census_tf_dagster.io.s3 import StoreError
+from census_tf_dagster.errors import StoreError, UserError
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.store.layout import ReleaseFolder
 

@@ -217,7 +217,9 @@ def require_openable(uri: str, storage: Storage, plan: Plan, folder: ReleaseFold
         return
 
 
-def _require_committed(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shards: list[int]) -> None:
+def _require_committed(
+    array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder, shards: list[int], *, of_file: bool
+) -> None:
     notes = read_notes(array.storage, folder, plan, shards)
     missing = missing_megabatches(array, plan, [batch for shard in shards for batch in plan.shard(shard)], notes)
     found = {
@@ -227,6 +229,8 @@ def _require_committed(array: EmbeddingsArray, plan: Plan, folder: ReleaseFolder
     if missing:
         unfinished = {batch.shard for batch in missing}
         what = "; ".join(f"{asset} of {len(them)}, e.g. {them[:10]}" for asset, them in found.items() if them)
+        if of_file:
+            what = f"embeddings_array of {folder.release}"
         raise UserError(
             f"{len(unfinished)} of {plan.totals.shards} shards have not finished, e.g. {sorted(unfinished)[:10]}; "
             f"expected all. Materialize these partitions first: {what}."
@@ -338,6 +342,7 @@ def verify_release(
     *,
     full: bool = False,
     report: Callable[[int, int], None] = lambda _done, _total: None,
+    of_file: bool = False,
 ) -> ReleaseVerification:
     """Verify that the array matches the plan; use the shards' verifications, and read only shards that changed since.
 
@@ -351,6 +356,8 @@ def verify_release(
         Read everything again, even verified shards.
     report
         Called with the number of shards that were read again, and the number that must be.
+    of_file
+        Whether it is the array of a file, which has other assets.
 
     Raises
     ------
@@ -360,7 +367,7 @@ def verify_release(
     verifications = _read_verifications(array, plan, folder)
     unverified = [shard for shard in range(plan.totals.shards) if shard not in verifications]
     if unverified:
-        _require_committed(array, plan, folder, unverified)
+        _require_committed(array, plan, folder, unverified, of_file=of_file)
     covered_still = set() if full else _still_covered(array, plan, verifications)
     again = [shard for shard in range(plan.totals.shards) if shard not in covered_still]
     problems = Problems()

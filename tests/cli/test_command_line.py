@@ -106,9 +106,12 @@ def test_a_lack_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("megabytes", [250, 450, 650])
-def test_libraries_that_do_not_fit_into_the_limit_of_memory_are_one_line(tmp_path: Path, megabytes: int) -> None:
-    command = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m census_tf_dagster verify tiny {RELEASE}"
+@pytest.mark.parametrize("arguments", [f"verify tiny {RELEASE}", f"launch tiny {RELEASE} --dry-run"])
+@pytest.mark.parametrize("megabytes", [250, 450, 600, 650])
+def test_libraries_that_do_not_fit_into_the_limit_of_memory_are_one_line(
+    tmp_path: Path, megabytes: int, arguments: str
+) -> None:
+    command = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m census_tf_dagster {arguments}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: this process got no more memory ("), done.stderr

@@ -88,6 +88,12 @@ CASES = {
         "attributes is {",
         "Only one of assay and assay_column may be given",
     ),
+    "files: order of the array": (
+        FILES + "  gene_order: file\n  like: /store/s/r/0123/embeddings\n",
+        3,
+        "attributes is {",
+        "Leave out gene_order: file, because like takes",
+    ),
     "files: other type": (FILES.replace("FileSet", "Files"), 1, "type is", "or `type: census_tf_dagster.embedding_set"),
     "given twice": (GOOD + "  shards: 4\n  shards: 5\n", 7, "attributes.shards is given twice", "Keep one"),
     "contact": (

@@ -205,12 +205,32 @@ def test_census_from_a_users_file(tmp_path: Path) -> None:
     assert adata.obs["observation_joinid"].tolist() == original.obs["observation_joinid"].tolist()
 
 
+@pytest.mark.parametrize("column", ["feature_id", "ensembl_id", "gene_ids", "gene_id"])
+def test_gene_ids_are_found_where_embed_finds_them(tmp_path: Path, column: str) -> None:
+    """So the demo's checkpoint knows the genes of any file that `embed` takes."""
+    adata = anndata.AnnData(np.ones((2, 2), np.float32))
+    adata.var_names = ["symbol-0", "symbol-1"]
+    adata.var[column] = ["ENSG00000000001.3", "ENSG00000000002.11"]
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    organism = organism_from_h5ad(tmp_path / "x.h5ad", "homo_sapiens", "Homo sapiens")
+    assert organism.genes["feature_id"].tolist() == ["ENSG00000000001", "ENSG00000000002"]
+
+
 def test_a_file_of_no_counts_is_refused(tmp_path: Path) -> None:
     adata = anndata.AnnData(np.full((2, 2), 0.5, np.float32))
     adata.var["ensembl_id"] = ["ENSG00000000001", "ENSG00000000002"]
     adata.write_h5ad(tmp_path / "x.h5ad")
     with pytest.raises(UserError, match=r"x\.h5ad.*0\.5"):
         organism_from_h5ad(tmp_path / "x.h5ad", "homo_sapiens", "Homo sapiens")
+
+
+def test_the_data_alone_come_with_an_instance(tmp_path: Path) -> None:
+    """The page on own cells copies its dagster.yaml."""
+    command = [sys.executable, "-m", "census_tf_dagster", "demo", "--data-only"]
+    env = {**os.environ, "DAGSTER_HOME": str(tmp_path / "another")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "max_concurrent_runs: 1" in (tmp_path / "demo-data" / "dagster_home" / "dagster.yaml").read_text()
 
 
 @pytest.mark.parametrize("argument", ["homo_sapiens", "danio_rerio=x.h5ad", "homo_sapiens=missing.h5ad"])

@@ -12,10 +12,10 @@ from boto3.s3.transfer import TransferConfig
 
 from census_tf_dagster.definitions import store_resource
 from census_tf_dagster.demo.checkpoint import build_checkpoint
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import StoreError, UserError
 from census_tf_dagster.inference.checkpoint import read_checkpoint
 from census_tf_dagster.inference.fetch import DIGESTS, fetch
-from census_tf_dagster.io.s3 import S3Objects, S3Settings, StoreError
+from census_tf_dagster.io.s3 import S3Objects, S3Settings
 from census_tf_dagster.io.storage import Storage
 from tests.support.builders import tiny
 from tests.support.project import Project

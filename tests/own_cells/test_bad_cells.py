@@ -1,10 +1,14 @@
 """Cells that cannot be embedded as they are given get one clear error, before anything is computed."""
 
+import importlib.util
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
+import h5py
+import numcodecs
 import numpy as np
 import pytest
 import scipy.sparse
@@ -91,11 +95,36 @@ def test_cells_that_cannot_be_right(checkpoint: Path, change: Change, said: str)
         ({"device": "gpu"}, "device is 'gpu'; expected auto, cuda or cpu"),
         ({"duplicate_genes": "last"}, "duplicate_genes is 'last'; expected refuse or first"),
         ({"like": "nowhere"}, "is no array of embeddings that this project made"),
+        ({"like": "gs://a/b"}, r"like is 'gs://a/b'\. Expected a path, or s3://BUCKET/PREFIX"),
+        ({"pretrained_embeddings": ["s3:/a/b"]}, r"pretrained_embeddings is 's3:/a/b'\. Expected a path, or s3://"),
     ],
 )
 def test_arguments_that_do_not_fit(checkpoint: Path, options: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         embed(some_cells(), checkpoint, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (
+            "https://a.org/cells.h5ad?key=word",
+            r"cells is 'https://a\.org/cells\.h5ad\?\*\*\*'\. Expected a path, or s3://",
+        ),
+        ([some_cells()], r"cells is a list; expected an AnnData, or the path or S3 address of a file"),
+        (np.ones((2, 2)), r"cells is a ndarray; expected an AnnData"),
+    ],
+)
+def test_what_is_neither_anndata_nor_a_file(checkpoint: Path, cells: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        embed(cells, checkpoint)
+    with pytest.raises(UserError, match=r"write=True needs an AnnData; cells is a (str|list|ndarray)\."):
+        embed(cells, checkpoint, write=True)
+
+
+def test_a_checkpoint_elsewhere(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint is 'https://a\.org/tf_sapiens'\. Expected a path, or s3://"):
+        embed(some_cells(), "https://a.org/tf_sapiens")
 
 
 def test_matrices_without_counts(checkpoint: Path) -> None:
@@ -131,6 +160,59 @@ def test_files_that_are_something_else(checkpoint: Path, tmp_path: Path) -> None
         embed(tmp_path, checkpoint)
     with pytest.raises(UserError, match="has no cells"):
         embed(some_cells()[:0].copy(), checkpoint)
+
+
+@pytest.mark.parametrize("name", ["obs/assay/codes", "var/ensembl_id", "X/indptr", "X/data"])
+def test_a_damaged_file_is_named(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    """The file can be opened; of the counts, those of late cells are damaged."""
+    path = tmp_path / "cells.h5ad"
+    some_cells(2000).write_h5ad(path, compression="gzip")
+    with h5py.File(path) as opened:
+        chunks = opened[name].id
+        chunk = chunks.get_chunk_info(chunks.get_num_chunks() - 1)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(bytes(chunk.size))
+    with pytest.raises(UserError, match=r"cells\.h5ad cannot be read \(.*\); expected .* copy it again"):
+        embed(path, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["obs/assay/codes", "X/data"])
+def test_a_damaged_zarr_folder_is_named(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "cells.zarr"
+    some_cells().write_zarr(path)
+    chunk = path / name / "0"
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"cells\.zarr cannot be read \(.*\); expected .* copy it again"):
+        embed(path, checkpoint)
+
+
+def compress(path: Path, number: int, encode: Callable[[bytes], bytes]) -> None:
+    """Compress the values of X by an HDF5 filter, without HDF5 having it."""
+    with h5py.File(path, "r+") as file:
+        values = file["X/data"][:]
+        del file["X/data"]
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk(values.shape)
+        properties.set_filter(number, h5py.h5z.FLAG_OPTIONAL, ())
+        space, kind = h5py.h5s.create_simple(values.shape), h5py.h5t.py_create(values.dtype)
+        h5py.h5d.create(file["X"].id, b"data", kind, space, properties).write_direct_chunk((0,), encode(values))
+
+
+def test_a_compression_that_hdf5_lacks_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    some_cells().write_h5ad(tmp_path / "cells.h5ad")
+    compress(tmp_path / "cells.h5ad", 500, bytes)
+    with pytest.raises(UserError, match=r"cells\.h5ad cannot be read .* `pip install hdf5plugin`"):
+        embed(tmp_path / "cells.h5ad", checkpoint)
+
+
+def test_a_file_compressed_with_zstd(checkpoint: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("hdf5plugin") is None:
+        pytest.skip("hdf5plugin is not installed")
+    some_cells().write_h5ad(tmp_path / "cells.h5ad")
+    expected = embed(tmp_path / "cells.h5ad", checkpoint)
+    compress(tmp_path / "cells.h5ad", 32015, numcodecs.Zstd().encode)
+    assert np.array_equal(embed(tmp_path / "cells.h5ad", checkpoint), expected)
 
 
 def test_impossible_counts_are_nan_and_named(checkpoint: Path) -> None:

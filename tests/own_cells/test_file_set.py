@@ -209,6 +209,10 @@ def test_commands_take_a_file_in_place_of_a_release(lab: Lab, upstream_command: 
     assert result["worst_cell"] < BOUND
     # The plan estimates the cost at the rate that the canary measured.
     assert "measured: the canary of this set" in shown(lab.run("obs_id_plan"), "obs_id_plan")["rate"]
+    early = lab.project.command("verify", "lab", CELLS)
+    assert early.returncode == 1
+    assert "1 of 1 shards have not finished" in early.stderr
+    assert early.stderr.rstrip().endswith("Materialize these partitions first: embeddings_array of cells.h5ad.")
     lab.everything()
     verified = lab.project.command("verify", "lab", CELLS, "--full")
     assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -20,6 +20,7 @@ import tiledbsoma.io
 
 from census_tf_dagster import embed
 from census_tf_dagster.cli import main
+from census_tf_dagster.io.s3 import OBJECT_PATIENCE
 from census_tf_dagster.own_cells.local_copy import local_copy
 from census_tf_dagster.own_cells.model import Access
 from census_tf_dagster.own_cells.source import CellSource
@@ -247,6 +248,20 @@ def test_files_on_s3(
     code, _, said = run(capsys, "s3://labs/nothing", "--checkpoint", checkpoint, "--out", output)
     assert code == 1
     assert "s3://labs/nothing cannot be opened as a SOMA experiment" in said
+
+
+def test_a_store_that_is_not_reached_is_an_error_in_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CENSUS_TF_STORE_S3_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    # With the default, it takes a minute.
+    monkeypatch.setitem(OBJECT_PATIENCE, "retries", {"total_max_attempts": 1})
+    command = ["s3://labs/cells.h5ad", "--checkpoint", checkpoint, "--out", tmp_path]
+    code, _, said = run(capsys, *command)
+    assert code == 1
+    assert said.startswith("error: s3://labs/cells.h5ad cannot be reached: Could not connect to the endpoint URL")
 
 
 def test_copies_of_a_file_on_s3(

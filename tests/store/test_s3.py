@@ -12,9 +12,9 @@ import pytest
 import requests
 
 from census_tf_dagster.census.plan import read_plan
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import StoreError, UserError
 from census_tf_dagster.identity import Identity
-from census_tf_dagster.io.s3 import S3Settings, StoreError
+from census_tf_dagster.io.s3 import S3Settings
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.pipeline.context import ReleaseContext
 from census_tf_dagster.pipeline.finish_array import finish_array

@@ -13,7 +13,7 @@ import dagster as dg
 
 from census_tf_dagster.config.dagster_names import PLAN
 from census_tf_dagster.config.settings import FileSetSettings
-from census_tf_dagster.errors import UserError
+from census_tf_dagster.errors import StoreError, UserError
 from census_tf_dagster.io.names import NAME
 from census_tf_dagster.orchestration.asset_support import asset_key
 from census_tf_dagster.orchestration.partitions import file_partitions
@@ -100,7 +100,6 @@ def build_new_files(settings: FileSetSettings) -> dg.SensorDefinition:
         f"{', and plans it' if starts else '; a person starts it'}.",
     )
     def new_files(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult:
-        from census_tf_dagster.io.s3 import StoreError
         from census_tf_dagster.own_cells.listing import list_files
 
         try:
