@@ -6,8 +6,10 @@ next one. Reading the index belongs in `search`.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 
 import numpy as np
@@ -20,7 +22,7 @@ from census_tf_dagster.errors import UserError
 from census_tf_dagster.io.files import temporary_folder
 from census_tf_dagster.io.storage import Storage
 from census_tf_dagster.pipeline.context import StoredContext
-from census_tf_dagster.quality.sample import read_embeddings
+from census_tf_dagster.quality.sample import RUN, SEED, read_embeddings
 from census_tf_dagster.search.arrays_file import from_bytes, to_bytes
 from census_tf_dagster.search.cluster import cluster
 from census_tf_dagster.search.index import (
@@ -43,13 +45,10 @@ BLOCK_CELLS = 65_536
 CELLS_AT_ONCE = 4096
 SAMPLE_CELLS = 65_536
 """Cells that the projection is fitted to."""
-RUN = 16
-"""Adjacent cells of the sample, as in `quality.sample`."""
 JUDGED_CELLS = 256
 """Cells whose exact nearest neighbours are found, to measure the recall."""
 NEAREST = 10
 MOST_PROBES = 256
-SEED = 0
 
 Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
@@ -197,16 +196,23 @@ class _Build:
         count = min(JUDGED_CELLS, len(self._sample))
         self._judged = joinids[np.sort(self._rng.choice(self._sample, count, replace=False))]
 
+    @property
+    def _partitions(self) -> int:
+        return max(1, round(math.sqrt(len(self._joinids))))
+
+    @cached_property
+    def _judged_embeddings(self) -> Vectors:
+        return read_embeddings(self._array, self._judged)
+
     def run(self) -> IndexDescription:
         """Build the index; return its description, which the caller writes."""
         projection = self._projection()
         self._project(projection)
         self._write_truth()
-        partitions = max(1, round(len(self._joinids) ** 0.5))
-        self._cluster(partitions)
-        probes = self._calibrated(partitions)
-        self._say(f"index: {probes} of {partitions} partitions are read for each cell")
-        typical = self._typical_distances(projection, probes, partitions)
+        self._cluster()
+        probes = self._calibrated()
+        self._say(f"index: {probes} of {self._partitions} partitions are read for each cell")
+        typical = self._typical_distances(projection, probes)
         if self._store.is_folder(self._work):
             self._store.remove_folder(self._work)
         return IndexDescription(
@@ -216,7 +222,7 @@ class _Build:
             plan=str(self._array.read_record()["plan"]),
             cells=len(self._joinids),
             dimensions=projection.n_dimensions,
-            partitions=partitions,
+            partitions=self._partitions,
             variance_kept=projection.variance_kept,
             probes=probes,
             typical_distances=typical,
@@ -270,18 +276,17 @@ class _Build:
             _create(self._ids, (ids,), np.uint64, self._store)
             with tiledb.open(self._ids, "w", ctx=self._store.tiledb_ctx) as array:
                 array[:] = self._joinids.astype(np.uint64)
-        judged = read_embeddings(self._array, self._judged)
         for block in range(self._blocks):
             if self._store.exists(self._block(block)):
                 continue
-            self._project_block(block, projection, judged)
+            self._project_block(block, projection)
             self._say(f"index: projected {min((block + 1) * BLOCK_CELLS, n)} of {n} cells")
 
-    def _project_block(self, block: int, projection: Projection, judged: Vectors) -> None:
+    def _project_block(self, block: int, projection: Projection) -> None:
         ids = self._joinids[block * BLOCK_CELLS : (block + 1) * BLOCK_CELLS]
         projected = np.empty((len(ids), projection.n_dimensions), np.float32)
-        exact = _Nearest(len(judged))
-        centred = judged - projection.mean
+        exact = _Nearest(len(self._judged))
+        centred = self._judged_embeddings - projection.mean
         for start in range(0, len(ids), CELLS_AT_ONCE):
             part = slice(start, start + CELLS_AT_ONCE)
             embeddings = read_embeddings(self._array, ids[part])
@@ -307,54 +312,53 @@ class _Build:
     def _truth(self) -> str:
         return f"{self._folder}/exact.npz"
 
-    def _cluster(self, partitions: int) -> None:
+    def _cluster(self) -> None:
         """Let TileDB-Vector-Search cluster the projected cells. A part of an interrupted run is of no use."""
         uri, done = vectors_uri(self._folder), f"{self._work}/clustered"
         if self._store.exists(done):
             return
         if self._store.is_folder(uri):
             self._store.remove_folder(uri)
-        positions = _sampled(len(self._joinids), np.random.default_rng(SEED), max(SAMPLE_CELLS, 32 * partitions))
+        positions = _sampled(len(self._joinids), np.random.default_rng(SEED), max(SAMPLE_CELLS, 32 * self._partitions))
         with tiledb.open(self._projected, ctx=self._store.tiledb_ctx) as array:
             reader = array.query(attrs=["values"], order="F")
             sample = np.concatenate([reader[:, int(run[0]) : int(run[-1]) + 1]["values"].T for run in _runs(positions)])
         with temporary_folder() as folder:
             file = f"{folder}/sample.npy"
             np.save(file, sample)
-            cluster(uri, self._projected, self._ids, file, partitions, self._store.s3.tiledb_config())
+            cluster(uri, self._projected, self._ids, file, self._partitions, self._store.s3.tiledb_config())
         self._store.write(done, b"")
-        self._say(f"index: clustered into {partitions} partitions")
+        self._say(f"index: clustered into {self._partitions} partitions")
 
-    def _calibrated(self, partitions: int) -> int:
+    def _calibrated(self) -> int:
         """Return the least number of probes, a power of two, with the wanted recall, or after which it stops rising."""
         probes, before = 4, -1.0
         while True:
-            now = self._recall(probes, partitions)
-            if now >= LEAST_RECALL or now < before + 0.002 or probes >= min(partitions, MOST_PROBES):
-                return min(probes, partitions)
+            now = self.recall(probes)
+            if now >= LEAST_RECALL or now < before + 0.002 or probes >= min(self._partitions, MOST_PROBES):
+                return min(probes, self._partitions)
             probes, before = probes * 2, now
 
-    def _typical_distances(self, projection: Projection, probes: int, partitions: int) -> list[float]:
-        projected = projection(read_embeddings(self._array, self._judged))
-        found = search(vectors_uri(self._folder), self._store, projected, NEAREST + 1, probes, partitions)
+    def _typical_distances(self, projection: Projection, probes: int) -> list[float]:
+        projected = projection(self._judged_embeddings)
+        found = search(vectors_uri(self._folder), self._store, projected, NEAREST + 1, probes, self._partitions)
         others = np.where(found.joinids == self._judged[:, None], np.inf, found.distances)
         means = [float(row[np.isfinite(row)][:NEAREST].mean()) for row in np.sort(others, axis=1) if row[0] < np.inf]
         return [float(value) for value in np.quantile(means or [0.0], np.linspace(0, 1, 101))]
 
     def recall(self, probes: int) -> float:
-        """Return the share of exact nearest neighbours that the finished index finds."""
-        return self._recall(probes, max(1, round(len(self._joinids) ** 0.5)))
+        """Return the share of exact nearest neighbours that the index finds.
 
-    def _recall(self, probes: int, partitions: int) -> float:
-        """Count a found cell if it is no farther than the last exact neighbour: equal cells may replace each other."""
+        A found cell counts if it is no farther than the last exact neighbour: equal cells may replace each other.
+        """
         projection = Projection.from_bytes(self._store.read(f"{self._folder}/projection.npz"))
         _, exact = from_bytes(self._store.read(self._truth), ("joinids", "squared"))
         wanted = np.isfinite(exact).sum()
         if not wanted:
             return 1.0
-        judged = read_embeddings(self._array, self._judged)
+        judged = self._judged_embeddings
         found = search(
-            vectors_uri(self._folder), self._store, projection(judged), NEAREST + 1, probes, partitions
+            vectors_uri(self._folder), self._store, projection(judged), NEAREST + 1, probes, self._partitions
         ).joinids
         candidates = np.unique(found[found >= 0])
         vectors = read_embeddings(self._array, candidates) - projection.mean
